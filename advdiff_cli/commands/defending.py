@@ -1,0 +1,55 @@
+"""The defence that the flags --defense, -m, --t-star, --sampler and --sampler-steps ask for."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from advdiff_cli import console
+from advdiff_cli.errors import AdvdiffError
+
+if TYPE_CHECKING:
+    from advdiff_cli.purification.purifier import Purifier
+
+DEFAULT_DDPM = "pcam-ddpm"
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A purifier with what enters the recipe: its parameters and the model's fingerprint."""
+
+    purifier: "Purifier"
+    parameters: dict[str, Any]
+    model: str | None
+
+
+def build_defence(
+    defense: str, ddpm: str | None, t_star: float | None, sampler: str | None, sampler_steps: int | None
+) -> Defence:
+    """Build the purifier; what is not asked for is the model's recommendation, said on stderr.
+
+    Raises:
+        AdvdiffError: the model is not there, or the settings do not fit it.
+    """
+    from advdiff_cli.models import zoo
+    from advdiff_cli.models.ddpm import PAPER, load_ddpm
+    from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
+
+    if defense == "noise":
+        if ddpm or sampler or sampler_steps:
+            raise AdvdiffError("--defense noise is the forward process alone; -m, --sampler and --sampler-steps do not apply")
+        level = PAPER.t_star if t_star is None else t_star
+        return Defence(NoisePurifier(linear_alpha_bar(), level), {"defense": "noise", "t_star": level}, None)
+    folder = zoo.find_ddpm(ddpm or DEFAULT_DDPM)
+    model = load_ddpm(folder)
+    settings = asdict(model.card.recommended)
+    if t_star is not None and sampler_steps is None and t_star != settings["t_star"]:
+        settings["sampler_steps"] = settings["sampler_steps"] and min(settings["sampler_steps"], max(1, round(t_star * model.timesteps)))
+    asked = {"t_star": t_star, "sampler": sampler, "sampler_steps": sampler_steps}
+    settings |= {k: v for k, v in asked.items() if v is not None}
+    if None in asked.values():
+        steps = settings["sampler_steps"] or "every"
+        console.log(
+            f"{ddpm or DEFAULT_DDPM}: t* {settings['t_star']:g}, sampler {settings['sampler']}, {steps} step{'s' * (steps != 1)}"
+        )
+    return Defence(
+        DiffusionPurifier(model, **settings).eval(), {"defense": "ddpm", **settings}, zoo.fingerprint(folder)
+    )

@@ -1,0 +1,74 @@
+"""`advdiff train-ddpm`."""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import typer
+
+from advdiff_cli import console, options
+
+
+def train_ddpm(
+    data: options.DataSets,
+    out: options.Out,
+    valid: Annotated[str | None, typer.Option(help="Patch set for the validation loss and the picture.")] = None,
+    preset: Annotated[
+        Literal["paper", "s2d2", "s2d4"], typer.Option(help="The paper's U-Net, or a small one on space-to-depth by 2 or 4.")
+    ] = "s2d2",
+    max_t: Annotated[float, typer.Option(help="Train noise levels up to this fraction of T.")] = 1.0,
+    init: Annotated[str | None, typer.Option(help="Start from this model's weights.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 10_000,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 4e-4,
+    ema: Annotated[float, typer.Option(min=0.0, max=1.0, help="Decay of the weights' moving average.")] = 0.999,
+    split: options.Split = None,
+    batch_size: options.BatchSize = 32,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train a diffusion model on patches, labelled or not; diffusers loads the folder it writes.
+
+    Along the way it writes the validation loss of each noise level (training.jsonl) and a picture of clean, noised and denoised
+    patches (samples.png). Run again after an interruption, it ends in the same weights as an uninterrupted run.
+
+    Example: advdiff train-ddpm train.h5 --valid valid.h5 --max-t 0.3 -o ddpm
+    """
+    from advdiff_cli.commands.following import follow
+    from advdiff_cli.data.patches import open_patches
+    from advdiff_cli.data.provenance import provenance, recipe
+    from advdiff_cli.models import zoo
+    from advdiff_cli.models.ddpm import save_ddpm
+    from advdiff_cli.models.device import resolve_device, resolve_precision
+    from advdiff_cli.training.checkpoints import WorkFolder
+    from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
+    from advdiff_cli.training.rows import TrainingRows
+
+    options.need_positive(learning_rate=learning_rate, max_t=max_t)
+    chip = resolve_device(device)
+    sets = [open_patches(path, split=split) for path in data]
+    valid_set = None if valid is None else open_patches(valid, split=None if split is None else "valid")
+    plan = DdpmPlan(steps, batch_size or 32, learning_rate, ema, max_t, seed, resolve_precision(precision, chip))
+    made_by = recipe(
+        "train-ddpm",
+        plan.parameters() | {"preset": preset},
+        data=[s.recipe_input() for s in sets],
+        valid=valid_set and valid_set.recipe_input(),
+        init=init and zoo.fingerprint(zoo.find_ddpm(init)),
+    )
+    work = WorkFolder(out, made_by, zoo.recorded_recipe(out), overwrite=overwrite)
+    if work.up_to_date:
+        console.log(f"{out} is up to date")
+    else:
+        rows = TrainingRows(sets, labelled=False)
+        model = zoo.initial_ddpm(init, preset, rows.shape, max_t, seed)
+        follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
+        made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
+        model.card = replace(model.card, max_t=max_t, provenance=made)
+        save_ddpm(model.cpu(), work.part)
+        work.publish()
+    log = zoo.training_log(out)
+    text = f"{out}: {preset}, {log[-1]['step']} steps, loss {log[-1]['loss']:.4f}"
+    console.emit({"out": str(out), "log": log}, text, out, as_json=as_json, quiet=quiet)

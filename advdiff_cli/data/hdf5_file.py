@@ -1,0 +1,133 @@
+"""Patch sets in HDF5 files, ours (images, labels, index) and PCam's own (x, y), opened without following anything outside.
+
+Chunks lie along N: HDF5's automatic chunks would cut each patch over hundreds of them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from advdiff_cli.data.patches import Images, Rows, check_labels, check_layout
+from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
+from advdiff_cli.errors import AdvdiffError
+
+_CHUNK_BYTES = 1 << 20
+
+
+class Hdf5Source:
+    """Rows of an HDF5 file."""
+
+    def __init__(self, path: Path) -> None:
+        """Check the datasets of `path` and open it."""
+        self.path = path
+        self._file = _open(path)
+        self._pcam = "images" not in self._file and "x" in self._file
+        self._images = _dataset(self._file, path, "x" if self._pcam else "images")
+        stored = tuple(int(s) for s in self._images.shape)
+        shape = (stored[0], stored[3], stored[1], stored[2]) if self._pcam and len(stored) == 4 else stored
+        labels, index = self._pcam_labels() if self._pcam else self._own("labels"), self._own("index")
+        counts = {k: len(v) for k, v in {"labels": labels, "index": index}.items() if v is not None}
+        check_layout(path, shape, str(self._images.dtype), counts)
+        self.shape: tuple[int, int] | None = (shape[2], shape[3])
+        self.labels = check_labels(path, labels)
+        self.index: Rows = np.arange(shape[0]) if index is None else index.astype(np.int64)
+        self.keys = self.index
+        self.provenance: Provenance | None = None
+        if KEY in self._file:
+            self.provenance = parse(_dataset(self._file, path, KEY)[()], path)
+
+    def _own(self, name: str) -> NDArray[Any] | None:
+        if self._pcam or name not in self._file:
+            return None
+        vector = _dataset(self._file, self.path, name)
+        if vector.ndim != 1 or vector.dtype.kind not in "iu":
+            raise AdvdiffError(f"{name} in {self.path} is {vector.dtype} {vector.shape}; int64 (N,) is needed")
+        return np.asarray(vector[()])
+
+    def _pcam_labels(self) -> NDArray[Any] | None:
+        """Return the labels in the _y.h5 beside PCam's _x.h5, if it is there: (N, 1, 1, 1), squeezed."""
+        sibling = self.path.with_name(self.path.name.replace("_x.h5", "_y.h5"))
+        if sibling == self.path or not sibling.exists():
+            return None
+        with _open(sibling) as file:
+            return np.asarray(_dataset(file, sibling, "y")[()]).reshape(-1)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._images)
+
+    def read(self, rows: Rows) -> Images:
+        """Return the images at `rows`."""
+        first, n = int(rows[0]), len(rows)
+        try:
+            if np.array_equal(rows, np.arange(first, first + n)):
+                images = self._images[first : first + n]
+            else:
+                images = np.stack([self._images[int(row)] for row in rows])
+        except OSError as e:
+            raise AdvdiffError(f"rows {first}.. of {self.path} cannot be read ({e}); make or download it again") from None
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if self._pcam else images
+
+
+def open_hdf5(path: Path) -> Hdf5Source:
+    """Open a patch set in an HDF5 file."""
+    return Hdf5Source(path)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return h5py.File(path, "r")
+    except OSError as e:
+        raise AdvdiffError(f"{path} is not a whole HDF5 file ({e}); make or download it again") from None
+
+
+def _dataset(file: Any, path: Path, name: str) -> Any:
+    """Return a dataset that is held in the file itself: no link, external storage or virtual dataset is followed."""
+    if file.get(name, getlink=True).__class__ is not h5py.HardLink:
+        raise AdvdiffError(f"{path} has no dataset {name} of its own; a patch set holds images, labels and index")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.external is not None or dataset.is_virtual:
+        raise AdvdiffError(f"{name} in {path} is not a plain dataset; external and virtual data are not read")
+    return dataset
+
+
+class Hdf5Target:
+    """An HDF5 file with all datasets created and allocated up front, then written row by row."""
+
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int, int], dtype: str, vectors: dict[str, NDArray[np.int64]],
+        provenance: Provenance, *, resume: bool,
+    ) -> None:  # fmt: skip
+        """Create the datasets at `path`, or open what an earlier run created."""
+        if resume:
+            self._file = h5py.File(path, "r+")
+            self._images = self._file["images"]
+            return
+        self._file = h5py.File(path, "w")
+        for name, vector in vectors.items():
+            self._file[name] = vector
+        self._file[KEY] = canonical(provenance)
+        row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_chunk((max(1, min(shape[0], _CHUNK_BYTES // row)), *shape[1:]))
+        plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # a killed writer then leaves the file's structure whole
+        plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
+        space = h5py.h5s.create_simple(shape)
+        self._images = h5py.Dataset(h5py.h5d.create(self._file.id, b"images", kind, space, plan))
+        self._file.flush()
+
+    def write(self, start: int, images: Images) -> None:
+        """Write `images` as rows start, start + 1, ..."""
+        self._images[start : start + len(images)] = images
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,121 @@
+"""Folders and globs of images as patch sets, and single images read and written without loss."""
+
+import csv
+import glob
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from advdiff_cli.data.patches import Images, Rows
+from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.errors import AdvdiffError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+
+
+class FolderSource:
+    """Image files in sorted order, keyed by their path relative to `root`."""
+
+    def __init__(self, path: Path, root: Path, files: list[Path], labels: Rows | None) -> None:
+        """Take `files`; each is opened when its row is read."""
+        self.path = path
+        self.root = root
+        self.files = files
+        self.keys = [f.relative_to(root).as_posix() for f in files]
+        self.labels = labels
+        self.index: Rows = np.arange(len(files))
+        self.provenance: Provenance | None = None
+        sizes = {_size(f) for f in files} - {None}  # a file that cannot be read fails when its row is
+        self.shape: tuple[int, int] | None = next(iter(sizes)) if len(sizes) == 1 else None
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self.files)
+
+    def read(self, rows: Rows) -> Images:
+        """Return the images at `rows`, which must be of one size."""
+        return np.stack([read_image(self.files[int(row)]) for row in rows])
+
+
+def open_folder(path: str, labels: Path | None = None) -> FolderSource:
+    """Open a folder (searched through) or a glob of images, or one image.
+
+    Raises:
+        AdvdiffError: no image there, or labels that do not cover the files.
+    """
+    root, files = list_images(path)
+    if not files:
+        raise AdvdiffError(f"no images ({', '.join(sorted(SUFFIXES))}) in {path}")
+    return FolderSource(Path(path), root, files, _labels(root, files, labels))
+
+
+def list_images(path: str) -> tuple[Path, list[Path]]:
+    """Return the folder that names are relative to, and the image files below it in sorted order."""
+    place = Path(path)
+    if place.is_dir():
+        found = [p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+        return place, sorted(found, key=lambda p: p.relative_to(place).as_posix())
+    if place.is_file():
+        if place.suffix.lower() not in SUFFIXES:
+            raise AdvdiffError(f"{place} is no patch set: .safetensors, .h5, or images ({', '.join(sorted(SUFFIXES))})")
+        return place.parent, [place]
+    found = [Path(p) for p in glob.glob(path, recursive=True)]
+    found = sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+    parts = Path(path).parts
+    magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return Path(*parts[:magic]), found
+
+
+def _labels(root: Path, files: list[Path], table: Path | None) -> Rows | None:
+    if table is None:
+        parents = [f.parent.name for f in files]
+        return np.array([int(p) for p in parents], np.int64) if set(parents) <= {"0", "1"} else None
+    with table.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if row]
+    known = {row[0]: row[-1].strip() for row in rows}
+    names = [f.relative_to(root).as_posix() for f in files]
+    for name in names:
+        if known.get(name) not in ("0", "1"):
+            raise AdvdiffError(f"{table} gives no label 0 or 1 for {name}; it needs a row file,label for every image")
+    return np.array([int(known[name]) for name in names], np.int64)
+
+
+def _size(file: Path) -> tuple[int, int] | None:
+    """Return (H, W) from an image's header, or None when it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def read_image(file: Path) -> NDArray[np.uint8]:
+    """Return an image as (3, H, W) uint8 RGB, EXIF rotation applied.
+
+    Raises:
+        AdvdiffError: it cannot be decoded, has more than 8 bits a channel, or is transparent.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise AdvdiffError(f"{file} has more than 8 bits a channel; convert it to 8-bit RGB")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                raise AdvdiffError(f"{file} is transparent; flatten it to RGB")
+            rgb = ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise AdvdiffError(f"{file} is not an image that can be read") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        if isinstance(e, FileNotFoundError | PermissionError):
+            raise
+        raise AdvdiffError(f"{file} cannot be decoded ({e})") from None
+    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+
+
+def write_image(file: Path, image: NDArray[np.uint8]) -> None:
+    """Write a (3, H, W) uint8 image without loss; the format follows the suffix (.png, .tif, .tiff)."""
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    lossless = {"compression": "tiff_deflate"} if file.suffix.lower() in (".tif", ".tiff") else {}
+    picture.save(file, format="TIFF" if lossless else "PNG", **lossless)

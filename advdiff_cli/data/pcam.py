@@ -1,0 +1,80 @@
+"""PatchCamelyon's files: the registry of the Zenodo record, their layout, and where a split lies in a folder.
+
+Source: Veeling et al. 2018, arXiv:1806.03962; record 2546921, CC0. Sizes and SHA-256 agree between independent sources; the
+MD5s in PCam's own README are exchanged between valid and test and are not used.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from advdiff_cli.errors import AdvdiffError
+
+MIRROR = "https://zenodo.org/records/2546921/files"
+SPLITS = ("train", "valid", "test")
+PREFIX = "camelyonpatch_level_2_split"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A gzipped file of the record: its size in bytes and SHA-256, and the size of what it unpacks to if known."""
+
+    size: int
+    sha256: str
+    unpacked: int | None = None
+
+
+Registry = dict[str, RemoteFile]
+
+REGISTRY: Registry = {
+    f"{PREFIX}_train_x.h5.gz": RemoteFile(
+        6_421_353_462, "d619e741468a7ab35c7e4a75e6821b7e7e6c9411705d45708f2a0efc8960656c", 7_247_757_312
+    ),
+    f"{PREFIX}_train_y.h5.gz": RemoteFile(
+        21_378, "b74126d2c01b20d3661f9b46765d29cf4e4fba6faba29c8e0d09d406331ab75a", 262_144
+    ),
+    f"{PREFIX}_valid_x.h5.gz": RemoteFile(
+        805_965_320, "f82ee1670d027b4ec388048d9eabc2186b77c009655dae76d624c0ecb053ccb2", 905_969_664
+    ),
+    f"{PREFIX}_valid_y.h5.gz": RemoteFile(
+        3_038, "ce1ae30f08feb468447971cfd0472e7becd0ad96d877c64120c72571439ae48c", 32_768
+    ),
+    f"{PREFIX}_test_x.h5.gz": RemoteFile(
+        800_875_929, "79174c2201ad521602a5888be8f36ee10875f37403dd3f2086caf2182ef87245", 905_969_664
+    ),
+    f"{PREFIX}_test_y.h5.gz": RemoteFile(
+        3_040, "0a522005fccc8bbd04c5a117bfaf81d8da2676f03a29d7499f71d0a0bd6068ef", 32_768
+    ),
+}
+"""Name -> size, SHA-256 and the payload of the unpacked datasets in bytes (their files are a little larger)."""
+
+
+def split_name(split: str) -> str:
+    """Return train, valid or test; `val` means valid."""
+    name = "valid" if split == "val" else split
+    if name not in SPLITS:
+        raise AdvdiffError(f"no PCam split is called {split}; choose from {', '.join(SPLITS)}")
+    return name
+
+
+def folder(data_dir: Path) -> Path:
+    """Return the folder of the files below `data_dir`: torchvision's <root>/pcam, or data_dir where it holds them itself."""
+    return data_dir if any(data_dir.glob(f"{PREFIX}_*")) else data_dir / "pcam"
+
+
+def find_split(place: Path, split: str | None) -> Path | None:
+    """Return the _x.h5 of a split below `place`, or None where the folder holds none of PCam's files.
+
+    Raises:
+        AdvdiffError: the folder holds PCam's files and the split is not named, or not there.
+    """
+    files = sorted(folder(place).glob(f"{PREFIX}_*_x.h5"))
+    if not files:
+        if split is not None:
+            raise AdvdiffError(f"{place} holds none of PCam's files ({PREFIX}_*_x.h5), which --split selects from")
+        return None
+    have = [f.name.removeprefix(f"{PREFIX}_").removesuffix("_x.h5") for f in files]
+    if split is None:
+        raise AdvdiffError(f"{place} holds PCam's splits {', '.join(have)}; choose one with --split")
+    if split_name(split) not in have:
+        raise AdvdiffError(f"{place} has no split {split_name(split)}, only {', '.join(have)}; see advdiff download-pcam --help")
+    return folder(place) / f"{PREFIX}_{split_name(split)}_x.h5"

@@ -1,0 +1,36 @@
+"""Random streams that belong to a row, so that results do not depend on order, range, shard or resume.
+
+A stream is named by (seed, purpose, ...): its Philox key is a hash of the name, and numbers are drawn on the CPU.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+RowKey = int | str
+"""What names a row: its index in the origin set, or its relative path in a folder."""
+
+
+def stream(seed: int, purpose: str, *names: RowKey) -> np.random.Generator:
+    """Return the generator that (seed, purpose, names) names."""
+    name = repr((int(seed), purpose, *(n if isinstance(n, str) else int(n) for n in names)))
+    key = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
+class RowStreams:
+    """One stream for each row of a batch."""
+
+    def __init__(self, seed: int, purpose: str, rows: Sequence[RowKey], *, draw: int = 0, restart: int = 0) -> None:
+        """Open the streams of `rows`; a padded batch may name a row more than once."""
+        self._streams = [stream(seed, purpose, draw, restart, row) for row in rows]
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Draw (B, *shape) standard normal float32 numbers, each row from its own stream."""
+        return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in self._streams]))
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Draw (B, *shape) float32 numbers, uniform on [-1, 1)."""
+        return torch.from_numpy(np.stack([s.random(shape, dtype=np.float32) * 2 - 1 for s in self._streams]))

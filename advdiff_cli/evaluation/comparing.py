@@ -1,0 +1,63 @@
+"""Paired comparisons between evaluated sets that hold the same rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advdiff_cli.evaluation.intervals import Estimate, holm, mcnemar, paired_difference
+from advdiff_cli.evaluation.metrics import Predictions, figures
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Predictions on a set, with what its rows are called: origin and index."""
+
+    name: str
+    origin: str
+    index: NDArray[np.int64]
+    predictions: Predictions
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return n, the count of each label and every figure with its interval."""
+        labels = self.predictions.labels
+        return {
+            "data": self.name,
+            "n": len(labels),
+            "positive": int(labels.sum()),
+            **{k: v.as_dict() for k, v in figures(self.predictions).items()},
+        }
+
+
+def compare(sets: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Return a paired comparison of accuracy for each pair of sets of one origin, on the rows both hold.
+
+    Each has the difference (second - first) with its interval, McNemar's exact p, and p adjusted by Holm over all pairs.
+    """
+    found = []
+    for first, second in combinations(sets, 2):
+        if first.origin != second.origin:
+            continue
+        _, a, b = np.intersect1d(first.index, second.index, return_indices=True)
+        if len(a):
+            found.append(_paired(first, second, a, b))
+    for row, adjusted in zip(found, holm([row["p"] for row in found]), strict=True):
+        row["p_holm"] = adjusted
+    return found
+
+
+def _paired(first: Evaluated, second: Evaluated, a: NDArray[np.int64], b: NDArray[np.int64]) -> dict[str, Any]:
+    before, after = first.predictions.correct[a], second.predictions.correct[b]
+    difference: Estimate = paired_difference(before, after)
+    return {
+        "first": first.name,
+        "second": second.name,
+        "n": len(a),
+        "difference": difference.as_dict(),
+        "only_first_right": int((before & ~after).sum()),
+        "only_second_right": int((~before & after).sum()),
+        "p": mcnemar(before, after),
+    }

@@ -1,0 +1,68 @@
+"""The Typer app: one line per command; main() turns an AdvdiffError into one line and an exit code."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from advdiff_cli import __version__, console
+from advdiff_cli.commands import attack, evaluate, info, merge, models, purify, train_classifier, train_ddpm
+from advdiff_cli.errors import EXIT_ERROR, AdvdiffError, Stopped
+
+app = typer.Typer(
+    name="advdiff",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Purify histopathology patches of adversarial perturbations, and measure honestly how much that helps.",
+)
+app.command("train-classifier")(train_classifier.train_classifier)
+app.command("train-ddpm")(train_ddpm.train_ddpm)
+app.command("attack")(attack.attack)
+app.command("purify")(purify.purify)
+app.command("evaluate")(evaluate.evaluate)
+app.command("merge")(merge.merge)
+app.command("info")(info.info)
+app.command("models")(models.models)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+    """Options of every command."""
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
+
+
+def main() -> None:
+    """Run the command line; a problem the user can fix is one line on stderr, a bug keeps its traceback."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
+    debug = os.environ.get("ADVDIFF_DEBUG") == "1"
+    try:
+        app()
+    except AdvdiffError as e:
+        if debug:
+            raise
+        console.error(str(e))
+        sys.exit(e.exit_code)
+    except Stopped as e:
+        console.error("stopped by a signal; the same command goes on where this one ended")
+        sys.exit(e.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_ERROR)
+    except OSError as e:
+        if debug or e.strerror is None:
+            raise
+        console.error(f"{e.strerror}{f': {e.filename}' if e.filename else ''}")
+        sys.exit(EXIT_ERROR)

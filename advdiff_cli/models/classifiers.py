@@ -1,0 +1,90 @@
+"""Classifiers: images in [0, 1] to logits, normalisation inside.
+
+A folder holds config.json (architecture and normalisation) and model.safetensors.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from advdiff_cli.data.provenance import KEY, Provenance, canonical
+from advdiff_cli.errors import AdvdiffError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What builds a classifier: a torchvision architecture and the mean and deviation of each channel, in [0, 1]."""
+
+    arch: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    num_classes: int = 2
+
+
+class Classifier(nn.Module):
+    """A torchvision network that takes images in [0, 1] and returns logits."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        """Build the architecture with random weights; AdvdiffError when torchvision has none of that name."""
+        super().__init__()
+        self.config = config
+        self.backbone = _backbone(config.arch, config.num_classes)
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, num_classes) of images (B, 3, H, W) in [0, 1]."""
+        logits: Tensor = self.backbone((images - self.mean) / self.std)
+        return logits
+
+
+def _backbone(arch: str, num_classes: int) -> nn.Module:
+    from torchvision.models import get_model, list_models
+
+    names = list_models(module=__import__("torchvision").models)
+    if arch not in names:
+        raise AdvdiffError(f"torchvision has no classification architecture {arch}; for example resnet18, googlenet, densenet121")
+    extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    network: nn.Module = get_model(arch, weights=None, num_classes=num_classes, **extra)
+    return network
+
+
+def save_classifier(model: Classifier, folder: Path, provenance: Provenance) -> None:
+    """Write config.json and model.safetensors; the weights carry the provenance."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, {"format": "pt", KEY: canonical(provenance)})
+
+
+def load_classifier(folder: Path) -> Classifier:
+    """Load a classifier folder, in eval mode, fp32.
+
+    Raises:
+        AdvdiffError: a file is missing or broken, or the weights do not fit the architecture.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdvdiffError(f"{folder} is no classifier folder: {name} is missing")
+    try:
+        raw = json.loads((folder / CONFIG).read_text())
+        config = ClassifierConfig(raw["arch"], tuple(raw["mean"]), tuple(raw["std"]), raw.get("num_classes", 2))
+    except (ValueError, KeyError, TypeError) as e:
+        raise AdvdiffError(f"{folder / CONFIG} is no classifier config ({e})") from None
+    model = Classifier(config)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as e:
+        raise AdvdiffError(f"{folder / WEIGHTS} does not fit {config.arch}: {str(e).splitlines()[0]}") from None
+    return model.eval()

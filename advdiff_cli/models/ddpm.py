@@ -1,0 +1,154 @@
+"""Diffusion models: diffusers' U-Net and linear schedule, optionally on space-to-depth images.
+
+A folder is what `DDPMPipeline.save_pretrained` writes, plus advdiff.json: data range, trained noise levels, space-to-depth
+factor, and the settings recommended for purification. Source: Ho et al. 2020, arXiv:2006.11239.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.errors import AdvdiffError
+
+CARD = "advdiff.json"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+SamplerName = Literal["ddpm", "ddim"]
+
+PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "paper": (
+        1,
+        {
+            "block_out_channels": (128, 128, 256, 256, 512, 512),
+            "layers_per_block": 2,
+            "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
+        },
+    ),
+    "s2d2": (2, {"block_out_channels": (48, 96, 192), "layers_per_block": 1}),
+    "s2d4": (4, {"block_out_channels": (96, 192), "layers_per_block": 1}),
+}
+"""Name -> space-to-depth factor and the U-Net's own arguments."""
+
+
+@dataclass(frozen=True)
+class Purification:
+    """Settings of a purification: noise level as a fraction of T, reverse process, U-Net evaluations (None: every step)."""
+
+    t_star: float = 0.04
+    sampler: SamplerName = "ddpm"
+    sampler_steps: int | None = None
+
+
+PAPER = Purification()
+
+
+@dataclass(frozen=True)
+class DdpmCard:
+    """What diffusers' folder does not say: data range, space-to-depth, trained noise levels, recommended settings."""
+
+    space_to_depth: int = 1
+    max_t: float = 1.0
+    data_range: tuple[float, float] = (-1.0, 1.0)
+    recommended: Purification = field(default_factory=Purification)
+    provenance: Provenance | None = None
+
+
+class Ddpm(nn.Module):
+    """A noise predictor with its schedule: x_t and t in, noise out, on images of any size that `multiple` divides."""
+
+    alpha_bar: Tensor
+
+    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, card: DdpmCard) -> None:
+        """Wrap a U-Net that works on (3 f², H/f, W/f) for the space-to-depth factor f of the card."""
+        super().__init__()
+        self.unet = unet
+        self.scheduler = scheduler
+        self.card = card
+        self.register_buffer("alpha_bar", scheduler.alphas_cumprod.clone(), persistent=False)
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of noise levels."""
+        return len(self.alpha_bar)
+
+    @property
+    def multiple(self) -> int:
+        """What height and width in pixels must be multiples of."""
+        return int(self.card.space_to_depth * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise in x_t (B, 3, H, W), in the data range, at timesteps t (B,)."""
+        factor = self.card.space_to_depth
+        folded = pixel_unshuffle(x_t, factor).contiguous(memory_format=torch.channels_last)
+        predicted: Tensor = self.unet(folded, t, return_dict=False)[0]
+        return pixel_shuffle(predicted.float(), factor)
+
+
+def build_ddpm(preset: str, size: int, max_t: float, seed: int) -> Ddpm:
+    """Return a DDPM of `preset` with random weights of `seed`, for patches of size x size pixels."""
+    factor, arguments = PRESETS[preset]
+    levels = len(arguments["block_out_channels"])
+    plain = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
+    small = {} if preset == "paper" else {"norm_num_groups": 16, "add_attention": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # diffusers initialises from the global stream; it is put back on leaving
+        channels = 3 * factor**2
+        unet = UNet2DModel(
+            sample_size=size // factor, in_channels=channels, out_channels=channels, **{**plain, **small, **arguments}
+        )
+    return Ddpm(unet, DDPMScheduler(num_train_timesteps=1000), DdpmCard(space_to_depth=factor, max_t=max_t))
+
+
+def save_ddpm(model: Ddpm, folder: Path) -> None:
+    """Write the pipeline folder and advdiff.json."""
+    DDPMPipeline(unet=model.unet, scheduler=model.scheduler).save_pretrained(folder, safe_serialization=True)
+    save_card(model.card, folder)
+
+
+def save_card(card: DdpmCard, folder: Path) -> None:
+    """Write advdiff.json."""
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+
+
+def load_card(folder: Path) -> DdpmCard:
+    """Read advdiff.json; a folder without one is a plain DDPM on [-1, 1] with the paper's settings."""
+    path = folder / CARD
+    if not path.is_file():
+        return DdpmCard()
+    try:
+        raw = json.loads(path.read_text())
+        recommended = Purification(**raw.pop("recommended", {}))
+        low, high = raw.pop("data_range", (-1.0, 1.0))
+        return DdpmCard(**raw, data_range=(low, high), recommended=recommended)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise AdvdiffError(f"{path} is no advdiff.json of a diffusion model ({e})") from None
+
+
+def load_ddpm(folder: Path) -> Ddpm:
+    """Load a diffusion model folder, in eval mode, fp32.
+
+    Raises:
+        AdvdiffError: a file is missing or broken, or the weights are pickled.
+    """
+    try:
+        unet = UNet2DModel.from_pretrained(
+            folder / "unet", use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+        )
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise AdvdiffError(f"{folder} is no diffusion model folder: {str(e).strip().splitlines()[0]}") from None
+    model = Ddpm(unet, scheduler, load_card(folder)).eval()
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def recommend(folder: Path, settings: Purification) -> None:
+    """Record `settings` as the recommended ones of the model in `folder`."""
+    save_card(replace(load_card(folder), recommended=settings), folder)

@@ -1,0 +1,40 @@
+"""Devices and precisions, resolved once and named explicitly."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from advdiff_cli.errors import AdvdiffError
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name, `auto` being the best there is; AdvdiffError when it is missing."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(k for k, there in have.items() if there)
+    if not have[name]:
+        raise AdvdiffError(f"--device {name}: torch sees no such device here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return fp32, bf16 or fp16; `auto` is bf16 where the device multiplies it natively, else fp32."""
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise AdvdiffError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which forwards run at `precision`."""
+    return torch.autocast(device.type, _DTYPES[precision]) if precision in _DTYPES else nullcontext()

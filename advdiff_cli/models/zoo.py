@@ -1,0 +1,132 @@
+"""Where a model is asked for: a folder, a bundled name or a Hub id; and what is recorded about it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from advdiff_cli.data.provenance import KEY, Provenance, canonical, digest, file_digest, parse
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.classifiers import CONFIG, WEIGHTS, Classifier, ClassifierConfig, load_classifier
+from advdiff_cli.models.ddpm import CARD, UNET_WEIGHTS, Ddpm, build_ddpm, load_card, load_ddpm
+
+BUNDLED = Path(__file__).resolve().parent.parent / "weights"
+
+
+def find_classifier(name: str) -> Path:
+    """Return the folder of a classifier named by folder or bundled name."""
+    return _find(name, "classifier", WEIGHTS)
+
+
+def find_ddpm(name: str) -> Path:
+    """Return the folder of a diffusion model named by folder, bundled name or Hub id."""
+    return _find(name, "diffusion model", UNET_WEIGHTS)
+
+
+def bundled(kind_file: str) -> list[str]:
+    """Return the names of the bundled models that hold `kind_file`."""
+    return sorted(p.relative_to(BUNDLED).parts[0] for p in BUNDLED.glob(f"*/{kind_file}"))
+
+
+def is_model(folder: Path) -> bool:
+    """Tell whether a folder holds a classifier or a diffusion model."""
+    return (folder / WEIGHTS).is_file() or (folder / UNET_WEIGHTS).is_file()
+
+
+def list_bundled() -> list[dict[str, Any]]:
+    """Return name, kind, architecture and size in bytes of each bundled model."""
+    found = []
+    for name in bundled(WEIGHTS):
+        found.append({"name": name, "kind": "classifier", "arch": json.loads((BUNDLED / name / CONFIG).read_text())["arch"]})
+    for name in bundled(UNET_WEIGHTS):
+        channels = json.loads((BUNDLED / name / "unet" / "config.json").read_text())["block_out_channels"]
+        factor = load_card(BUNDLED / name).space_to_depth
+        found.append({"name": name, "kind": "ddpm", "arch": f"U-Net {channels}, space-to-depth {factor}"})
+    for model in found:
+        model["bytes"] = sum(p.stat().st_size for p in (BUNDLED / model["name"]).rglob("*") if p.is_file())
+    return found
+
+
+def _find(name: str, kind: str, kind_file: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if (BUNDLED / name / kind_file).is_file():
+        return BUNDLED / name
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return _download(name, kind)
+    have = ", ".join(bundled(kind_file)) or "none"
+    raise AdvdiffError(f"no {kind} called {name}: neither a folder nor a bundled model (these are: {have})")
+
+
+def _download(name: str, kind: str) -> Path:
+    """Return the local copy of a Hub repository's configuration and safetensors files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise AdvdiffError(f"no {kind} called {name}: no folder, no bundled model, and the Hub did not give it ({reason})") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the fingerprint of a model: its configuration and weights, not its card."""
+    files = sorted(p for p in folder.rglob("*") if p.name.endswith((".safetensors", "config.json")) or p.name == CARD)
+    return digest(f"{p.relative_to(folder).as_posix()} {file_digest(p)}\n".encode() for p in files)
+
+
+def initial_classifier(init: str | None, config: ClassifierConfig, seed: int) -> Classifier:
+    """Return the classifier a fit starts from: fresh weights of (config, seed), or those of the model `init`."""
+    if init is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # torchvision initialises from the global stream; it is put back on leaving
+            return Classifier(config)
+    model = load_classifier(find_classifier(init))
+    if model.config.arch != config.arch:
+        raise AdvdiffError(f"--init {init} is a {model.config.arch}; give --arch {model.config.arch}")
+    return model
+
+
+def initial_ddpm(init: str | None, preset: str, shape: tuple[int, int], max_t: float, seed: int) -> Ddpm:
+    """Return the diffusion model a fit starts from: fresh weights of (preset, seed), or those of the model `init`."""
+    model = build_ddpm(preset, shape[0], max_t, seed)
+    if any(side % model.multiple for side in shape):
+        raise AdvdiffError(f"patches of {shape[0]}x{shape[1]} do not fit preset {preset}: sides must be multiples of {model.multiple}")
+    if init is None:
+        return model
+    start = load_ddpm(find_ddpm(init))
+    if start.unet.config.block_out_channels != model.unet.config.block_out_channels:
+        raise AdvdiffError(f"--init {init} is not of preset {preset}; give its own --preset")
+    return start
+
+
+def recorded_provenance(folder: Path) -> Provenance | None:
+    """Return the provenance of a model folder, or None where there is none."""
+    try:
+        if (folder / CARD).is_file():
+            return parse((folder / CARD).read_text(), folder / CARD).get("provenance")
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                return parse((file.metadata() or {})[KEY], folder / WEIGHTS)
+    except (KeyError, SafetensorError):
+        return None
+    return None
+
+
+def recorded_recipe(folder: Path) -> Provenance | None:
+    """Return the recipe of a model folder, or None where there is none."""
+    known = recorded_provenance(folder)
+    return None if known is None else known.get("recipe")
+
+
+def training_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a fit."""
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+
+
+def frozen_classifier(folder: Path, device: torch.device) -> Classifier:
+    """Return the classifier of a folder on `device`, in eval mode, its parameters without gradients."""
+    return load_classifier(folder).to(device).requires_grad_(False)

@@ -1,0 +1,80 @@
+"""The shared command-line options: each spelled once, the same flag meaning the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from advdiff_cli.errors import AdvdiffError
+
+
+def fraction(text: str) -> float:
+    """Read a number or a fraction such as 2/255."""
+    top, _, bottom = text.partition("/")
+    try:
+        return float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"{text!r} is neither a number nor a fraction such as 2/255") from None
+
+
+def row_range(text: str) -> tuple[int, int | None]:
+    """Read A:B, either end of which may be left out."""
+    start, colon, stop = text.partition(":")
+    try:
+        bounds = (int(start or 0), int(stop) if stop else None)
+    except ValueError:
+        bounds = (-1, None)
+    if not colon or bounds[0] < 0 or (bounds[1] is not None and bounds[1] < 0):
+        raise typer.BadParameter(f"{text!r} is no range of rows such as 0:1000")
+    return bounds
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """Read i/n with 0 <= i < n."""
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise typer.BadParameter(f"{text!r} is no shard i/n with i from 0 to n-1")
+    return int(i), int(n)
+
+
+ROWS = "Rows"
+MACHINE = "Machine"
+OUTPUT = "Output"
+
+Data = Annotated[str, typer.Argument(help="Patch set: .safetensors, .h5, PCam's folder (with --split), or images.")]
+DataSets = Annotated[list[str], typer.Argument(help="Patch sets; one named twice counts twice.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where the result goes.")]
+ClassifierName = Annotated[str, typer.Option("-c", "--classifier", help="Classifier: folder or bundled name.")]
+DdpmName = Annotated[str | None, typer.Option("-m", "--ddpm", help="Diffusion model: folder, bundled name or Hub id.")]
+Split = Annotated[str | None, typer.Option(help="train, valid or test, in a folder of PCam's files.", rich_help_panel=ROWS)]
+Labels = Annotated[Path | None, typer.Option(help="CSV of file,label for a folder of images.", rich_help_panel=ROWS)]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most N patches.", rich_help_panel=ROWS)]
+Range = Annotated[
+    object | None, typer.Option(parser=row_range, metavar="A:B", help="Rows A to B-1 only.", rich_help_panel=ROWS)
+]
+ShuffleSeed = Annotated[int | None, typer.Option(help="Shuffle the rows first.", rich_help_panel=ROWS)]
+Shard = Annotated[
+    object | None, typer.Option(parser=shard_of, metavar="I/N", help="Only part I of N, I from 0; see merge.", rich_help_panel=ROWS)
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random stream.")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(rich_help_panel=MACHINE, help="Where to compute.")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(rich_help_panel=MACHINE, help="auto: bf16 where the device has it."),
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, rich_help_panel=MACHINE, help="Patches computed at once.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another result at --out.", rich_help_panel=OUTPUT)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the output path alone.", rich_help_panel=OUTPUT)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=OUTPUT)]
+Eps = Annotated[float, typer.Option(parser=fraction, metavar="EPS", help="Attack budget in [0, 1] pixels, e.g. 2/255.")]
+TStar = Annotated[float | None, typer.Option(help="Noise level, a fraction of T in (0, 1]; the model's own by default.")]
+Sampler = Annotated[Literal["ddpm", "ddim"] | None, typer.Option(help="Reverse process; the model's own by default.")]
+SamplerSteps = Annotated[int | None, typer.Option(min=1, help="U-Net evaluations a patch; the model's own by default.")]
+
+
+def need_positive(**values: float) -> None:
+    """Check that each named value is above zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise AdvdiffError(f"--{name.replace('_', '-')} must be above 0, not {value}")

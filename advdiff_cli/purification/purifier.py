@@ -1,0 +1,136 @@
+"""The purifiers and the defended classifier, as modules that any attack library can run on.
+
+All noise is drawn beforehand and passed in, so that a recomputed forward sees the same noise and rows own theirs.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.ddpm import Ddpm, SamplerName
+from advdiff_cli.purification.diffusion import (
+    add_noise,
+    ancestral_step,
+    ddim_step,
+    estimate_x_0,
+    noise_levels,
+    step_indices,
+)
+
+
+class DiffusionPurifier(nn.Module):
+    """Noise an image to t_star and denoise it with a DDPM (the paper, section 3)."""
+
+    def __init__(self, ddpm: Ddpm, t_star: float, sampler: SamplerName = "ddpm", sampler_steps: int | None = None) -> None:
+        """Set up a purifier.
+
+        Args:
+            ddpm: Noise predictor and schedule.
+            t_star: Noise level, a fraction of T in (0, 1]; 0.04 of 1000 is timesteps 39..0.
+            sampler: `ddpm` draws ancestral steps, `ddim` follows the deterministic path.
+            sampler_steps: U-Net evaluations; every timestep by default, 1 is E[x_0 | x_t].
+
+        Raises:
+            AdvdiffError: t_star is outside (0, 1] or above the model's max_t, or the steps do not fit it.
+        """
+        super().__init__()
+        n = _checked_levels(t_star, ddpm.timesteps)
+        if n > noise_levels(ddpm.card.max_t, ddpm.timesteps):
+            raise AdvdiffError(f"t* = {t_star:g} is above max_t = {ddpm.card.max_t:g}, the noise this model was trained on")
+        if sampler_steps is not None and sampler_steps > n:
+            raise AdvdiffError(f"--sampler-steps {sampler_steps} is more than the {n} noise levels of t* = {t_star:g}")
+        self.ddpm = ddpm
+        self.sampler = sampler
+        self.indices = step_indices(n, sampler_steps or n)
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return (draws, 3, H', W'): the normal numbers one image takes, H' and W' being what the U-Net needs."""
+        draws = len(self.indices) if self.sampler == "ddpm" else 1
+        return (draws, 3, height + -height % self.ddpm.multiple, width + -width % self.ddpm.multiple)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Purify images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1]; any H, W of at least 32.
+            noise: (B, *noise_shape(H, W)) standard normal; drawn from torch's global stream when left out.
+
+        Returns:
+            (B, 3, H, W) in [0, 1].
+        """
+        height, width = images.shape[-2:]
+        if noise is None:
+            noise = torch.randn((len(images), *self.noise_shape(height, width)), device=images.device)
+        low, high = self.ddpm.card.data_range
+        x_0 = _pad_to(images, noise.shape[-2], noise.shape[-1]) * (high - low) + low
+        x_0 = self._reverse(add_noise(x_0, noise[:, 0], self.ddpm.alpha_bar[self.indices[0]]), noise)
+        return ((x_0 - low) / (high - low)).clamp(0, 1)[..., :height, :width]
+
+    def _reverse(self, x_t: Tensor, noise: Tensor) -> Tensor:
+        alpha_bar = self.ddpm.alpha_bar
+        for k, t in enumerate(self.indices):
+            predicted = self.ddpm(x_t, torch.full((len(x_t),), t, device=x_t.device))
+            x_0 = estimate_x_0(x_t, predicted, alpha_bar[t])
+            if k + 1 == len(self.indices):
+                break
+            s = self.indices[k + 1]
+            if self.sampler == "ddpm":
+                x_t = ancestral_step(x_t, x_0, noise[:, k + 1], alpha_bar[t], alpha_bar[s])
+            else:
+                x_t = ddim_step(x_0, predicted, alpha_bar[s])
+        return x_0
+
+
+class NoisePurifier(nn.Module):
+    """NoiseDefense (the paper, section 4): the forward process alone, clamped to [0, 1]."""
+
+    def __init__(self, alpha_bar: Tensor, t_star: float) -> None:
+        """Set up the defence with a schedule alpha_bar (T,) on [-1, 1] data, at the fraction t_star of T in (0, 1]."""
+        super().__init__()
+        self.register_buffer("alpha_bar_t", alpha_bar[_checked_levels(t_star, len(alpha_bar)) - 1].clone())
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return (1, 3, H, W): the normal numbers one image takes."""
+        return (1, 3, height, width)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return noised images (B, 3, H, W) in [0, 1]; noise as for DiffusionPurifier."""
+        if noise is None:
+            noise = torch.randn((len(images), *self.noise_shape(*images.shape[-2:])), device=images.device)
+        return ((add_noise(images * 2 - 1, noise[:, 0], self.alpha_bar_t) + 1) / 2).clamp(0, 1)
+
+
+Purifier = DiffusionPurifier | NoisePurifier
+
+
+class DefendedClassifier(nn.Module):
+    """A purifier, then a classifier: images (B, 3, H, W) in [0, 1] to logits, differentiable."""
+
+    def __init__(self, purifier: Purifier, classifier: nn.Module) -> None:
+        """Put `purifier` before `classifier`."""
+        super().__init__()
+        self.purifier = purifier
+        self.classifier = classifier
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return logits (B, classes); noise as for the purifier."""
+        logits: Tensor = self.classifier(self.purifier(images, noise))
+        return logits
+
+
+def linear_alpha_bar(timesteps: int = 1000) -> Tensor:
+    """Return alpha_bar (T,) of the linear schedule 1e-4..0.02 (Ho et al. 2020, section 4), as diffusers computes it."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, timesteps), 0)
+
+
+def _checked_levels(t_star: float, timesteps: int) -> int:
+    if not 0 < t_star <= 1:
+        raise AdvdiffError(f"t* = {t_star:g} is not in (0, 1]")
+    return noise_levels(t_star, timesteps)
+
+
+def _pad_to(images: Tensor, height: int, width: int) -> Tensor:
+    """Pad by reflection below and to the right."""
+    below, right = height - images.shape[-2], width - images.shape[-1]
+    return pad(images, (0, right, 0, below), mode="reflect") if below or right else images

@@ -1,0 +1,30 @@
+"""Augmentations of a batch: the eight symmetries of the square (tissue has no up) and stain variation."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advdiff_cli.data.stain import mix, separate
+
+
+def turn(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Apply to each image (B, 3, H, W) a random one of four rotations and, half the time, a flip.
+
+    Images that are not square keep their orientation: the rotations are then by 0 or 180 degrees.
+    """
+    square = images.shape[-1] == images.shape[-2]
+    choice = torch.from_numpy(rng.integers(0, 8, len(images)))
+    turned = images.clone()
+    for k in range(8):
+        mine = choice == k
+        if mine.any():
+            part = torch.rot90(images[mine], (k % 4) if square else 2 * (k % 2), (-2, -1))
+            turned[mine] = part.flip(-1) if k >= 4 else part
+    return turned
+
+
+def vary_stain(images: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Scale and shift each image's stain amounts by up to `strength` (Tellez et al. 2018, HED augmentation)."""
+    factors = torch.from_numpy(rng.uniform(-strength, strength, (2, len(images), 3, 1, 1)).astype(np.float32))
+    scale, shift = factors.to(images.device)
+    return mix(separate(images) * (1 + scale) + shift)

@@ -1,0 +1,126 @@
+"""Training state on disk: a work folder beside the output, checkpoints in safetensors, the final name by rename."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from advdiff_cli.data.provenance import Provenance, canonical, difference, same_recipe
+from advdiff_cli.errors import AdvdiffError
+
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "training.jsonl"
+_RECIPE = "recipe.json"
+_STATE = "state"
+
+
+class WorkFolder:
+    """OUT.part: where a model is made; `publish` gives it the name OUT."""
+
+    def __init__(self, out: Path, recipe: Provenance, recorded: Provenance | None, *, overwrite: bool) -> None:
+        """Decide whether `out` is up to date, and open or resume the work folder.
+
+        Args:
+            out: the folder to be made.
+            recipe: what is to be made.
+            recorded: the recipe of what stands at `out`, or None where it is no model folder.
+            overwrite: whether another model or another recipe's unfinished work may be replaced.
+
+        Raises:
+            AdvdiffError: something else stands at `out`, or in the work folder.
+        """
+        self.out = out
+        self.part = out.with_name(out.name + ".part")
+        self.up_to_date = False
+        if out.exists():
+            if recorded is None and not (out.is_dir() and not any(out.iterdir())):
+                raise AdvdiffError(f"{out} exists and is no model folder of advdiff; choose another --out")
+            self.up_to_date = recorded is not None and same_recipe(recorded, recipe) and not overwrite
+            if recorded is not None and not self.up_to_date and not overwrite:
+                raise AdvdiffError(f"{out} was made otherwise ({difference(recorded, recipe)}); give --overwrite or another --out")
+        if not self.up_to_date:
+            self._open(recipe, overwrite)
+
+    def _open(self, recipe: Provenance, overwrite: bool) -> None:
+        known = self.part / _RECIPE
+        if known.is_file():
+            begun = json.loads(known.read_text())
+            if same_recipe(begun, recipe):
+                return
+            if not overwrite:
+                raise AdvdiffError(
+                    f"{self.part} holds unfinished work of another recipe ({difference(begun, recipe)}); "
+                    "give --overwrite or another --out"
+                )
+        if self.part.exists():
+            shutil.rmtree(self.part)
+        self.part.mkdir(parents=True)
+        known.write_text(canonical(recipe))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a record to training.jsonl."""
+        with (self.part / LOG).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], name: str = CHECKPOINT) -> None:
+        """Write a checkpoint: tensors, and a state that JSON can hold; the old one stays until the new one is whole."""
+        target = self.part / name
+        fresh = target.with_name(name + ".new")
+        copies = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(copies, fresh, {_STATE: canonical(dict(state))})
+        os.replace(fresh, target)
+
+    def load(self, name: str = CHECKPOINT) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the tensors and state of the last checkpoint, or None before the first; the log is cut back to it."""
+        path = self.part / name
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            state: dict[str, Any] = json.loads(file.metadata()[_STATE])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        return tensors, state
+
+    def cut_log(self, step: int) -> None:
+        """Drop log records after `step`, which are about to be made again."""
+        path = self.part / LOG
+        if path.is_file():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+    def publish(self, *leftovers: str) -> None:
+        """Remove checkpoints and `leftovers`, and rename the work folder to the output's name."""
+        for name in (CHECKPOINT, _RECIPE, *leftovers):
+            (self.part / name).unlink(missing_ok=True)
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            os.replace(self.out, old)
+        os.replace(self.part, self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's per-parameter state as named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".", 2)
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries under `prefix.`, without it."""
+    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}

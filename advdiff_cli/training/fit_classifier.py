@@ -1,0 +1,137 @@
+"""Fit a classifier: cross-entropy, AdamW, one cosine cycle, the weights of the best epoch on valid kept."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.streams import stream
+from advdiff_cli.models.classifiers import Classifier
+from advdiff_cli.training.augment import turn, vary_stain
+from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
+from advdiff_cli.training.rows import TrainingRows
+from advdiff_cli.training.schedule import cosine
+
+BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class ClassifierPlan:
+    """How to fit: what enters the recipe."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    stain: float  # strength of stain variation; 0 for none
+    seed: int
+    precision: str
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters that enter a recipe."""
+        return asdict(self)
+
+
+def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[list[float], list[float]]:
+    """Return mean and deviation of each channel over n random rows."""
+    chosen = stream(seed, "statistics").permutation(len(rows))[:n]
+    images, _ = rows.read(np.sort(chosen))
+    return [round(v, 4) for v in images.mean((0, 2, 3)).tolist()], [round(v, 4) for v in images.std((0, 2, 3)).tolist()]
+
+
+def fit_classifier(
+    model: Classifier, train: TrainingRows, valid: PatchSet | None, plan: ClassifierPlan, work: WorkFolder, device: torch.device,
+    *, checkpoint_seconds: float = 120,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Fit `model` in place, yielding a record after each step and epoch; the best epoch's weights are loaded at the end.
+
+    Args:
+        model: Classifier; trained on `device`, back in eval mode at the end.
+        train: Rows to learn from.
+        valid: Labelled rows that choose the epoch; without them the last epoch's weights are kept.
+        plan: Recipe of the fit.
+        work: Where checkpoints are written and found again.
+        device: Where to compute; processes of torch.distributed share each batch.
+        checkpoint_seconds: Seconds between checkpoints within an epoch.
+
+    Yields:
+        {"step", "of", "loss"} after each step; an epoch's record has "epoch" and the valid figures too.
+    """
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=plan.precision.replace("fp32", "no"))
+    optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
+    per_epoch = train.steps(plan.batch_size)
+    total, step, best = plan.epochs * per_epoch, 0, -1.0
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if (saved := work.load()) is not None:
+        tensors, state = saved
+        model.load_state_dict(prefixed(tensors, "model"))
+        load_optimizer(optimizer, tensors)
+        step, best = state["step"], state["best"]
+        work.cut_log(step)
+    network, optimizer = accelerator.prepare(model, optimizer)
+    part = (accelerator.process_index, accelerator.num_processes)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | optimizer_tensors(optimizer)
+            work.save(tensors, {"step": step, "best": best})
+
+    last = time.monotonic()
+    while step < total:
+        epoch = step // per_epoch
+        losses: list[float] = []
+        network.train()
+        for images, labels in train.epoch(epoch, plan.batch_size, plan.seed, skip=step % per_epoch, part=part):
+            rng = stream(plan.seed, "augment", step, part[0])
+            images = turn(images.to(accelerator.device, non_blocking=True), rng)
+            if plan.stain:
+                images = vary_stain(images, plan.stain, rng)
+            loss = cross_entropy(network(_channels_last(images)), labels.to(accelerator.device))
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(step, total, plan.learning_rate)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            losses.append(loss.item())
+            yield {"step": step, "of": total, "loss": losses[-1]}
+            if time.monotonic() - last > checkpoint_seconds and step % per_epoch:
+                save()
+                last = time.monotonic()
+        record = {"step": step, "of": total, "epoch": epoch + 1, "loss": float(np.mean(losses[-50:]))}
+        if valid is not None and accelerator.is_main_process:
+            record |= _validate(accelerator, model, valid, plan.batch_size)
+            if record["valid_accuracy"] > best:
+                best = record["valid_accuracy"]
+                work.save(model.state_dict(), {"epoch": epoch + 1}, BEST)
+        if accelerator.is_main_process:
+            work.log(record)
+        save()
+        yield record
+    if (kept := work.load(BEST)) is not None:
+        model.load_state_dict(kept[0])
+    model.eval()
+    accelerator.wait_for_everyone()
+
+
+@torch.inference_mode()
+def _validate(accelerator: Accelerator, model: nn.Module, valid: PatchSet, batch_size: int) -> dict[str, float]:
+    model.eval()
+    labels = torch.from_numpy(valid.require_labels())
+    rows = np.arange(len(valid))
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    with accelerator.autocast():
+        logits = torch.cat([model(_channels_last(valid.read(b).to(accelerator.device))).float().cpu() for b in batches])
+    right = (logits.argmax(1) == labels).float().mean().item()
+    return {"valid_loss": cross_entropy(logits, labels).item(), "valid_accuracy": right}
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,171 @@
+"""Fit a DDPM: noise prediction on [-1, 1] data, AdamW, one cosine cycle, the EMA published.
+
+Source: Ho et al. 2020, algorithm 1 and eq. 14; timesteps are drawn below max_t only, those that purification uses.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import mse_loss
+from torchvision.utils import make_grid
+
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.streams import RowStreams, stream
+from advdiff_cli.models.ddpm import Ddpm
+from advdiff_cli.purification.diffusion import add_noise, estimate_x_0, noise_levels
+from advdiff_cli.training.augment import turn
+from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
+from advdiff_cli.training.rows import TrainingRows
+from advdiff_cli.training.schedule import cosine
+
+GRID = "samples.png"
+_LEVELS = (0.02, 0.04, 0.085, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # fractions of T at which the validation loss is taken
+_VALID_ROWS = 96
+
+
+@dataclass(frozen=True)
+class DdpmPlan:
+    """How to fit: what enters the recipe."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    ema: float
+    max_t: float
+    seed: int
+    precision: str
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters that enter a recipe."""
+        return asdict(self)
+
+
+def fit_ddpm(
+    model: Ddpm, train: TrainingRows, valid: PatchSet | None, plan: DdpmPlan, work: WorkFolder, device: torch.device,
+    *, checkpoint_seconds: float = 120, every: int = 500,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Fit `model` in place, yielding a record after each step; it holds the EMA's weights at the end.
+
+    Args:
+        model: Diffusion model; trained on `device`.
+        train: Rows to learn from.
+        valid: Rows for the validation loss and the picture, or None.
+        plan: Recipe of the fit.
+        work: Where checkpoints, the log and the picture are written.
+        device: Where to compute; processes of torch.distributed share each batch.
+        checkpoint_seconds: Seconds between checkpoints.
+        every: Steps between validations.
+
+    Yields:
+        {"step", "of", "loss"}; a validation adds "valid_loss", by noise level.
+    """
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=plan.precision.replace("fp32", "no"))
+    model.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.unet.parameters(), plan.learning_rate)
+    ema = EMAModel(model.unet.parameters(), decay=plan.ema, use_ema_warmup=True, power=3 / 4)
+    step = _resume(model, optimizer, ema, work)
+    network, optimizer = accelerator.prepare(model, optimizer)
+    part = (accelerator.process_index, accelerator.num_processes)
+    levels = noise_levels(plan.max_t, model.timesteps)
+    losses: list[float] = []
+    last = time.monotonic()
+    while step < plan.steps:
+        epoch, skip = divmod(step, train.steps(plan.batch_size))
+        for images, _ in train.epoch(epoch, plan.batch_size, plan.seed, skip=skip, part=part):
+            rng = stream(plan.seed, "augment", step, part[0])
+            x_0 = turn(images, rng).to(accelerator.device, non_blocking=True) * 2 - 1
+            t = torch.from_numpy(rng.integers(0, levels, len(x_0))).to(x_0.device)
+            noise = torch.from_numpy(rng.standard_normal(x_0.shape, np.float32)).to(x_0.device)
+            predicted = network(add_noise(x_0, noise, model.alpha_bar[t].view(-1, 1, 1, 1)), t)
+            loss = mse_loss(predicted, noise)
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(step, plan.steps, plan.learning_rate)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.step(model.unet.parameters())
+            step += 1
+            losses.append(loss.item())
+            record: dict[str, Any] = {"step": step, "of": plan.steps, "loss": losses[-1]}
+            stop = step == plan.steps
+            if accelerator.is_main_process:
+                if step % every == 0 or stop:
+                    record |= {"loss": float(np.mean(losses[-every:]))} | _look(model, ema, valid, plan, work, accelerator)
+                    work.log(record)
+                if time.monotonic() - last > checkpoint_seconds and not stop:
+                    _save(model, optimizer, ema, step, work)
+                    last = time.monotonic()
+            yield record
+            if stop:
+                break
+    ema.copy_to(model.unet.parameters())
+    model.eval()
+    accelerator.wait_for_everyone()
+
+
+def _save(model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, step: int, work: WorkFolder) -> None:
+    shadow = {f"ema.{i:05}": p for i, p in enumerate(ema.shadow_params)}
+    weights = {f"unet.{k}": v for k, v in model.unet.state_dict().items()}
+    work.save(weights | shadow | optimizer_tensors(optimizer), {"step": step})
+
+
+def _resume(model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, work: WorkFolder) -> int:
+    """Put back the last checkpoint; return its step, 0 where there is none."""
+    saved = work.load()
+    if saved is None:
+        return 0
+    tensors, state = saved
+    model.unet.load_state_dict(prefixed(tensors, "unet"))
+    load_optimizer(optimizer, tensors)
+    shadow = prefixed(tensors, "ema")
+    ema.shadow_params = [shadow[k].to(p.device) for k, p in zip(sorted(shadow), ema.shadow_params, strict=True)]
+    ema.optimization_step = int(state["step"])
+    work.cut_log(state["step"])
+    return int(state["step"])
+
+
+@torch.inference_mode()
+def _look(
+    model: Ddpm, ema: EMAModel, valid: PatchSet | None, plan: DdpmPlan, work: WorkFolder, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Return the EMA's validation loss by noise level, and draw clean, noised and denoised patches."""
+    if valid is None:
+        return {}
+    ema.store(model.unet.parameters())
+    ema.copy_to(model.unet.parameters())
+    order = stream(0, "validation").permutation(len(valid))[:_VALID_ROWS]
+    levels = [f for f in _LEVELS if f <= plan.max_t] or [plan.max_t]
+    sums = dict.fromkeys(levels, 0.0)
+    rows: list[Tensor] = []
+    for start in range(0, len(order), plan.batch_size):
+        chosen = order[start : start + plan.batch_size]
+        x_0 = (valid.read(chosen) * 2 - 1).to(accelerator.device)
+        noise = RowStreams(0, "validation", [valid.keys[i] for i in chosen]).normal(*x_0.shape[1:]).to(x_0.device)
+        shown = [x_0]
+        for level in levels:
+            t = noise_levels(level, model.timesteps) - 1
+            x_t = add_noise(x_0, noise, model.alpha_bar[t])
+            with accelerator.autocast():
+                predicted = model(x_t, torch.full((len(x_0),), t, device=x_0.device))
+            sums[level] += mse_loss(predicted, noise, reduction="sum").item() / (noise[0].numel() * len(order))
+            shown += [x_t, estimate_x_0(x_t, predicted, model.alpha_bar[t])]
+        if start == 0:
+            rows = [torch.stack([column[i] for column in shown]) for i in range(min(8, len(x_0)))]
+    ema.restore(model.unet.parameters())
+    _draw(torch.cat(rows), len(rows[0]), work)
+    return {"valid_loss": {f"{k:g}": round(v, 6) for k, v in sums.items()}}
+
+
+def _draw(images: Tensor, columns: int, work: WorkFolder) -> None:
+    """Write the grid: a row a patch; clean, then noised and denoised at each level."""
+    grid = make_grid(((images + 1) / 2).clamp(0, 1).float().cpu(), nrow=columns)
+    Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy()).save(work.part / GRID)
