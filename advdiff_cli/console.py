@@ -72,7 +72,9 @@ def _bar(total: int, what: str) -> Iterator[Advance]:
         task = bar.add_task(what, total=total, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
-            bar.update(task, advance=n, **({"note": note} if note else {}))
+            bar.update(task, advance=n)
+            if note:
+                bar.update(task, note=note)
 
         yield advance
 

@@ -8,7 +8,19 @@ from types import FrameType
 import typer
 
 from advdiff_cli import __version__, console
-from advdiff_cli.commands import attack, evaluate, info, merge, models, purify, train_classifier, train_ddpm
+from advdiff_cli.commands import (
+    attack,
+    demo,
+    download_pcam,
+    evaluate,
+    info,
+    merge,
+    models,
+    purify,
+    synthesize,
+    train_classifier,
+    train_ddpm,
+)
 from advdiff_cli.errors import EXIT_ERROR, AdvdiffError, Stopped
 
 app = typer.Typer(
@@ -18,6 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Purify histopathology patches of adversarial perturbations, and measure honestly how much that helps.",
 )
+app.command("download-pcam")(download_pcam.download_pcam)
+app.command("synthesize")(synthesize.synthesize)
 app.command("train-classifier")(train_classifier.train_classifier)
 app.command("train-ddpm")(train_ddpm.train_ddpm)
 app.command("attack")(attack.attack)
@@ -26,6 +40,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("info")(info.info)
 app.command("models")(models.models)
+app.command("demo")(demo.demo)
 
 
 def _version(asked: bool) -> None:
@@ -35,7 +50,9 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def options(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
     """Options of every command."""
 
 

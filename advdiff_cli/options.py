@@ -8,9 +8,9 @@ import typer
 from advdiff_cli.errors import AdvdiffError
 
 
-def fraction(text: str) -> float:
-    """Read a number or a fraction such as 2/255."""
-    top, _, bottom = text.partition("/")
+def fraction(text: str | float) -> float:
+    """Read a number or a fraction such as 2/255; Typer passes a default through as it is."""
+    top, _, bottom = str(text).partition("/")
     try:
         return float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError):
@@ -46,29 +46,41 @@ DataSets = Annotated[list[str], typer.Argument(help="Patch sets; one named twice
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where the result goes.")]
 ClassifierName = Annotated[str, typer.Option("-c", "--classifier", help="Classifier: folder or bundled name.")]
 DdpmName = Annotated[str | None, typer.Option("-m", "--ddpm", help="Diffusion model: folder, bundled name or Hub id.")]
-Split = Annotated[str | None, typer.Option(help="train, valid or test, in a folder of PCam's files.", rich_help_panel=ROWS)]
+Split = Annotated[
+    str | None, typer.Option(help="train, valid or test, in a folder of PCam's files.", rich_help_panel=ROWS)
+]
 Labels = Annotated[Path | None, typer.Option(help="CSV of file,label for a folder of images.", rich_help_panel=ROWS)]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most N patches.", rich_help_panel=ROWS)]
 Range = Annotated[
-    object | None, typer.Option(parser=row_range, metavar="A:B", help="Rows A to B-1 only.", rich_help_panel=ROWS)
+    object | None,
+    typer.Option(parser=row_range, metavar="A:B", help="Rows A to B-1 only.", rich_help_panel=ROWS),
 ]
 ShuffleSeed = Annotated[int | None, typer.Option(help="Shuffle the rows first.", rich_help_panel=ROWS)]
 Shard = Annotated[
-    object | None, typer.Option(parser=shard_of, metavar="I/N", help="Only part I of N, I from 0; see merge.", rich_help_panel=ROWS)
+    object | None,
+    typer.Option(parser=shard_of, metavar="I/N", help="Only part I of N, I from 0; see merge.", rich_help_panel=ROWS),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random stream.")]
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(rich_help_panel=MACHINE, help="Where to compute.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], typer.Option(rich_help_panel=MACHINE, help="Where to compute.")
+]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(rich_help_panel=MACHINE, help="auto: bf16 where the device has it."),
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, rich_help_panel=MACHINE, help="Patches computed at once.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another result at --out.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace another result at --out.", rich_help_panel=OUTPUT)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the output path alone.", rich_help_panel=OUTPUT)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=OUTPUT)]
-Eps = Annotated[float, typer.Option(parser=fraction, metavar="EPS", help="Attack budget in [0, 1] pixels, e.g. 2/255.")]
-TStar = Annotated[float | None, typer.Option(help="Noise level, a fraction of T in (0, 1]; the model's own by default.")]
+Eps = Annotated[
+    float, typer.Option(parser=fraction, metavar="EPS", help="Attack budget in [0, 1] pixels.", show_default="2/255")
+]
+TStar = Annotated[
+    float | None, typer.Option(help="Noise level, a fraction of T in (0, 1]; the model's own by default.")
+]
 Sampler = Annotated[Literal["ddpm", "ddim"] | None, typer.Option(help="Reverse process; the model's own by default.")]
 SamplerSteps = Annotated[int | None, typer.Option(min=1, help="U-Net evaluations a patch; the model's own by default.")]
 

@@ -11,7 +11,8 @@ Norm = Literal["linf", "l2"]
 
 
 def _norms(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return norms.view(-1, 1, 1, 1)
 
 
 def random_start(images: Tensor, eps: float, norm: Norm, streams: RowStreams) -> Tensor:

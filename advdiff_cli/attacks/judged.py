@@ -44,7 +44,11 @@ def judge(
         rows = np.arange(start, min(start + BATCH, len(adv)))
         images, points = clean.read(rows + first).to(device), adv.read(rows).to(device)
         truth = torch.from_numpy(labels[rows + first]).to(device)
-        for kind, batch in (("clean", images), ("attacked", points), ("rounded", round_inside(points, images, eps, norm))):
+        for kind, batch in (
+            ("clean", images),
+            ("attacked", points),
+            ("rounded", round_inside(points, images, eps, norm)),
+        ):
             getattr(result, kind).extend((model(batch).argmax(1) == truth).tolist())
         on_surface, perturbed = surface_share(points, images, eps, norm)
         result.on_surface += on_surface

@@ -1,7 +1,7 @@
 """Projected gradient descent.
 
-x <- project(x + step_size * steepest(grad loss)), from a random start. Source: Madry et al. 2018, arXiv:1706.06083; one step of
-size eps without a random start is FGSM (Goodfellow et al. 2015).
+x <- project(x + step_size * steepest(grad loss)), from a random start. Source: Madry et al. 2018,
+arXiv:1706.06083; one step of size eps without a random start is FGSM (Goodfellow et al. 2015).
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,8 +45,9 @@ def pgd(
     best, best_loss = images, torch.full((len(images),), -torch.inf, device=images.device)
     for restart in range(restarts):
         streams = RowStreams(seed, "attack-start", list(names), restart=restart)
-        x = random_start(images, eps, norm, streams) if start else images
-        for x, loss in iterates(model, images, labels, x, eps, steps, eps / 4 if step_size is None else step_size, norm):
+        x_0 = random_start(images, eps, norm, streams) if start else images
+        size = eps / 4 if step_size is None else step_size
+        for x, loss in iterates(model, images, labels, x_0, eps, steps, size, norm):
             better = loss > best_loss
             best_loss = torch.where(better, loss, best_loss)
             best = torch.where(better.view(-1, 1, 1, 1), x, best)
@@ -54,7 +55,14 @@ def pgd(
 
 
 def iterates(
-    model: nn.Module, images: Tensor, labels: Tensor, x: Tensor, eps: float, steps: int, step_size: float, norm: Norm
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    x: Tensor,
+    eps: float,
+    steps: int,
+    step_size: float,
+    norm: Norm,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the start and the iterate after each step, each with its loss (B,)."""
     for _ in range(steps):

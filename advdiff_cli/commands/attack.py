@@ -23,7 +23,8 @@ def attack(
     eps: options.Eps = 2 / 255,
     steps: Annotated[int | None, typer.Option(min=1, help="Attack iterations.", show_default="40")] = None,
     step_size: Annotated[
-        float | None, typer.Option(parser=options.fraction, metavar="SIZE", help="Size of a step.", show_default="eps/4")
+        float | None,
+        typer.Option(parser=options.fraction, metavar="SIZE", help="Size of a step.", show_default="eps/4"),
     ] = None,
     restarts: Annotated[int | None, typer.Option(min=1, help="Random starts.", show_default="1")] = None,
     seed: options.Seed = 0,
@@ -42,8 +43,8 @@ def attack(
 ) -> None:
     """Attack a classifier: projected gradient descent from a random start, the best iterate kept, in fp32.
 
-    Prints what the stored attack achieves: accuracy before and after, the share on the ball's surface, and the accuracy that is
-    left after rounding to 8 bits inside the ball. Run again, it goes on where it was stopped.
+    Prints what the stored attack achieves: accuracy before and after, the share on the ball's surface,
+    and the accuracy that is left after rounding to 8 bits inside the ball. Run again, it goes on where it was stopped.
 
     Example: advdiff attack test.h5 -c pcam-resnet18 --eps 2/255 -o adv.safetensors
     """
@@ -63,12 +64,24 @@ def attack(
     folder = zoo.find_classifier(classifier)
     model = zoo.frozen_classifier(folder, chip)
     batch = batch_size or writer.begun(out).get("batch_size", _BATCH)
-    parameters = {"method": method, "norm": norm, "eps": eps, "seed": seed, "batch_size": batch, "precision": "fp32"}
+    parameters = {
+        "method": method,
+        "norm": norm,
+        "eps": eps,
+        "seed": seed,
+        "batch_size": batch,
+        "precision": "fp32",
+    }
     parameters |= _iterations(method, eps, steps, step_size, restarts)
     made_by = recipe("attack", parameters, data=patches.recipe_input(), classifier=zoo.fingerprint(folder))
     part = writer.shard_rows(len(patches), batch, cast("Any", shard))
     if dry_run:
-        plan = {"out": str(out), "status": "would attack", "patches": part.stop - part.start, "parameters": parameters}
+        plan = {
+            "out": str(out),
+            "status": "would attack",
+            "patches": part.stop - part.start,
+            "parameters": parameters,
+        }
         console.emit(plan, f"{out}: would attack {plan['patches']} patches", out, as_json=as_json, quiet=quiet)
         return
     sink = writer.PatchWriter(
@@ -81,7 +94,10 @@ def attack(
     achieved = judge(model, patches, open_patches(out), part.start, eps, norm, chip)
     summary = _summary(achieved)
     status = "up to date" if sink.up_to_date else "done"
-    text = _text(f"{method} {norm} eps {eps * 255:g}/255" if norm == "linf" else f"{method} {norm} eps {eps:g}", summary)
+    text = _text(
+        f"{method} {norm} eps {eps * 255:g}/255" if norm == "linf" else f"{method} {norm} eps {eps:g}",
+        summary,
+    )
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, text, out, as_json=as_json, quiet=quiet)
 
@@ -91,9 +107,16 @@ def _iterations(
 ) -> dict[str, Any]:
     if method == "fgsm":
         if (steps, step_size, restarts) != (None, None, None):
-            raise AdvdiffError("--method fgsm is one step of size eps; --steps, --step-size and --restarts do not apply")
+            raise AdvdiffError(
+                "--method fgsm is one step of size eps; --steps, --step-size and --restarts do not apply"
+            )
         return {"steps": 1, "step_size": eps, "restarts": 1, "random_start": False}
-    return {"steps": steps or 40, "step_size": step_size or eps / 4, "restarts": restarts or 1, "random_start": True}
+    return {
+        "steps": steps or 40,
+        "step_size": step_size or eps / 4,
+        "restarts": restarts or 1,
+        "random_start": True,
+    }
 
 
 def _run(model: Any, patches: Any, sink: Any, parameters: dict[str, Any], chip: Any, quiet: bool) -> None:
@@ -103,7 +126,9 @@ def _run(model: Any, patches: Any, sink: Any, parameters: dict[str, Any], chip: 
 
     labels = patches.require_labels()
     p = parameters
-    settings = {k: p[k] for k in ("eps", "steps", "step_size", "norm", "restarts", "seed")} | {"start": p["random_start"]}
+    settings = {k: p[k] for k in ("eps", "steps", "step_size", "norm", "restarts", "seed")} | {
+        "start": p["random_start"]
+    }
     with sink, console.progress(len(sink.finished), "attack", quiet=quiet) as advance:
         advance(int(sink.finished.sum()))
         for batch in sink.batches(p["batch_size"]):
@@ -118,9 +143,7 @@ def _summary(achieved: "Achieved") -> dict[str, Any]:
     from advdiff_cli.evaluation.intervals import wilson
 
     n = len(achieved.clean)
-    accuracies = {
-        kind: wilson(sum(getattr(achieved, kind)), n).as_dict() for kind in ("clean", "attacked", "rounded")
-    }
+    accuracies = {kind: wilson(sum(getattr(achieved, kind)), n).as_dict() for kind in ("clean", "attacked", "rounded")}
     return {"n": n, "accuracy": accuracies, "flipped": achieved.flipped, "on_surface": achieved.surface}
 
 
@@ -129,4 +152,5 @@ def _text(title: str, summary: dict[str, Any]) -> str:
 
     rows = [(kind, str(Estimate(**value))) for kind, value in summary["accuracy"].items()]
     table = console.table([f"{title}, n = {summary['n']}", "accuracy % [95 % Wilson]"], rows)
-    return f"{table}\nflipped {summary['flipped']}, on the ball's surface {100 * summary['on_surface']:.1f} % of what was perturbed"
+    surface = f"on the ball's surface {100 * summary['on_surface']:.1f} % of what was perturbed"
+    return f"{table}\nflipped {summary['flipped']}, {surface}"

@@ -31,25 +31,26 @@ def build_defence(
     """
     from advdiff_cli.models import zoo
     from advdiff_cli.models.ddpm import PAPER, load_ddpm
+    from advdiff_cli.purification.diffusion import noise_levels
     from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 
     if defense == "noise":
         if ddpm or sampler or sampler_steps:
-            raise AdvdiffError("--defense noise is the forward process alone; -m, --sampler and --sampler-steps do not apply")
+            raise AdvdiffError(
+                "--defense noise is the forward process alone; -m, --sampler and --sampler-steps do not apply"
+            )
         level = PAPER.t_star if t_star is None else t_star
         return Defence(NoisePurifier(linear_alpha_bar(), level), {"defense": "noise", "t_star": level}, None)
     folder = zoo.find_ddpm(ddpm or DEFAULT_DDPM)
     model = load_ddpm(folder)
     settings = asdict(model.card.recommended)
-    if t_star is not None and sampler_steps is None and t_star != settings["t_star"]:
-        settings["sampler_steps"] = settings["sampler_steps"] and min(settings["sampler_steps"], max(1, round(t_star * model.timesteps)))
+    if t_star is not None and sampler_steps is None and settings["sampler_steps"] is not None:
+        settings["sampler_steps"] = min(settings["sampler_steps"], noise_levels(t_star, model.timesteps))
     asked = {"t_star": t_star, "sampler": sampler, "sampler_steps": sampler_steps}
     settings |= {k: v for k, v in asked.items() if v is not None}
     if None in asked.values():
-        steps = settings["sampler_steps"] or "every"
-        console.log(
-            f"{ddpm or DEFAULT_DDPM}: t* {settings['t_star']:g}, sampler {settings['sampler']}, {steps} step{'s' * (steps != 1)}"
-        )
+        steps = settings["sampler_steps"] or "every noise level"
+        console.log(f"{ddpm or DEFAULT_DDPM}: t* {settings['t_star']:g}, sampler {settings['sampler']}, steps {steps}")
     return Defence(
         DiffusionPurifier(model, **settings).eval(), {"defense": "ddpm", **settings}, zoo.fingerprint(folder)
     )

@@ -32,8 +32,9 @@ def evaluate(
 ) -> None:
     """Evaluate a classifier on patch sets, in fp32: a row a set, every figure with its 95 % interval.
 
-    Sets made from the same rows are compared in pairs: the difference in accuracy and McNemar's exact test, Holm-adjusted. Patches of
-    one slide resemble each other, so intervals over patches are too narrow where slides are not known.
+    Sets made from the same rows are compared in pairs: the difference in accuracy and McNemar's exact test,
+    Holm-adjusted. Patches of one slide resemble each other, so intervals over patches are too narrow where slides are
+    not known.
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
@@ -87,7 +88,8 @@ def _write_predictions(path: Path, evaluated: "list[Evaluated]", sets: "list[Pat
         for one, patches in zip(evaluated, sets, strict=True):
             p = one.predictions
             table.writerows(
-                (one.name, key, label, 0, f"{p1:.9g}") for key, label, p1 in zip(patches.keys, p.labels, p.p1, strict=True)
+                (one.name, key, label, 0, f"{p1:.9g}")
+                for key, label, p1 in zip(patches.keys, p.labels, p.p1, strict=True)
             )
     os.replace(fresh, path)
 
@@ -101,7 +103,13 @@ def _text(result: dict[str, Any]) -> str:
     rows = [(s["data"], s["n"], *(cell(s[k]) for k in _COLUMNS)) for s in result["sets"]]
     text = console.table(("% [95 % interval]", "n", *(k.replace("_", " ") for k in _COLUMNS)), rows)
     pairs = [
-        (f"{c['second']} - {c['first']}", c["n"], cell(c["difference"]), f"{c['p']:.2g}", f"{c['p_holm']:.2g}")
+        (
+            f"{c['second']} - {c['first']}",
+            c["n"],
+            cell(c["difference"]),
+            f"{c['p']:.2g}",
+            f"{c['p_holm']:.2g}",
+        )
         for c in result["comparisons"]
     ]
     if pairs:

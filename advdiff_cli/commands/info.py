@@ -52,7 +52,10 @@ def _chain(made: dict[str, Any], indent: str) -> list[str]:
     recipe = made["recipe"]
     parameters = ", ".join(f"{k} {v}" for k, v in recipe["parameters"].items())
     versions = ", ".join(f"{k} {v}" for k, v in made["recorded"]["versions"].items())
-    lines = [f"{indent}{recipe['command']}: {parameters}", f"{indent}  with {versions} on {made['recorded']['device']}"]
+    lines = [
+        f"{indent}{recipe['command']}: {parameters}",
+        f"{indent}  with {versions} on {made['recorded']['device']}",
+    ]
     for name, value in recipe.items():
         if name not in ("command", "format", "parameters") and value is not None:
             lines.append(f"{indent}  {name}: {value}")

@@ -9,13 +9,15 @@ from advdiff_cli import console, options
 
 
 def merge(
-    parts: Annotated[list[Path], typer.Argument(help="Patch sets: the shards of one recipe, or sets of different rows.")],
+    parts: Annotated[
+        list[Path], typer.Argument(help="Patch sets: the shards of one recipe, or sets of different rows.")
+    ],
     out: options.Out,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Join patch sets: the shards of one recipe into the file that one run would have made, other sets one after another.
+    """Join patch sets: shards of one recipe into the file that one run would have made, other sets one after another.
 
     Example: advdiff merge part0.h5 part1.h5 -o adv.h5
     """

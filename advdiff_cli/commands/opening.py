@@ -8,7 +8,12 @@ if TYPE_CHECKING:
 
 
 def open_selected(
-    data: str, split: str | None, labels: Path | None, limit: int | None, rows: object | None, shuffle_seed: int | None
+    data: str,
+    split: str | None,
+    labels: Path | None,
+    limit: int | None,
+    rows: object | None,
+    shuffle_seed: int | None,
 ) -> "PatchSet":
     """Open DATA with --split, --labels, --limit, --range and --shuffle-seed."""
     from advdiff_cli.data.patches import Selection, open_patches

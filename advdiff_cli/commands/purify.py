@@ -22,7 +22,9 @@ def purify(
     data: options.Data,
     out: options.Out,
     ddpm: options.DdpmName = None,
-    defense: Annotated[Literal["ddpm", "noise"], typer.Option(help="ddpm, or noise: the forward process alone.")] = "ddpm",
+    defense: Annotated[
+        Literal["ddpm", "noise"], typer.Option(help="ddpm, or noise: the forward process alone.")
+    ] = "ddpm",
     t_star: options.TStar = None,
     sampler: options.Sampler = None,
     sampler_steps: options.SamplerSteps = None,
@@ -43,7 +45,8 @@ def purify(
 ) -> None:
     """Purify patches: a file to a .safetensors or .h5 file, a folder or glob of images to a folder of the same names.
 
-    Run again, it goes on where it was stopped; a folder gets new, changed and failed files only (exit 3 while any fails).
+    Run again, it goes on where it was stopped; a folder gets new, changed and failed files only (exit 3 while any
+    fails).
 
     Example: advdiff purify patches/ -o purified/
     """
@@ -54,7 +57,7 @@ def purify(
     chip = resolve_device(device)
     to_file = out.suffix in (".safetensors", ".h5", ".hdf5")
     earlier = writer.begun(out) if to_file else {}
-    machine = {
+    machine: dict[str, Any] = {
         "batch_size": batch_size or earlier.get("batch_size", _BATCH),
         "precision": earlier.get("precision", "auto") if precision == "auto" else precision,
     }
@@ -63,7 +66,9 @@ def purify(
         patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
         patches.require_shape()
     elif (split, limit, rows, shuffle_seed, shard) != (None,) * 5 or not _holds_images(data):
-        raise AdvdiffError(f"--out {out}: rows of a patch set are written as .safetensors or .h5; a folder takes whole folders of images")
+        raise AdvdiffError(
+            f"--out {out}: rows of a patch set go to a .safetensors or .h5 file, whole folders of images to a folder"
+        )
     defence = build_defence(defense, ddpm, t_star, sampler, sampler_steps)
     defence.purifier.to(chip)
     parameters = defence.parameters | {"seed": seed} | machine
@@ -76,7 +81,7 @@ def purify(
     counts = ", ".join(f"{v} {k}" for k, v in result.items() if isinstance(v, int))
     console.emit(result, f"{out}: {result['status']}, {counts}", out, as_json=as_json, quiet=quiet)
     if result.get("failed"):
-        raise SomeInputsFailed(f"{result['failed']} of {result['files']} files failed; each is named above and in {out}/advdiff.jsonl")
+        raise SomeInputsFailed(f"{result['failed']} of {result['files']} files failed; {out}/advdiff.jsonl names each")
 
 
 def _holds_images(data: str) -> bool:
@@ -84,8 +89,8 @@ def _holds_images(data: str) -> bool:
 
 
 def _to_file(
-    patches: "PatchSet", out: Path, made_by: dict[str, Any], defence: Defence, shard: tuple[int, int] | None, chip: "Chip",
-    overwrite: bool, dry_run: bool, quiet: bool,
+    patches: "PatchSet", out: Path, made_by: dict[str, Any], defence: Defence, shard: tuple[int, int] | None,
+    chip: "Chip", overwrite: bool, dry_run: bool, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from advdiff_cli.data import writer
     from advdiff_cli.purification.bulk import purify_batch
@@ -95,7 +100,9 @@ def _to_file(
     count = part.stop - part.start
     if dry_run:
         return {"out": str(out), "status": "would purify", "patches": count}
-    sink = writer.PatchWriter(out, made_by, patches, part, shape=patches.require_shape(), device=chip.type, overwrite=overwrite)
+    sink = writer.PatchWriter(
+        out, made_by, patches, part, shape=patches.require_shape(), device=chip.type, overwrite=overwrite
+    )
     if sink.up_to_date:
         console.log(f"{out} is up to date")
         return {"out": str(out), "status": "up to date", "patches": count}
@@ -112,7 +119,14 @@ def _to_file(
 
 
 def _to_folder(
-    data: str, out: Path, made_by: dict[str, Any], defence: Defence, chip: "Chip", overwrite: bool, dry_run: bool, quiet: bool
+    data: str,
+    out: Path,
+    made_by: dict[str, Any],
+    defence: Defence,
+    chip: "Chip",
+    overwrite: bool,
+    dry_run: bool,
+    quiet: bool,
 ) -> dict[str, Any]:
     from advdiff_cli.data.folder_writer import FolderWriter
     from advdiff_cli.data.image_folder import list_images
@@ -137,4 +151,11 @@ def _to_folder(
                 console.warn(outcome.reason)
             advance()
     status = "up to date" if counts["kept"] == len(files) else "done"
-    return {"out": str(out), "status": status, "files": len(files), "purified": counts["ok"], "kept": counts["kept"], "failed": counts["failed"]}
+    return {
+        "out": str(out),
+        "status": status,
+        "files": len(files),
+        "purified": counts["ok"],
+        "kept": counts["kept"],
+        "failed": counts["failed"],
+    }

@@ -26,7 +26,9 @@ def train_classifier(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a classifier on labelled patches (flips, quarter turns and stain variation), keeping the best epoch on --valid.
+    """Train a classifier on labelled patches, with flips, quarter turns and stain variation.
+
+    The weights of the epoch that does best on --valid are kept.
 
     Run again after an interruption, it ends in the same weights as an uninterrupted run.
 
@@ -36,7 +38,7 @@ def train_classifier(
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import zoo
-    from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
+    from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
     from advdiff_cli.models.device import resolve_device, resolve_precision
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_classifier import BEST, ClassifierPlan, channel_statistics, fit_classifier
@@ -62,7 +64,7 @@ def train_classifier(
     else:
         rows = TrainingRows(sets, labelled=True)
         mean, std = channel_statistics(rows, seed)
-        model = zoo.initial_classifier(init, ClassifierConfig(arch, tuple(mean), tuple(std)), seed)
+        model = zoo.initial_classifier(init, ClassifierConfig(arch, mean, std), seed)
         records = fit_classifier(model, rows, valid_set, plan, work, chip)
         follow(records, rows.steps(plan.batch_size) * epochs, "train-classifier", quiet=quiet)
         made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
@@ -72,4 +74,3 @@ def train_classifier(
     accuracy = last.get("valid_accuracy")
     text = f"{out}: {arch}, {last['epoch']} epochs" + (f", last valid accuracy {accuracy:.3f}" if accuracy else "")
     console.emit({"out": str(out), "log": zoo.training_log(out)}, text, out, as_json=as_json, quiet=quiet)
-

@@ -13,7 +13,8 @@ def train_ddpm(
     out: options.Out,
     valid: Annotated[str | None, typer.Option(help="Patch set for the validation loss and the picture.")] = None,
     preset: Annotated[
-        Literal["paper", "s2d2", "s2d4"], typer.Option(help="The paper's U-Net, or a small one on space-to-depth by 2 or 4.")
+        Literal["paper", "s2d2", "s2d4", "tiny"],
+        typer.Option(help="The paper's U-Net, a small one on space-to-depth by 2 or 4, or one for trials."),
     ] = "s2d2",
     max_t: Annotated[float, typer.Option(help="Train noise levels up to this fraction of T.")] = 1.0,
     init: Annotated[str | None, typer.Option(help="Start from this model's weights.")] = None,
@@ -31,8 +32,9 @@ def train_ddpm(
 ) -> None:
     """Train a diffusion model on patches, labelled or not; diffusers loads the folder it writes.
 
-    Along the way it writes the validation loss of each noise level (training.jsonl) and a picture of clean, noised and denoised
-    patches (samples.png). Run again after an interruption, it ends in the same weights as an uninterrupted run.
+    Along the way it writes the validation loss of each noise level (training.jsonl) and a picture of clean, noised and
+    denoised patches (samples.png). Run again after an interruption, it ends in the same weights as an uninterrupted
+    run.
 
     Example: advdiff train-ddpm train.h5 --valid valid.h5 --max-t 0.3 -o ddpm
     """

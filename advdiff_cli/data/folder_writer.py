@@ -1,7 +1,7 @@
 """Folders out: one lossless 8-bit file for each input, each renamed into place by itself, and OUT/advdiff.jsonl.
 
-The journal's first line holds the recipe; then a line for each file: input, its hash, output, status, reason. The last line of
-a file counts.
+The journal's first line holds the recipe; then a line for each file: input, its hash, output, status, reason. The
+last line of a file counts.
 """
 
 import json
@@ -57,7 +57,9 @@ class FolderWriter:
         head, *lines = self._journal.read_text().split("\n")[:-1] or [""]  # what follows the last newline was cut off
         have = parse(head, self._journal)["recipe"]
         if not same_recipe(have, recipe):
-            raise AdvdiffError(f"{self.out} was made otherwise ({difference(have, recipe)}); give --overwrite or another --out")
+            raise AdvdiffError(
+                f"{self.out} was made otherwise ({difference(have, recipe)}); give --overwrite or another --out"
+            )
         for line in lines:
             record = json.loads(line)
             self._lines[record["file"]] = record

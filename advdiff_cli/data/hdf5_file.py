@@ -1,8 +1,9 @@
-"""Patch sets in HDF5 files, ours (images, labels, index) and PCam's own (x, y), opened without following anything outside.
+"""Patch sets in HDF5 files: ours (images, labels, index) and PCam's own (x, y). Nothing outside the file is followed.
 
 Chunks lie along N: HDF5's automatic chunks would cut each patch over hundreds of them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from advdiff_cli.data.patches import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
+from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 _CHUNK_BYTES = 1 << 20
@@ -34,7 +36,7 @@ class Hdf5Source:
         self.shape: tuple[int, int] | None = (shape[2], shape[3])
         self.labels = check_labels(path, labels)
         self.index: Rows = np.arange(shape[0]) if index is None else index.astype(np.int64)
-        self.keys = self.index
+        self.keys: Sequence[RowKey] = self.index.tolist()
         self.provenance: Provenance | None = None
         if KEY in self._file:
             self.provenance = parse(_dataset(self._file, path, KEY)[()], path)
@@ -68,7 +70,9 @@ class Hdf5Source:
             else:
                 images = np.stack([self._images[int(row)] for row in rows])
         except OSError as e:
-            raise AdvdiffError(f"rows {first}.. of {self.path} cannot be read ({e}); make or download it again") from None
+            raise AdvdiffError(
+                f"rows {first}.. of {self.path} cannot be read ({e}); make or download it again"
+            ) from None
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if self._pcam else images
 
 

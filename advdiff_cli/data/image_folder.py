@@ -2,6 +2,7 @@
 
 import csv
 import glob
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from advdiff_cli.data.patches import Images, Rows
 from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
@@ -23,7 +25,7 @@ class FolderSource:
         self.path = path
         self.root = root
         self.files = files
-        self.keys = [f.relative_to(root).as_posix() for f in files]
+        self.keys: Sequence[RowKey] = [f.relative_to(root).as_posix() for f in files]
         self.labels = labels
         self.index: Rows = np.arange(len(files))
         self.provenance: Provenance | None = None

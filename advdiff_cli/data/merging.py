@@ -7,6 +7,7 @@ import numpy as np
 
 from advdiff_cli.data.patches import Images, PatchSet, Rows, open_patches
 from advdiff_cli.data.provenance import Provenance, canonical, recipe
+from advdiff_cli.data.streams import RowKey
 from advdiff_cli.data.writer import Part, PatchWriter
 from advdiff_cli.errors import AdvdiffError
 
@@ -20,7 +21,7 @@ class _Joined:
         self.path = sets[0].path
         self.shape = sets[0].shape
         self.index: Rows = np.concatenate([s.index for s in sets])
-        self.keys = self.index
+        self.keys: Sequence[RowKey] = self.index.tolist()
         labelled = [s.labels for s in sets if s.labels is not None]
         self.labels: Rows | None = np.concatenate(labelled) if labelled else None
         self.provenance: Provenance | None = provenance
@@ -31,36 +32,55 @@ class _Joined:
         return int(self._ends[-1])
 
     def read(self, rows: Rows) -> Images:
-        which = np.searchsorted(self._ends, rows, side="right")
-        images = [self._sets[k].source.read(np.array([r - self._ends[k] + len(self._sets[k])])) for k, r in zip(which, rows, strict=True)]
+        sets = np.searchsorted(self._ends, rows, side="right")
+        starts = self._ends - [len(s) for s in self._sets]
+        images = [self._sets[k].source.read(np.array([row - starts[k]])) for k, row in zip(sets, rows, strict=True)]
         return np.concatenate(images)
 
 
 def merge_sets(paths: Sequence[Path], out: Path, *, overwrite: bool) -> PatchWriter:
     """Join the sets at `paths` into `out`, and return the finished writer.
 
-    Shards of one recipe, in any order, give the file that one run would have made, with its recipe. Other sets are joined in the
-    order given.
+    Shards of one recipe, in any order, give the file that one run would have made, with its recipe. Other sets
+    are joined in the order given.
 
     Raises:
         AdvdiffError: sizes or types differ, rows are there twice, or shards of the recipe are missing.
     """
     sets = [open_patches(p) for p in paths]
     for one in sets:
-        if (one.shape, one.read_dtype(), one.labels is None) != (sets[0].shape, sets[0].read_dtype(), sets[0].labels is None):
-            raise AdvdiffError(f"{one.path} differs from {sets[0].path} in patch size, type or labels; they cannot be joined")
+        if (one.shape, one.read_dtype(), one.labels is None) != (
+            sets[0].shape,
+            sets[0].read_dtype(),
+            sets[0].labels is None,
+        ):
+            raise AdvdiffError(
+                f"{one.path} differs from {sets[0].path} in patch size, type or labels; they cannot be joined"
+            )
     if any("part" in (s.provenance or {}) for s in sets):
         sets, made, inputs = _shards(sets)
     else:
-        made, inputs = recipe("merge", {}, data=[s.recipe_input() for s in sets]), [s.provenance for s in sets if s.provenance]
+        made, inputs = (
+            recipe("merge", {}, data=[s.recipe_input() for s in sets]),
+            [s.provenance for s in sets if s.provenance],
+        )
         if len({s.origin() for s in sets}) > 1:
-            raise AdvdiffError(f"{out}: the sets come from different origins; their row numbers cannot stand in one file")
+            raise AdvdiffError(
+                f"{out}: the sets come from different origins; their row numbers cannot stand in one file"
+            )
     source = PatchSet(_Joined(sets, {"origin": sets[0].origin()}))
     if len(np.unique(source.index)) < len(source):
         raise AdvdiffError(f"{out}: the sets share rows; join each row once")
     n = len(source)
     sink = PatchWriter(
-        out, made, source, Part(0, n, n), shape=source.require_shape(), dtype=sets[0].read_dtype(), overwrite=overwrite, inputs=inputs
+        out,
+        made,
+        source,
+        Part(0, n, n),
+        shape=source.require_shape(),
+        dtype=sets[0].read_dtype(),
+        overwrite=overwrite,
+        inputs=inputs,
     )
     if not sink.up_to_date:
         with sink:
@@ -78,7 +98,8 @@ def _shards(sets: list[PatchSet]) -> tuple[list[PatchSet], Provenance, list[Prov
     end = 0
     for start, stop, _ in (records[i]["part"] for i in order):
         if start != end:
-            raise AdvdiffError(f"rows {min(start, end)} to {max(start, end) - 1} are {'missing' if start > end else 'there twice'} among the shards")
+            how = "missing" if start > end else "there twice"
+            raise AdvdiffError(f"rows {min(start, end)} to {max(start, end) - 1} are {how} among the shards")
         end = stop
     if end != (of := records[0]["part"][2]):
         raise AdvdiffError(f"rows {end} to {of - 1} are missing among the shards")

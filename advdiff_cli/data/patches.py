@@ -1,6 +1,6 @@
 """The reader of patch sets: rows of images in [0, 1], with labels and the row keys of their origin.
 
-Four forms, chosen by what the path is: safetensors, HDF5, PCam's own files (or their folder), a folder or glob of images.
+Four forms, chosen by what the path is: safetensors, HDF5, PCam's own files (or their folder), images in a folder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,11 @@ class Selection:
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters that enter a recipe."""
-        return {"limit": self.limit, "range": self.range and list(self.range), "shuffle_seed": self.shuffle_seed}
+        return {
+            "limit": self.limit,
+            "range": self.range and list(self.range),
+            "shuffle_seed": self.shuffle_seed,
+        }
 
 
 ALL = Selection()
@@ -78,7 +82,9 @@ class PatchSet:
         self.provenance = source.provenance
         self._rows = selection.rows(len(source))
         if not len(self._rows):
-            raise AdvdiffError(f"no patches selected from {self.path}, which holds {len(source)}; check --limit and --range")
+            raise AdvdiffError(
+                f"no patches selected from {self.path}, which holds {len(source)}; check --limit and --range"
+            )
         self.labels: Rows | None = None if source.labels is None else source.labels[self._rows]
         self.index: Rows = source.index[self._rows]
         self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
@@ -100,7 +106,9 @@ class PatchSet:
         inside = ((raw >= 0) & (raw <= 1)).reshape(len(raw), -1).all(axis=1)  # NaN compares false
         if not inside.all():
             row = int(chosen[np.argmin(inside)])
-            value = "NaN or infinite values" if not np.isfinite(raw[np.argmin(inside)]).all() else "values outside [0, 1]"
+            value = (
+                "NaN or infinite values" if not np.isfinite(raw[np.argmin(inside)]).all() else "values outside [0, 1]"
+            )
             raise AdvdiffError(f"row {row} of {self.path} holds {value}; images must be float32 in [0, 1] or uint8")
         return torch.from_numpy(raw)
 
@@ -187,7 +195,9 @@ def open_patches(
     else:
         source = open_folder(str(path), labels)
     if source.shape is not None and min(source.shape) < MIN_SIZE:
-        raise AdvdiffError(f"the patches of {path} are {source.shape[0]}x{source.shape[1]}; at least {MIN_SIZE}x{MIN_SIZE} is needed")
+        raise AdvdiffError(
+            f"the patches of {path} are {source.shape[0]}x{source.shape[1]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
+        )
     return PatchSet(source, selection)
 
 

@@ -1,7 +1,7 @@
 """PatchCamelyon's files: the registry of the Zenodo record, their layout, and where a split lies in a folder.
 
-Source: Veeling et al. 2018, arXiv:1806.03962; record 2546921, CC0. Sizes and SHA-256 agree between independent sources; the
-MD5s in PCam's own README are exchanged between valid and test and are not used.
+Source: Veeling et al. 2018, arXiv:1806.03962; record 2546921, CC0. Sizes and SHA-256 agree between independent
+sources; the MD5s in PCam's own README are exchanged between valid and test and are not used.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def split_name(split: str) -> str:
 
 
 def folder(data_dir: Path) -> Path:
-    """Return the folder of the files below `data_dir`: torchvision's <root>/pcam, or data_dir where it holds them itself."""
+    """Return the folder of the files: `data_dir` where it holds them itself, else torchvision's <root>/pcam."""
     return data_dir if any(data_dir.glob(f"{PREFIX}_*")) else data_dir / "pcam"
 
 
@@ -76,5 +76,5 @@ def find_split(place: Path, split: str | None) -> Path | None:
     if split is None:
         raise AdvdiffError(f"{place} holds PCam's splits {', '.join(have)}; choose one with --split")
     if split_name(split) not in have:
-        raise AdvdiffError(f"{place} has no split {split_name(split)}, only {', '.join(have)}; see advdiff download-pcam --help")
+        raise AdvdiffError(f"{place} has no split {split_name(split)}, only {', '.join(have)}")
     return folder(place) / f"{PREFIX}_{split_name(split)}_x.h5"

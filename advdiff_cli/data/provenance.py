@@ -1,7 +1,7 @@
 """Recipes, fingerprints and what is recorded beside them.
 
-A recipe decides whether an output is up to date: command, format version, the parameters that change the result, and the
-content fingerprints of inputs and models. Paths, argv, time and shard never enter it.
+A recipe decides whether an output is up to date: command, format version, the parameters that change the result, and
+the content fingerprints of inputs and models. Paths, argv, time and shard never enter it.
 """
 
 import hashlib

@@ -1,12 +1,13 @@
 """Patch sets in safetensors files: rows read and written at their offsets, so that memory does not grow with N.
 
-The library checks a file's header; rows are then read at their offsets, since its memory map would count every page read
-towards the process, and written at theirs, since it cannot write a file in pieces.
+The library checks a file's header; rows are then read at their offsets, since its memory map would count every page
+read towards the process, and written at theirs, since it cannot write a file in pieces.
 """
 
 import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from advdiff_cli.data.patches import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
+from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
+
+_Tensors = dict[str, tuple[str, tuple[int, ...], int]]  # name -> dtype, shape, offset in the data
 
 _DTYPES = {"F32": "float32", "U8": "uint8", "I64": "int64"}
 _CODES = {name: code for code, name in _DTYPES.items()}
@@ -31,7 +35,7 @@ class SafetensorsSource:
         tensors, metadata, self._start = _header(path)
         if "images" not in tensors:
             raise AdvdiffError(f"{path} has no tensor named images; a patch set holds images, labels and index")
-        known = {name: tensors[name] for name in ("images", "labels", "index") if name in tensors}
+        known: _Tensors = {k: tensors[k] for k in ("images", "labels", "index") if k in tensors}
         self._dtype, shape, self._offset = known["images"]
         check_layout(path, shape, self._dtype, {k: v[1][0] if v[1] else 0 for k, v in known.items() if k != "images"})
         self._n, self._row_shape = shape[0], shape[1:]
@@ -41,9 +45,9 @@ class SafetensorsSource:
         self.labels = check_labels(path, self._vector(known, "labels"))
         index = self._vector(known, "index")
         self.index: Rows = np.arange(self._n) if index is None else index
-        self.keys = self.index
+        self.keys: Sequence[RowKey] = self.index.tolist()
 
-    def _vector(self, known: dict[str, tuple[str, tuple[int, ...], int]], name: str) -> Rows | None:
+    def _vector(self, known: _Tensors, name: str) -> Rows | None:
         if name not in known:
             return None
         dtype, shape, offset = known[name]
@@ -75,7 +79,7 @@ def open_safetensors(path: Path) -> SafetensorsSource:
     return SafetensorsSource(path)
 
 
-def _header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str], int]:
+def _header(path: Path) -> tuple[_Tensors, dict[str, str], int]:
     """Return tensors as {name: (dtype, shape, offset)}, the metadata, and where the data starts."""
     try:
         with safe_open(path, "np"):  # refuses truncated, overlapping and oversized headers
@@ -87,7 +91,8 @@ def _header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], di
         header: dict[str, Any] = json.loads(file.read(size))
     metadata = header.pop("__metadata__", {})
     tensors = {
-        name: (_DTYPES.get(t["dtype"], t["dtype"]), tuple(t["shape"]), t["data_offsets"][0]) for name, t in header.items()
+        name: (_DTYPES.get(t["dtype"], t["dtype"]), tuple(t["shape"]), t["data_offsets"][0])
+        for name, t in header.items()
     }
     return tensors, metadata, 8 + size
 
@@ -113,12 +118,16 @@ class SafetensorsTarget:
         self._row = size // shape[0]
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o666)
         if not resume:
-            os.pwrite(self._file, struct.pack("<Q", len(head)) + head + b"".join(v.tobytes() for v in vectors.values()), 0)
+            os.pwrite(
+                self._file,
+                struct.pack("<Q", len(head)) + head + b"".join(v.tobytes() for v in vectors.values()),
+                0,
+            )
             os.ftruncate(self._file, self._images + size)
 
     def write(self, start: int, images: Images) -> None:
         """Write `images` as rows start, start + 1, ..."""
-        data = memoryview(np.ascontiguousarray(images)).cast("B")
+        data = np.ascontiguousarray(images).data.cast("B")
         at = self._images + start * self._row
         while data:
             written = os.pwrite(self._file, data, at)

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from advdiff_cli.data.safetensors_file import SafetensorsTarget
 from advdiff_cli.errors import AdvdiffError
 
 _FLUSH_SECONDS = 1.0
-_TARGETS = {".safetensors": SafetensorsTarget, ".h5": Hdf5Target, ".hdf5": Hdf5Target}
+_TARGETS: dict[str, Any] = {".safetensors": SafetensorsTarget, ".h5": Hdf5Target, ".hdf5": Hdf5Target}
 
 
 class _Target(Protocol):
@@ -29,7 +29,7 @@ class _Target(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows computed at once; the last batch repeats its last row up to the full size, and only `count` rows are kept."""
+    """Rows computed at once; the last batch repeats its last row to the full size, and only `count` rows are kept."""
 
     start: int
     rows: Rows
@@ -125,7 +125,8 @@ class PatchWriter:
                 vectors["labels"] = np.ascontiguousarray(source.labels[rows])
             resume = self._resume(overwrite)
             full = (len(self.finished), 3, *shape)
-            self._target = _TARGETS[out.suffix](self._work, full, dtype, vectors, record, resume=resume)
+            kind: Callable[..., _Target] = _TARGETS[out.suffix]
+            self._target = kind(self._work, full, dtype, vectors, record, resume=resume)
             if not resume:
                 self._sidecar.write_text(canonical(record) + "\n")
             self._pending: list[tuple[int, int]] = []
@@ -151,7 +152,9 @@ class PatchWriter:
             if overwrite:
                 return False
             what = difference(_identity(have), _identity(self._record))
-            raise AdvdiffError(f"{self._work} holds unfinished work of another recipe ({what}); give --overwrite or another --out")
+            raise AdvdiffError(
+                f"{self._work} holds unfinished work of another recipe ({what}); give --overwrite or another --out"
+            )
         for line in self._sidecar.read_text().split("\n")[1:-1]:  # what follows the last newline was cut off
             start, stop = json.loads(line)
             self.finished[start:stop] = True
@@ -187,7 +190,9 @@ class PatchWriter:
         """Return the writer."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close OUT.part; rename it to OUT when every row is finished and nothing went wrong."""
         if self._target is None:
             return

@@ -35,7 +35,7 @@ class Evaluated:
 def compare(sets: Sequence[Evaluated]) -> list[dict[str, Any]]:
     """Return a paired comparison of accuracy for each pair of sets of one origin, on the rows both hold.
 
-    Each has the difference (second - first) with its interval, McNemar's exact p, and p adjusted by Holm over all pairs.
+    Each has the difference (second - first) with its interval, McNemar's exact p, and p Holm-adjusted over all pairs.
     """
     found = []
     for first, second in combinations(sets, 2):

@@ -40,7 +40,11 @@ def wilson(successes: int, n: int) -> Estimate:
 
 
 def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], float], labels: NDArray[np.int64], *, resamples: int = RESAMPLES, seed: int = 0
+    statistic: Callable[[NDArray[np.int64]], float],
+    labels: NDArray[np.int64],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """Return a statistic of rows with its percentile bootstrap interval, rows resampled within each label.
 
@@ -71,9 +75,9 @@ def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Es
     c, d = int((~first & second).sum()), int((~first & ~second).sum())
     one, two = wilson(a + b, n), wilson(a + c, n)
     product = (a + b) * (c + d) * (a + c) * (b + d)
-    excess = a * d - b * c
+    excess = float(a * d - b * c)
     if excess > 0:  # continuity correction of the correlation
-        excess = max(excess - n / 2, 0)
+        excess = max(excess - n / 2, 0.0)
     phi = excess / np.sqrt(product) if product else 0.0
     difference = two.value - one.value
 
@@ -94,5 +98,3 @@ def holm(p_values: list[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return [float(p) for p in adjusted]
-
-

@@ -30,7 +30,7 @@ class Predictions:
     @property
     def correct(self) -> NDArray[np.bool_]:
         """Whether each prediction is right (N,)."""
-        return self.predicted == self.labels
+        return np.equal(self.predicted, self.labels)
 
     def take(self, rows: NDArray[np.int64]) -> "Predictions":
         """Return the predictions of some rows."""

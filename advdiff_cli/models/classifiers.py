@@ -54,7 +54,9 @@ def _backbone(arch: str, num_classes: int) -> nn.Module:
 
     names = list_models(module=__import__("torchvision").models)
     if arch not in names:
-        raise AdvdiffError(f"torchvision has no classification architecture {arch}; for example resnet18, googlenet, densenet121")
+        raise AdvdiffError(
+            f"torchvision has no classification architecture {arch}; for example resnet18, googlenet, densenet121"
+        )
     extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     network: nn.Module = get_model(arch, weights=None, num_classes=num_classes, **extra)
     return network

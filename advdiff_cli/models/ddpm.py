@@ -1,7 +1,7 @@
 """Diffusion models: diffusers' U-Net and linear schedule, optionally on space-to-depth images.
 
-A folder is what `DDPMPipeline.save_pretrained` writes, plus advdiff.json: data range, trained noise levels, space-to-depth
-factor, and the settings recommended for purification. Source: Ho et al. 2020, arXiv:2006.11239.
+A folder is what `DDPMPipeline.save_pretrained` writes, plus advdiff.json: data range, trained noise levels, space-to-
+depth factor, and the settings recommended for purification. Source: Ho et al. 2020, arXiv:2006.11239.
 """
 
 import json
@@ -33,6 +33,7 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "s2d2": (2, {"block_out_channels": (48, 96, 192), "layers_per_block": 1}),
+    "tiny": (4, {"block_out_channels": (48, 96), "layers_per_block": 1}),
     "s2d4": (4, {"block_out_channels": (96, 192), "layers_per_block": 1}),
 }
 """Name -> space-to-depth factor and the U-Net's own arguments."""
@@ -40,7 +41,7 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Purification:
-    """Settings of a purification: noise level as a fraction of T, reverse process, U-Net evaluations (None: every step)."""
+    """Settings of a purification: noise level as a fraction of T, reverse process, U-Net evaluations (None: all)."""
 
     t_star: float = 0.04
     sampler: SamplerName = "ddpm"
@@ -102,7 +103,10 @@ def build_ddpm(preset: str, size: int, max_t: float, seed: int) -> Ddpm:
         torch.manual_seed(seed)  # diffusers initialises from the global stream; it is put back on leaving
         channels = 3 * factor**2
         unet = UNet2DModel(
-            sample_size=size // factor, in_channels=channels, out_channels=channels, **{**plain, **small, **arguments}
+            sample_size=size // factor,
+            in_channels=channels,
+            out_channels=channels,
+            **{**plain, **small, **arguments},
         )
     return Ddpm(unet, DDPMScheduler(num_train_timesteps=1000), DdpmCard(space_to_depth=factor, max_t=max_t))
 
@@ -146,7 +150,7 @@ def load_ddpm(folder: Path) -> Ddpm:
     except (OSError, ValueError, RuntimeError) as e:
         raise AdvdiffError(f"{folder} is no diffusion model folder: {str(e).strip().splitlines()[0]}") from None
     model = Ddpm(unet, scheduler, load_card(folder)).eval()
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return model.to(memory_format=torch.channels_last)
 
 
 def recommend(folder: Path, settings: Purification) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from advdiff_cli.data.provenance import KEY, Provenance, canonical, digest, file_digest, parse
+from advdiff_cli.data.provenance import KEY, Provenance, digest, file_digest, parse
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import CONFIG, WEIGHTS, Classifier, ClassifierConfig, load_classifier
 from advdiff_cli.models.ddpm import CARD, UNET_WEIGHTS, Ddpm, build_ddpm, load_card, load_ddpm
@@ -39,7 +39,13 @@ def list_bundled() -> list[dict[str, Any]]:
     """Return name, kind, architecture and size in bytes of each bundled model."""
     found = []
     for name in bundled(WEIGHTS):
-        found.append({"name": name, "kind": "classifier", "arch": json.loads((BUNDLED / name / CONFIG).read_text())["arch"]})
+        found.append(
+            {
+                "name": name,
+                "kind": "classifier",
+                "arch": json.loads((BUNDLED / name / CONFIG).read_text())["arch"],
+            }
+        )
     for name in bundled(UNET_WEIGHTS):
         channels = json.loads((BUNDLED / name / "unet" / "config.json").read_text())["block_out_channels"]
         factor = load_card(BUNDLED / name).space_to_depth
@@ -69,7 +75,9 @@ def _download(name: str, kind: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise AdvdiffError(f"no {kind} called {name}: no folder, no bundled model, and the Hub did not give it ({reason})") from None
+        raise AdvdiffError(
+            f"no {kind} called {name}: no folder, no bundled model, and the Hub did not give it ({reason})"
+        ) from None
 
 
 def fingerprint(folder: Path) -> str:
@@ -94,7 +102,9 @@ def initial_ddpm(init: str | None, preset: str, shape: tuple[int, int], max_t: f
     """Return the diffusion model a fit starts from: fresh weights of (preset, seed), or those of the model `init`."""
     model = build_ddpm(preset, shape[0], max_t, seed)
     if any(side % model.multiple for side in shape):
-        raise AdvdiffError(f"patches of {shape[0]}x{shape[1]} do not fit preset {preset}: sides must be multiples of {model.multiple}")
+        raise AdvdiffError(
+            f"patches of {shape[0]}x{shape[1]} do not fit preset {preset}: sides must be multiples of {model.multiple}"
+        )
     if init is None:
         return model
     start = load_ddpm(find_ddpm(init))

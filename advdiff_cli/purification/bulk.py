@@ -37,7 +37,8 @@ def purify_batch(
     """Purify images (B, 3, H, W) in [0, 1], the noise of each drawn from the stream that its key names."""
     noise = RowStreams(seed, "purify", keys).normal(*purifier.noise_shape(*images.shape[-2:]))
     with autocast(precision, device):
-        return purifier(images.to(device), noise.to(device)).float().cpu()
+        purified: Tensor = purifier(images.to(device), noise.to(device))
+        return purified.float().cpu()
 
 
 def purify_files(
@@ -78,7 +79,9 @@ def purify_files(
                 continue
             image = read_image(file)
             if min(image.shape[1:]) < MIN_SIZE:
-                raise AdvdiffError(f"{file} is {image.shape[1]}x{image.shape[2]}; at least {MIN_SIZE}x{MIN_SIZE} is needed")
+                raise AdvdiffError(
+                    f"{file} is {image.shape[1]}x{image.shape[2]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
+                )
         except (AdvdiffError, OSError) as e:
             writer.fail(key, sha256, str(e))
             yield Outcome(key, "failed", str(e))

@@ -16,7 +16,7 @@ def noise_levels(t_star: float, timesteps: int) -> int:
 
 
 def step_indices(n: int, steps: int) -> list[int]:
-    """Return the `steps` timesteps at which the U-Net is evaluated, from n - 1 down; ValueError unless 1 <= steps <= n."""
+    """Return the timesteps at which the U-Net is evaluated, from n - 1 down; ValueError unless 1 <= steps <= n."""
     if not 1 <= steps <= n:
         raise ValueError(f"{steps} steps do not fit {n} noise levels")
     return [int(i) for i in np.linspace(n - 1, 0, steps).round()]

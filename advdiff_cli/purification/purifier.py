@@ -22,7 +22,9 @@ from advdiff_cli.purification.diffusion import (
 class DiffusionPurifier(nn.Module):
     """Noise an image to t_star and denoise it with a DDPM (the paper, section 3)."""
 
-    def __init__(self, ddpm: Ddpm, t_star: float, sampler: SamplerName = "ddpm", sampler_steps: int | None = None) -> None:
+    def __init__(
+        self, ddpm: Ddpm, t_star: float, sampler: SamplerName = "ddpm", sampler_steps: int | None = None
+    ) -> None:
         """Set up a purifier.
 
         Args:
@@ -37,7 +39,9 @@ class DiffusionPurifier(nn.Module):
         super().__init__()
         n = _checked_levels(t_star, ddpm.timesteps)
         if n > noise_levels(ddpm.card.max_t, ddpm.timesteps):
-            raise AdvdiffError(f"t* = {t_star:g} is above max_t = {ddpm.card.max_t:g}, the noise this model was trained on")
+            raise AdvdiffError(
+                f"t* = {t_star:g} is above max_t = {ddpm.card.max_t:g}, the noise this model was trained on"
+            )
         if sampler_steps is not None and sampler_steps > n:
             raise AdvdiffError(f"--sampler-steps {sampler_steps} is more than the {n} noise levels of t* = {t_star:g}")
         self.ddpm = ddpm
@@ -84,6 +88,8 @@ class DiffusionPurifier(nn.Module):
 
 class NoisePurifier(nn.Module):
     """NoiseDefense (the paper, section 4): the forward process alone, clamped to [0, 1]."""
+
+    alpha_bar_t: Tensor
 
     def __init__(self, alpha_bar: Tensor, t_star: float) -> None:
         """Set up the defence with a schedule alpha_bar (T,) on [-1, 1] data, at the fraction t_star of T in (0, 1]."""

@@ -44,7 +44,9 @@ class WorkFolder:
                 raise AdvdiffError(f"{out} exists and is no model folder of advdiff; choose another --out")
             self.up_to_date = recorded is not None and same_recipe(recorded, recipe) and not overwrite
             if recorded is not None and not self.up_to_date and not overwrite:
-                raise AdvdiffError(f"{out} was made otherwise ({difference(recorded, recipe)}); give --overwrite or another --out")
+                raise AdvdiffError(
+                    f"{out} was made otherwise ({difference(recorded, recipe)}); give --overwrite or another --out"
+                )
         if not self.up_to_date:
             self._open(recipe, overwrite)
 

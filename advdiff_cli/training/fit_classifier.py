@@ -19,6 +19,8 @@ from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimiz
 from advdiff_cli.training.rows import TrainingRows
 from advdiff_cli.training.schedule import cosine
 
+Channels = tuple[float, float, float]
+
 BEST = "best.safetensors"
 
 
@@ -39,18 +41,23 @@ class ClassifierPlan:
         return asdict(self)
 
 
-def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[list[float], list[float]]:
+def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Channels, Channels]:
     """Return mean and deviation of each channel over n random rows."""
     chosen = stream(seed, "statistics").permutation(len(rows))[:n]
     images, _ = rows.read(np.sort(chosen))
-    return [round(v, 4) for v in images.mean((0, 2, 3)).tolist()], [round(v, 4) for v in images.std((0, 2, 3)).tolist()]
+    mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
+
+    def rounded(v: Tensor) -> Channels:
+        return round(v[0].item(), 4), round(v[1].item(), 4), round(v[2].item(), 4)
+
+    return rounded(mean), rounded(std)
 
 
 def fit_classifier(
-    model: Classifier, train: TrainingRows, valid: PatchSet | None, plan: ClassifierPlan, work: WorkFolder, device: torch.device,
-    *, checkpoint_seconds: float = 120,
+    model: Classifier, train: TrainingRows, valid: PatchSet | None, plan: ClassifierPlan, work: WorkFolder,
+    device: torch.device, *, checkpoint_seconds: float = 120,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Fit `model` in place, yielding a record after each step and epoch; the best epoch's weights are loaded at the end.
+    """Fit `model` in place, yielding a record after each step; it holds the best epoch's weights at the end.
 
     Args:
         model: Classifier; trained on `device`, back in eval mode at the end.
@@ -68,7 +75,7 @@ def fit_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
     per_epoch = train.steps(plan.batch_size)
     total, step, best = plan.epochs * per_epoch, 0, -1.0
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     if (saved := work.load()) is not None:
         tensors, state = saved
         model.load_state_dict(prefixed(tensors, "model"))

@@ -27,7 +27,17 @@ from advdiff_cli.training.rows import TrainingRows
 from advdiff_cli.training.schedule import cosine
 
 GRID = "samples.png"
-_LEVELS = (0.02, 0.04, 0.085, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # fractions of T at which the validation loss is taken
+_LEVELS = (
+    0.02,
+    0.04,
+    0.085,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+)  # fractions of T at which the validation loss is taken
 _VALID_ROWS = 96
 
 
@@ -68,7 +78,7 @@ def fit_ddpm(
         {"step", "of", "loss"}; a validation adds "valid_loss", by noise level.
     """
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=plan.precision.replace("fp32", "no"))
-    model.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(accelerator.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.unet.parameters(), plan.learning_rate)
     ema = EMAModel(model.unet.parameters(), decay=plan.ema, use_ema_warmup=True, power=3 / 4)
     step = _resume(model, optimizer, ema, work)
@@ -99,7 +109,9 @@ def fit_ddpm(
             stop = step == plan.steps
             if accelerator.is_main_process:
                 if step % every == 0 or stop:
-                    record |= {"loss": float(np.mean(losses[-every:]))} | _look(model, ema, valid, plan, work, accelerator)
+                    record |= {"loss": float(np.mean(losses[-every:]))} | _look(
+                        model, ema, valid, plan, work, accelerator
+                    )
                     work.log(record)
                 if time.monotonic() - last > checkpoint_seconds and not stop:
                     _save(model, optimizer, ema, step, work)
@@ -135,7 +147,12 @@ def _resume(model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, work: 
 
 @torch.inference_mode()
 def _look(
-    model: Ddpm, ema: EMAModel, valid: PatchSet | None, plan: DdpmPlan, work: WorkFolder, accelerator: Accelerator
+    model: Ddpm,
+    ema: EMAModel,
+    valid: PatchSet | None,
+    plan: DdpmPlan,
+    work: WorkFolder,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Return the EMA's validation loss by noise level, and draw clean, noised and denoised patches."""
     if valid is None:

@@ -4,7 +4,7 @@ import math
 
 
 def cosine(step: int, total: int, peak: float, warmup: float = 0.05) -> float:
-    """Return the learning rate at `step` of `total`: linear warm-up over a share of the steps, then half a cosine to 0."""
+    """Return the learning rate at `step` of `total`: linear warm-up over a share of them, then half a cosine to 0."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return peak * (step + 1) / rise

@@ -1,0 +1,167 @@
+"""Synthetic H&E-like tissue: deterministic patches of any number, for demos and tests without real data.
+
+Stains are mixed in optical density (Ruifrok & Johnston 2001). A patch shows stroma, background and nuclei: small round
+dark lymphocytes and oval benign nuclei everywhere, and in tumour larger, paler, irregular nuclei with nucleoli. As in
+PCam the label is 1 where tumour reaches the central 32x32; tumour in the outer ring alone is 0. Stain differs from
+slide to slide, and the density of nuclei does not tell the classes apart, so that colour alone does not either.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from advdiff_cli.data.patches import Images, Rows
+from advdiff_cli.data.provenance import Provenance, canonical, digest
+from advdiff_cli.data.stain import mix
+from advdiff_cli.data.streams import RowKey, stream
+
+SIZE = 96  # pixels, about 1 µm each
+_MARGIN = 24  # drawn around the patch, so that nuclei are cut by its border
+_SLIDE = 64  # consecutive patches that share a slide's stain
+_REACH = 16  # half the window a nucleus is drawn in
+
+Field = NDArray[np.float32]
+
+
+class SyntheticSource:
+    """Patches 0..n-1 of a seed; labels alternate at random, half and half in expectation."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        """Name n patches of `seed`; each is drawn when its row is read."""
+        self.path = Path(f"synthetic tissue, seed {seed}")
+        self.seed = seed
+        self.shape: tuple[int, int] | None = (SIZE, SIZE)
+        self.index: Rows = np.arange(n)
+        self.keys: Sequence[RowKey] = self.index.tolist()
+        self.labels: Rows | None = np.array([stream(seed, "label", i).integers(2) for i in range(n)], np.int64)
+        origin = digest([canonical({"synthetic": seed, "n": n}).encode()])
+        self.provenance: Provenance | None = {"origin": origin}
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.index)
+
+    def read(self, rows: Rows) -> Images:
+        """Draw the patches at `rows`."""
+        assert self.labels is not None
+        return np.stack([draw_patch(self.seed, int(row), int(self.labels[row])) for row in rows])
+
+
+def draw_patch(seed: int, index: int, label: int) -> NDArray[np.uint8]:
+    """Draw patch `index` of `seed` with `label` 0 or 1: (3, 96, 96) uint8, the same for the same arguments."""
+    rng = stream(seed, "tissue", index)
+    side = SIZE + 2 * _MARGIN
+    eosin = _stroma(rng, side)
+    haematoxylin = np.clip(0.10 + 0.05 * _noise(rng, side, 5.0), 0, None) * (eosin > 0.05)
+    for (cy, cx), mask, stain, displaced in _nuclei(rng, side, label):
+        top, left = round(cy) - _REACH, round(cx) - _REACH
+        window = np.s_[top : top + 2 * _REACH + 1, left : left + 2 * _REACH + 1]
+        haematoxylin[window] = np.maximum(haematoxylin[window], mask * stain)
+        eosin[window] *= 1 - displaced * np.minimum(mask, 1)
+    stains = np.stack([haematoxylin * (1 + 0.12 * _noise(rng, side, 1.0)), eosin])
+    stains = gaussian_filter(stains, (0, 0.6, 0.6))[:, _MARGIN : _MARGIN + SIZE, _MARGIN : _MARGIN + SIZE]
+    return _develop(stains, stream(seed, "slide", index // _SLIDE), rng)
+
+
+def _noise(rng: np.random.Generator, side: int, sigma: float | tuple[float, float]) -> Field:
+    """Return smooth noise (side, side) of mean 0 and deviation 1."""
+    field = gaussian_filter(rng.standard_normal((side, side), np.float32), sigma, mode="wrap")
+    return np.divide(field - field.mean(), field.std(), dtype=np.float32)
+
+
+def _stroma(rng: np.random.Generator, side: int) -> Field:
+    """Return eosin: wavy fibres, cytoplasm, and clear background where the tissue ends or fat lies."""
+    fibres = _noise(rng, side, (rng.uniform(5, 10), rng.uniform(0.8, 1.8)))
+    if rng.random() < 0.5:
+        fibres = fibres.T
+    bend = (np.arange(side)[:, None] + 6 * _noise(rng, side, 12.0)).astype(int) % side
+    fibres = fibres[bend, np.arange(side)[None, :]]
+    eosin = rng.uniform(0.25, 0.5) + 0.06 * fibres + 0.10 * _noise(rng, side, 8.0) + 0.04 * _noise(rng, side, 1.2)
+    clear = _noise(rng, side, 9.0) > rng.choice([1.0, 1.6, 2.4, 4.0])
+    return np.where(clear, 0.02, np.clip(eosin, 0.06, None)).astype(np.float32)
+
+
+Nucleus = tuple[tuple[float, float], Field, float, float]
+
+
+def _nuclei(rng: np.random.Generator, side: int, label: int) -> Iterator[Nucleus]:
+    """Yield each nucleus: its centre, its mask around it, the haematoxylin it holds, how much eosin it displaces."""
+    tumour = _tumour_spots(rng, side, label)
+    crowd = max(8, int(rng.integers(15, 110)) - len(tumour))
+    lymphoid = rng.beta(0.7, 0.7)
+    heap = rng.uniform(_MARGIN, side - _MARGIN, 2)
+    for _ in range(crowd):
+        y, x = rng.normal(heap, 20) if rng.random() < 0.4 else rng.uniform(0, side, 2)
+        spot = (_inside(y, side), _inside(x, side))
+        if rng.random() < lymphoid:
+            yield spot, _oval(rng, rng.uniform(2.7, 3.8), rng.uniform(1.0, 1.2), 0.10), rng.uniform(1.0, 1.6), 0.7
+        else:
+            yield spot, _oval(rng, rng.uniform(3.2, 5.4), rng.uniform(1.2, 2.2), 0.16), rng.uniform(0.6, 1.1), 0.5
+    for heart in tumour:
+        yield heart, _tumour_nucleus(rng), rng.uniform(0.65, 1.15), 0.5
+
+
+def _tumour_spots(rng: np.random.Generator, side: int, label: int) -> list[tuple[float, float]]:
+    """Return centres of tumour nuclei: a nest that reaches the centre (1), or none or a nest in the ring alone (0)."""
+    if label == 0 and rng.random() < 0.6:
+        return []
+    heart = side / 2 + rng.uniform(-16, 16, 2)
+    if label == 0:
+        angle = rng.uniform(0, 2 * np.pi)
+        heart = side / 2 + 42 * np.array([np.sin(angle), np.cos(angle)])
+    spots = [heart, *rng.normal(heart, 11, (rng.integers(0, 10), 2))]
+    outside = [max(abs(s - side / 2)) > 16 + 8 for s in spots]  # half the centre, and a nucleus
+    kept = [s for s, out in zip(spots, outside, strict=True) if label == 1 or out]
+    return [(_inside(y, side), _inside(x, side)) for y, x in kept]
+
+
+def _inside(position: float, side: int) -> float:
+    """Return the position moved to where a nucleus's window fits."""
+    return float(np.clip(position, _REACH, side - _REACH - 1))
+
+
+def _grid() -> tuple[Field, Field]:
+    y, x = np.mgrid[-_REACH : _REACH + 1, -_REACH : _REACH + 1].astype(np.float32)
+    return y, x
+
+
+def _oval(rng: np.random.Generator, radius: float, stretch: float, mottle: float) -> Field:
+    """Return a smooth oval nucleus of one tone with a little mottle."""
+    angle = rng.uniform(0, np.pi)
+    y, x = _grid()
+    u, v = y * np.cos(angle) + x * np.sin(angle), x * np.cos(angle) - y * np.sin(angle)
+    distance = np.hypot(u / np.sqrt(stretch), v * np.sqrt(stretch))
+    tone = 1 + mottle * _noise(rng, len(y), 1.2)
+    return (np.clip(radius - distance + 0.5, 0, 1) * tone).astype(np.float32)
+
+
+def _tumour_nucleus(rng: np.random.Generator) -> Field:
+    """Return a large irregular outline with a dark rim, clumped chromatin and nucleoli."""
+    y, x = _grid()
+    angle, distance = np.arctan2(y, x), np.hypot(y, x)
+    radius = np.full_like(distance, rng.uniform(4.2, 7.6))
+    for k in (2, 3, 4):
+        radius *= 1 + rng.uniform(0, 0.15) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
+    mask = np.clip(radius - distance + 0.5, 0, 1)
+    chromatin = 0.65 + 0.22 * _noise(rng, len(y), 1.2) + 0.35 * np.exp(-((distance - radius + 1) ** 2) / 1.5)
+    for _ in range(rng.integers(1, 3)):
+        oy, ox = rng.uniform(-2.2, 2.2, 2)
+        chromatin += 0.8 * np.exp(-((y - oy) ** 2 + (x - ox) ** 2) / 1.6)
+    nucleus: Field = (mask * np.clip(chromatin, 0.3, 1.6)).astype(np.float32)
+    return nucleus
+
+
+def _develop(stains: Field, slide: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return the 8-bit image (3, H, W) of haematoxylin and eosin (2, H, W), with a slide's stain and camera noise."""
+    strength = slide.uniform(0.75, 1.35, 2).astype(np.float32)
+    cast = slide.normal(0, 0.05, (3, 1, 1)).astype(np.float32)
+    residual = np.full_like(stains[:1], max(0.0, float(slide.normal(0.03, 0.03))))
+    amounts = np.concatenate([1.25 * strength[0] * stains[:1], strength[1] * stains[1:], residual])
+    image = mix(torch.from_numpy(amounts)[None])[0].numpy() * (1 + cast) * 0.97
+    image = image + rng.normal(0, 0.012, image.shape).astype(np.float32)
+    pixels: NDArray[np.uint8] = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return pixels
