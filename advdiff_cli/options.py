@@ -53,7 +53,7 @@ Labels = Annotated[Path | None, typer.Option(help="CSV of file,label for a folde
 Limit = Annotated[int | None, typer.Option(min=1, help="At most N patches.", rich_help_panel=ROWS)]
 Range = Annotated[
     object | None,
-    typer.Option(parser=row_range, metavar="A:B", help="Rows A to B-1 only.", rich_help_panel=ROWS),
+    typer.Option("--range", parser=row_range, metavar="A:B", help="Rows A to B-1 only.", rich_help_panel=ROWS),
 ]
 ShuffleSeed = Annotated[int | None, typer.Option(help="Shuffle the rows first.", rich_help_panel=ROWS)]
 Shard = Annotated[

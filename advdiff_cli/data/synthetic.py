@@ -70,7 +70,8 @@ def draw_patch(seed: int, index: int, label: int) -> NDArray[np.uint8]:
 def _noise(rng: np.random.Generator, side: int, sigma: float | tuple[float, float]) -> Field:
     """Return smooth noise (side, side) of mean 0 and deviation 1."""
     field = gaussian_filter(rng.standard_normal((side, side), np.float32), sigma, mode="wrap")
-    return np.divide(field - field.mean(), field.std(), dtype=np.float32)
+    scaled: Field = (field - field.mean()) / field.std()
+    return scaled
 
 
 def _stroma(rng: np.random.Generator, side: int) -> Field:
@@ -136,7 +137,8 @@ def _oval(rng: np.random.Generator, radius: float, stretch: float, mottle: float
     u, v = y * np.cos(angle) + x * np.sin(angle), x * np.cos(angle) - y * np.sin(angle)
     distance = np.hypot(u / np.sqrt(stretch), v * np.sqrt(stretch))
     tone = 1 + mottle * _noise(rng, len(y), 1.2)
-    return (np.clip(radius - distance + 0.5, 0, 1) * tone).astype(np.float32)
+    nucleus: Field = (np.clip(radius - distance + 0.5, 0, 1) * tone).astype(np.float32)
+    return nucleus
 
 
 def _tumour_nucleus(rng: np.random.Generator) -> Field:

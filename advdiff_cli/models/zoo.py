@@ -108,7 +108,7 @@ def initial_ddpm(init: str | None, preset: str, shape: tuple[int, int], max_t: f
     if init is None:
         return model
     start = load_ddpm(find_ddpm(init))
-    if start.unet.config.block_out_channels != model.unet.config.block_out_channels:
+    if list(start.unet.config.block_out_channels) != list(model.unet.config.block_out_channels):
         raise AdvdiffError(f"--init {init} is not of preset {preset}; give its own --preset")
     return start
 

@@ -108,10 +108,10 @@ def fit_classifier(
             optimizer.zero_grad(set_to_none=True)
             step += 1
             losses.append(loss.item())
-            yield {"step": step, "of": total, "loss": losses[-1]}
             if time.monotonic() - last > checkpoint_seconds and step % per_epoch:
                 save()
                 last = time.monotonic()
+            yield {"step": step, "of": total, "loss": losses[-1]}
         record = {"step": step, "of": total, "epoch": epoch + 1, "loss": float(np.mean(losses[-50:]))}
         if valid is not None and accelerator.is_main_process:
             record |= _validate(accelerator, model, valid, plan.batch_size)

@@ -1,0 +1,146 @@
+"""Attacks: exact where mathematics allows, to the bit where there is a peer, and always in the ball and the box."""
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from advdiff_cli.attacks.balls import project, random_start, round_inside, surface_share
+from advdiff_cli.attacks.pgd import iterates, pgd
+from advdiff_cli.data.streams import RowStreams
+
+EPS = 2 / 255
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 81, 2)
+        )
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(6, 3, 40, 40, generator=generator) * 255).round() / 255
+    return images, model(images).argmax(1)
+
+
+class Linear(nn.Module):
+    """Logits (0, w.x + b): the gradient is w everywhere, and the nearest adversarial is known."""
+
+    def __init__(self, w, b):
+        super().__init__()
+        self.w, self.b = w, b
+
+    def forward(self, x):
+        score = (x * self.w).flatten(1).sum(1) + self.b
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def inside(adv, images, eps, norm):
+    delta = (adv - images).flatten(1)
+    radius = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    return radius.max() <= eps * (1 + 1e-5) + 1e-7 and adv.min() >= 0 and adv.max() <= 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_reaches_the_optimum_of_a_linear_model(norm):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(3, 32, 32, generator=generator)
+    images = torch.rand(4, 3, 32, 32, generator=generator) * 0.5 + 0.25  # far from the box
+    eps = 0.02 if norm == "linf" else 0.5
+    adv = pgd(Linear(w, 0.0), images, torch.zeros(4, dtype=torch.int64), eps=eps, steps=20, norm=norm)
+    rise = ((adv - images) * w).flatten(1).sum(1)
+    best = eps * (w.abs().sum() if norm == "linf" else w.norm())
+    assert torch.allclose(rise, best.expand(4), rtol=1e-3)
+
+
+def test_one_step_without_random_start_is_fgsm(model, batch):
+    images, labels = batch
+    x = images.clone().requires_grad_()
+    cross_entropy(model(x), labels, reduction="sum").backward()
+    expected = (images + EPS * x.grad.sign()).clamp(0, 1)
+    *_, (adv, _) = iterates(model, images, labels, images, EPS, 1, EPS, "linf")
+    assert torch.equal(adv, expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_foolbox_takes_the_same_path(model, batch, norm):
+    images, labels = batch
+    eps, step, steps = (EPS, EPS / 4, 10) if norm == "linf" else (0.5, 0.1, 10)
+    kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
+    peer = kind(abs_stepsize=step, steps=steps, random_start=False)
+    theirs, _, _ = peer(foolbox.PyTorchModel(model, bounds=(0, 1)), images, labels, epsilons=eps)
+    *_, (ours, _) = iterates(model, images, labels, images, eps, steps, step, norm)
+    assert (ours - theirs).abs().max() <= (0 if norm == "linf" else 1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@settings(max_examples=15, deadline=None)
+@given(eps=st.floats(1e-4, 0.5), seed=st.integers(0, 99))
+def test_ball_and_box(model, norm, eps, seed):
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(seed))
+    labels = torch.tensor([0, 1])
+    adv = pgd(model, images, labels, eps=eps, steps=3, norm=norm, seed=seed)
+    assert inside(adv, images, eps, norm)
+    start = random_start(images, eps, norm, RowStreams(seed, "x", [0, 1]))
+    assert inside(start, images, eps, norm)
+    assert (start != images).any()
+    far = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    assert inside(project(far, images, eps, norm), images, eps, norm)
+
+
+def test_the_best_iterate_is_kept_and_restarts_only_add(model, batch):
+    images, labels = batch
+
+    def loss(x):
+        return cross_entropy(model(x), labels, reduction="none")
+
+    one, three = (pgd(model, images, labels, eps=EPS, steps=5, restarts=r) for r in (1, 3))
+    start = random_start(images, EPS, "linf", RowStreams(0, "attack-start", list(range(6))))
+    path = torch.stack([value for _, value in iterates(model, images, labels, start, EPS, 5, EPS / 4, "linf")])
+    assert torch.allclose(loss(one), path.amax(0), atol=1e-6)
+    assert (loss(three) >= loss(one) - 1e-6).all()
+
+
+def test_rows_do_not_depend_on_batch_or_order(model, batch):
+    images, labels = batch
+    whole = pgd(model, images, labels, eps=EPS, steps=5, rows=list("abcdef"))
+    back = pgd(model, images.flip(0), labels.flip(0), eps=EPS, steps=5, rows=list("fedcba")).flip(0)
+    assert torch.equal(whole, back)
+    apart = [pgd(model, images[i : i + 1], labels[i : i + 1], eps=EPS, steps=5, rows=["abcdef"[i]]) for i in range(6)]
+    assert torch.allclose(whole, torch.cat(apart), atol=1e-5)
+
+
+def test_images_outside_the_box_are_misuse(model):
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        pgd(model, torch.full((1, 3, 40, 40), 1.5), torch.tensor([0]), eps=EPS)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_rounding_stays_in_the_ball_and_on_the_grid(norm, batch):
+    images, _ = batch
+    eps = EPS if norm == "linf" else 0.3
+    points = random_start(images, eps, norm, RowStreams(0, "x", list(range(6))))
+    rounded = round_inside(points, images, eps, norm)
+    assert inside(rounded, images, eps, norm)
+    levels = (rounded * 255).numpy()
+    assert np.abs(levels - levels.round()).max() < 1e-4
+    assert (rounded - points).abs().max() <= (0.5 if norm == "linf" else 1.0) / 255 + 1e-6
+
+
+def test_surface_share_counts_what_was_perturbed(batch):
+    images = torch.full((1, 3, 40, 40), 0.5)
+    points = images.clone()
+    points[0, 0] += EPS
+    points[0, 1, :20] += EPS / 2
+    on_surface, perturbed = surface_share(points, images, EPS, "linf")
+    assert (on_surface, perturbed) == (1600, 2400)

@@ -1,0 +1,122 @@
+"""Real patches from $ADVDIFF_TEST_PCAM where it is set, synthetic tissue otherwise; small models of random weights."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from advdiff_cli.data.synthetic import SyntheticSource
+from advdiff_cli.main import main
+from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
+from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
+
+PCAM = os.environ.get("ADVDIFF_TEST_PCAM")
+N = 40
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def advdiff(capsys, monkeypatch):
+    """Run the command line in this process, as `main()` does."""
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["advdiff", *map(str, arguments)])
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        try:
+            main()
+            ended = 0
+        except SystemExit as e:
+            ended = e.code or 0
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        printed = capsys.readouterr()
+        assert ended == code, f"exit {ended}: {printed.err or printed.out}"
+        return Result(ended, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def patches(tmp_path_factory):
+    """The layouts of PCam: <root>/pcam/*.h5 and <root>/images/<split>/{0,1}/*, N patches of each split."""
+    root = tmp_path_factory.mktemp("patches")
+    if PCAM:
+        build = [sys.executable, str(Path(PCAM) / "build.py"), str(root), "--limit", str(N), "--gz"]
+        subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    else:
+        _synthesize(root)
+    return root
+
+
+def _synthesize(root):
+    (root / "pcam").mkdir()
+    for seed, split in enumerate(("train", "valid", "test")):
+        source = SyntheticSource(N, seed)
+        images = source.read(np.arange(N)).transpose(0, 2, 3, 1)
+        arrays = {"x": images, "y": source.labels.astype(np.uint8).reshape(-1, 1, 1, 1)}
+        for key, array in arrays.items():
+            file = root / "pcam" / f"camelyonpatch_level_2_split_{split}_{key}.h5"
+            with h5py.File(file, "w") as h5:
+                h5.create_dataset(key, data=array, chunks=(16, *array.shape[1:]))
+            subprocess.run(["gzip", "-1", "-k", str(file)], check=True)
+        for i, (image, label) in enumerate(zip(images, source.labels, strict=True)):
+            folder = root / "images" / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"patch{i:07}.jpg", quality=90)
+    for kind in ("lossless_train", "lossless_valid"):
+        for i, (image, label) in enumerate(zip(images[:12], source.labels[:12], strict=True)):
+            folder = root / "images" / kind / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{kind}{i}.tif")
+
+
+@pytest.fixture(scope="session")
+def test_x(patches):
+    return patches / "pcam" / "camelyonpatch_level_2_split_test_x.h5"
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory):
+    """A small classifier of random weights, made sure enough of itself for an attack to turn it."""
+    folder = tmp_path_factory.mktemp("models") / "classifier"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Classifier(ClassifierConfig("squeezenet1_1", (0.7, 0.55, 0.7), (0.2, 0.25, 0.2)))
+    save_classifier(model, folder, {"recipe": {"command": "test"}})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ddpm(tmp_path_factory):
+    """A small diffusion model of random weights, trained (it says) up to t = 0.3."""
+    folder = tmp_path_factory.mktemp("models") / "ddpm"
+    save_ddpm(build_ddpm("tiny", 96, 0.3, 0), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Copy a file into this test's folder."""
+    return lambda path, name=None: Path(shutil.copy(path, tmp_path / (name or Path(path).name)))

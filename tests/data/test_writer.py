@@ -1,0 +1,134 @@
+"""OUT.part, its sidecar, shards, and the two formats."""
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from advdiff_cli.data.merging import merge_sets
+from advdiff_cli.data.patches import PatchSet, open_patches
+from advdiff_cli.data.provenance import recipe
+from advdiff_cli.data.synthetic import SyntheticSource
+from advdiff_cli.data.writer import Part, PatchWriter, begun, shard_rows
+from advdiff_cli.errors import AdvdiffError
+
+N, B = 11, 4
+MADE = recipe("test", {"batch_size": B})
+
+
+@pytest.fixture(scope="module")
+def source():
+    return PatchSet(SyntheticSource(N, 0))
+
+
+def write(out, source, *, stop_after=None, part=None, made=MADE, overwrite=False):
+    part = part or Part(0, N, N)
+    sink = PatchWriter(out, made, source, part, shape=(96, 96), overwrite=overwrite)
+    if sink.up_to_date:
+        return 0
+    written = 0
+    with sink:
+        for batch in sink.batches(B):
+            if written == stop_after:
+                break
+            sink.write(batch, source.read(batch.rows).numpy())
+            written += 1
+    return written
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_written_rows_read_back(tmp_path, source, suffix):
+    out = tmp_path / f"a{suffix}"
+    assert write(out, source) == 3
+    back = open_patches(out)
+    assert np.array_equal(back.read(np.arange(N)), source.read(np.arange(N)))
+    assert np.array_equal(back.labels, source.labels)
+    assert back.origin() == source.origin()
+    assert back.provenance["recipe"] == MADE
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_safetensors_library_reads_what_was_written(tmp_path, source):
+    write(tmp_path / "a.safetensors", source)
+    with safe_open(tmp_path / "a.safetensors", "np") as file:
+        assert np.array_equal(file.get_tensor("images"), source.read(np.arange(N)).numpy())
+        assert np.array_equal(file.get_tensor("labels"), source.labels)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_resume_does_only_what_is_left(tmp_path, source, suffix):
+    out, whole = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    assert write(out, source, stop_after=1) == 1
+    assert not out.exists()
+    assert begun(out)["batch_size"] == B
+    assert write(out, source) == 2
+    assert write(out, source) == 0
+    write(whole, source)
+    assert open_patches(out).fingerprint() == open_patches(whole).fingerprint()
+
+
+def test_half_a_line_in_the_sidecar_is_not_believed(tmp_path, source):
+    out = tmp_path / "a.h5"
+    write(out, source, stop_after=1)
+    with (tmp_path / "a.h5.part.rows").open("a") as sidecar:
+        sidecar.write("[4,8")
+    assert write(out, source) == 2
+
+
+def test_another_recipe_needs_overwrite(tmp_path, source):
+    out, other = tmp_path / "a.h5", recipe("test", {"batch_size": 8})
+    write(out, source, stop_after=1)
+    with pytest.raises(AdvdiffError, match=r"unfinished work of another recipe \(batch_size 4 -> 8\).*--overwrite"):
+        write(out, source, made=other)
+    write(out, source)
+    with pytest.raises(AdvdiffError, match=r"made otherwise \(batch_size 4 -> 8\).*--overwrite"):
+        write(out, source, made=other)
+    assert write(out, source, made=other, overwrite=True) == 3
+
+
+def test_a_file_of_somebody_else_is_kept(tmp_path, source):
+    out = tmp_path / "a.safetensors"
+    out.write_bytes(b"mine")
+    with pytest.raises(AdvdiffError, match="no patch set of advdiff"):
+        write(out, source)
+    assert out.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shards_tile_the_rows_in_whole_batches(count):
+    parts = [shard_rows(N, B, (i, count)) for i in range(count)]
+    assert [p.start for p in parts] == [0, *[p.stop for p in parts[:-1]]]
+    assert parts[-1].stop == N
+    assert all(p.start % B == 0 for p in parts)
+
+
+def test_an_empty_shard_is_named():
+    with pytest.raises(AdvdiffError, match=r"--shard 0/8 is empty"):
+        shard_rows(N, B, (0, 8))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_merged_shards_are_the_file_of_one_run(tmp_path, source, suffix):
+    parts = []
+    for i in range(3):
+        parts.append(tmp_path / f"{i}{suffix}")
+        write(parts[-1], source, part=shard_rows(N, B, (i, 3)))
+    write(tmp_path / f"one{suffix}", source)
+    merge_sets(parts[::-1], tmp_path / f"merged{suffix}", overwrite=False)
+    one, merged = (tmp_path / f"{name}{suffix}" for name in ("one", "merged"))
+    assert open_patches(one).fingerprint() == open_patches(merged).fingerprint()
+    assert open_patches(one).provenance == open_patches(merged).provenance
+    if suffix == ".safetensors":
+        assert one.read_bytes() == merged.read_bytes()
+
+
+def test_missing_and_doubled_shards_are_refused(tmp_path, source):
+    parts = []
+    for i in range(3):
+        parts.append(tmp_path / f"{i}.h5")
+        write(parts[-1], source, part=shard_rows(N, B, (i, 3)))
+    for chosen, message in ((parts[1:], "rows 0 to 3 are missing"), (parts[:2], "rows 8 to 10 are missing")):
+        with pytest.raises(AdvdiffError, match=message):
+            merge_sets(chosen, tmp_path / "m.h5", overwrite=False)
+    with pytest.raises(AdvdiffError, match="there twice"):
+        merge_sets([*parts, parts[1]], tmp_path / "m.h5", overwrite=False)
+    assert not (tmp_path / "m.h5").exists()

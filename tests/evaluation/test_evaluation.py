@@ -1,0 +1,107 @@
+"""Figures, intervals and paired tests against published values and other implementations."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import contingency, mannwhitneyu
+
+from advdiff_cli.evaluation.comparing import Evaluated, compare
+from advdiff_cli.evaluation.intervals import bootstrap, holm, mcnemar, paired_difference, wilson
+from advdiff_cli.evaluation.metrics import Predictions, auroc, figures
+
+
+def test_wilson_gives_the_papers_intervals():
+    one = wilson(870, 1000)
+    assert (round(100 * one.low, 1), round(100 * one.high, 1)) == (84.8, 88.9)
+    two = wilson(750, 1000)
+    assert (round(100 * two.low, 1), round(100 * two.high, 1)) == (72.2, 77.6)
+    assert str(one) == "87.0 [84.8, 88.9]"
+
+
+def test_newcombe_gives_his_published_example():
+    """Newcombe 1998 (Statistics in Medicine 17:2635), method 10, his example of 36, 12, 2 and 0 of 50 pairs."""
+    first = np.repeat([True, True, False, False], [36, 12, 2, 0])
+    second = np.repeat([True, False, True, False], [36, 12, 2, 0])
+    found = paired_difference(second, first)
+    assert found.value == pytest.approx(0.2)
+    assert (round(found.low, 4), round(found.high, 4)) == (0.0569, 0.3404)
+
+
+def test_identical_outcomes_differ_by_nothing():
+    same = np.array([True] * 30 + [False] * 10)
+    found = paired_difference(same, same)
+    assert found.value == 0
+    assert found.low < 0 < found.high
+    assert mcnemar(same, same) == 1
+
+
+def test_mcnemar_is_the_binomial_test_on_discordant_pairs():
+    first = np.repeat([True, False, True], [3, 12, 40])
+    second = np.repeat([False, True, True], [3, 12, 40])
+    assert mcnemar(first, second) == pytest.approx(2 * sum(_choose(15, k) for k in range(4)) / 2**15)
+
+
+def _choose(n, k):
+    return float(np.prod([(n - i) / (i + 1) for i in range(k)]))
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_auroc_is_mann_whitney_with_ties():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 2, 200), rng.integers(0, 9, 200) / 8
+    u = mannwhitneyu(scores[labels == 1], scores[labels == 0]).statistic
+    assert auroc(labels, scores) == pytest.approx(u / ((labels == 1).sum() * (labels == 0).sum()))
+
+
+def test_figures_of_a_known_table():
+    labels = np.repeat([1, 1, 0, 0], [30, 10, 45, 15])
+    p1 = np.repeat([0.9, 0.1, 0.1, 0.9], [30, 10, 45, 15])
+    found = figures(Predictions(labels, p1))
+    assert {k: round(v.value, 4) for k, v in found.items()} == {
+        "accuracy": 0.75, "balanced_accuracy": 0.75, "sensitivity": 0.75, "specificity": 0.75, "auroc": 0.75,
+    }  # fmt: skip
+    for value in found.values():
+        assert value.low < value.value < value.high
+    table = contingency.crosstab(labels, p1 > 0.5).count
+    assert table.tolist() == [[45, 15], [10, 30]]
+
+
+def test_bootstrap_covers_like_wilson_for_a_proportion():
+    correct = np.repeat([1.0, 0.0], [80, 20])
+    found = bootstrap(lambda rows: float(correct[rows].mean()), np.zeros(100, int))
+    expected = wilson(80, 100)
+    assert found.low == pytest.approx(expected.low, abs=0.02)
+    assert found.high == pytest.approx(expected.high, abs=0.02)
+
+
+def test_only_rows_of_one_origin_are_paired():
+    labels = np.array([0, 1, 1, 0])
+    right, wrong = np.array([0.1, 0.9, 0.9, 0.1]), np.array([0.9, 0.1, 0.9, 0.1])
+    a = Evaluated("a", "origin", np.array([5, 6, 7, 8]), Predictions(labels, right))
+    b = Evaluated("b", "origin", np.array([8, 7, 6, 5]), Predictions(labels[::-1], wrong[::-1]))
+    c = Evaluated("c", "elsewhere", np.array([5, 6, 7, 8]), Predictions(labels, right))
+    (pair,) = compare([a, b, c])
+    assert (pair["first"], pair["second"], pair["n"]) == ("a", "b", 4)
+    assert (pair["only_first_right"], pair["only_second_right"]) == (2, 0)
+    assert pair["difference"]["value"] == -0.5
+
+
+def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
+    folder = patches / "images" / "test"
+    csv = tmp_path / "p.csv"
+    result = advdiff("evaluate", folder, patches, "--split", "test", "-c", classifier, "--json", code=1)
+    assert "holds none of PCam's files" in result.err
+    result = advdiff("evaluate", folder, "-c", classifier, "--predictions", csv, "--json").json
+    json.dumps(result, allow_nan=False)
+    (row,) = result["sets"]
+    lines = csv.read_text().splitlines()
+    assert lines[0] == "set,row,label,draw,p1"
+    assert len(lines) == row["n"] + 1
+    right = sum((float(p) > 0.5) == (label == "1") for *_, label, _, p in (line.split(",") for line in lines[1:]))
+    assert row["accuracy"]["value"] == pytest.approx(right / row["n"])
+    assert advdiff("evaluate", folder, "-c", classifier, "-q").out.strip() == str(row["accuracy"]["value"])

@@ -1,0 +1,126 @@
+"""Model folders: what diffusers and safetensors make of them, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models import zoo
+from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, load_classifier, save_classifier
+from advdiff_cli.models.ddpm import PRESETS, Purification, build_ddpm, load_card, load_ddpm, recommend
+from advdiff_cli.models.device import resolve_device, resolve_precision
+
+
+def test_diffusers_loads_unet_and_scheduler_unchanged(ddpm):
+    ours = load_ddpm(ddpm)
+    pipeline = DDPMPipeline.from_pretrained(ddpm)
+    unet = UNet2DModel.from_pretrained(ddpm / "unet")
+    scheduler = DDPMScheduler.from_pretrained(ddpm / "scheduler")
+    for theirs in (pipeline.unet, unet):
+        for (name, a), b in zip(ours.unet.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+    for theirs in (pipeline.scheduler, scheduler):
+        assert torch.equal(ours.alpha_bar, theirs.alphas_cumprod)
+        assert (theirs.config.beta_schedule, theirs.config.num_train_timesteps) == ("linear", 1000)
+
+
+def test_paper_preset_is_the_papers_unet():
+    _, arguments = PRESETS["paper"]
+    with torch.device("meta"):
+        unet = UNet2DModel(sample_size=96, in_channels=3, out_channels=3, **arguments)
+    assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(113.7, abs=0.1)
+    assert arguments["down_block_types"].index("AttnDownBlock2D") == 4
+
+
+def test_space_to_depth_is_only_a_permutation(ddpm):
+    model = load_ddpm(ddpm)
+    x, t = torch.randn(2, 3, 96, 96), torch.tensor([5, 200])
+    folded = torch.nn.functional.pixel_unshuffle(x, 4)
+    direct = torch.nn.functional.pixel_shuffle(model.unet(folded, t).sample, 4)
+    assert torch.allclose(model(x, t), direct, atol=1e-5)
+    assert model.multiple == 8
+
+
+def test_weights_of_a_seed_are_the_same_and_leave_the_global_stream_alone():
+    before = torch.random.get_rng_state()
+    a, b = build_ddpm("tiny", 96, 1.0, 3), build_ddpm("tiny", 96, 1.0, 3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_recommendation_is_kept_in_the_card(ddpm, tmp_path):
+    import shutil
+
+    folder = tmp_path / "m"
+    shutil.copytree(ddpm, folder)
+    recommend(folder, Purification(0.15, "ddim", 2))
+    assert load_card(folder).recommended == Purification(0.15, "ddim", 2)
+    assert load_card(folder).max_t == 0.3
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v3_small"])
+def test_any_architecture_gives_two_logits(tmp_path, arch):
+    model = Classifier(ClassifierConfig(arch, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))).eval()
+    save_classifier(model, tmp_path / "c", {})
+    images = torch.rand(2, 3, 96, 96)
+    back = load_classifier(tmp_path / "c")
+    assert torch.equal(back(images), model(images))
+    assert back(images).shape == (2, 2)
+
+
+def test_normalisation_is_inside(classifier):
+    model = load_classifier(classifier)
+    images = torch.rand(1, 3, 96, 96)
+    mean, std = torch.tensor([0.7, 0.55, 0.7]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.2]).view(3, 1, 1)
+    assert torch.allclose(model(images), model.backbone((images - mean) / std))
+
+
+def test_unknown_names_list_what_there_is(tmp_path):
+    with pytest.raises(AdvdiffError, match="no classifier called nonesuch: neither a folder nor a bundled model"):
+        zoo.find_classifier("nonesuch")
+    with pytest.raises(AdvdiffError, match="no classification architecture resnet19"):
+        Classifier(ClassifierConfig("resnet19", (0, 0, 0), (1, 1, 1)))
+    with pytest.raises(AdvdiffError, match=r"config\.json is missing"):
+        load_classifier(tmp_path)
+    with pytest.raises(AdvdiffError, match="no diffusion model folder"):
+        load_ddpm(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_refused(classifier, tmp_path):
+    weights = load_file(classifier / "model.safetensors")
+    (tmp_path / "config.json").write_text((classifier / "config.json").read_text())
+    weights.popitem()
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(AdvdiffError, match=r"model\.safetensors does not fit squeezenet1_1"):
+        load_classifier(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 64)
+    with pytest.raises(AdvdiffError, match=r"model\.safetensors does not fit"):
+        load_classifier(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"arch": "resnet18"}))
+    with pytest.raises(AdvdiffError, match="no classifier config"):
+        load_classifier(tmp_path)
+
+
+def test_pickled_unets_are_not_read(ddpm, tmp_path):
+    import shutil
+
+    shutil.copytree(ddpm, tmp_path / "m")
+    weights = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(AdvdiffError, match="no diffusion model folder"):
+        load_ddpm(tmp_path / "m")
+
+
+def test_a_missing_device_is_an_error():
+    if torch.cuda.is_available():
+        assert resolve_device("auto").type == "cuda"
+    else:
+        with pytest.raises(AdvdiffError, match="--device cuda"):
+            resolve_device("cuda")
+        assert resolve_device("auto").type in ("cpu", "mps")
+    with pytest.raises(AdvdiffError, match="fp16 needs a GPU"):
+        resolve_precision("fp16", torch.device("cpu"))

@@ -1,0 +1,178 @@
+"""Bad input: one line that names what and where, a non-zero exit, and nothing under the output's name."""
+
+import errno
+import os
+import re
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from advdiff_cli.data.safetensors_file import SafetensorsTarget
+
+IMAGES = np.full((4, 3, 48, 48), 0.5, np.float32)
+LABELS = np.array([0, 1, 0, 1])
+
+
+def h5(path, **datasets):
+    with h5py.File(path, "w") as file:
+        for name, value in datasets.items():
+            file[name] = value
+
+
+def st(path, **tensors):
+    save_file(tensors, path)
+
+
+def put(array, where, value):
+    changed = array.copy()
+    changed[where] = value
+    return changed
+
+
+def truncated(path, **tensors):
+    (st if path.suffix == ".safetensors" else h5)(path, **tensors)
+    path.write_bytes(path.read_bytes()[:-4000])
+
+
+def linked(path, **tensors):
+    other = path.with_name("other.h5")
+    h5(other, images=IMAGES)
+    with h5py.File(path, "w") as file:
+        file["images"] = h5py.ExternalLink(str(other), "images")
+
+
+def stored_outside(path, **tensors):
+    path.with_name("raw").write_bytes(IMAGES.tobytes())
+    with h5py.File(path, "w") as file:
+        file.create_dataset(
+            "images", IMAGES.shape, np.float32, external=[(str(path.with_name("raw")), 0, IMAGES.nbytes)]
+        )
+
+
+CASES = {
+    "missing file": ("a.h5", lambda p: None, r"no such file or folder: .*a\.h5"),
+    "empty folder": ("d", lambda p: p.mkdir(), r"no images .*in .*d"),
+    "not a patch set": ("a.txt", lambda p: p.write_text("x"), r"a\.txt is no patch set"),
+    "truncated h5": ("a.h5", lambda p: truncated(p, images=IMAGES), r"a\.h5 is not a whole HDF5 file"),
+    "truncated safetensors": ("a.safetensors", lambda p: truncated(p, images=IMAGES), r"not a whole safetensors file"),
+    "empty file": ("a.safetensors", lambda p: p.touch(), r"not a whole safetensors file"),
+    "no images": ("a.safetensors", lambda p: st(p, x=IMAGES), r"no tensor named images"),
+    "no datasets": ("a.h5", lambda p: h5(p, y=LABELS), r"no dataset images of its own"),
+    "wrong dtype": ("a.h5", lambda p: h5(p, images=IMAGES.astype(np.float64)), r"are float64; float32"),
+    "wrong dtype, safetensors": (
+        "a.safetensors",
+        lambda p: st(p, images=IMAGES.astype(np.float16)),
+        r"are F16; float32",
+    ),
+    "wrong shape": ("a.h5", lambda p: h5(p, images=IMAGES[:, :2]), r"shape \(4, 2, 48, 48\); \(N, 3, H, W\)"),
+    "no rows": ("a.h5", lambda p: h5(p, images=IMAGES[:0]), r"holds no patches"),
+    "too small": ("a.h5", lambda p: h5(p, images=IMAGES[..., :31, :]), r"31x48; at least 32x32"),
+    "NaN": ("a.h5", lambda p: h5(p, images=put(IMAGES, (2, 0, 0, 0), np.nan), labels=LABELS), r"row 2 of .*NaN"),
+    "above 1": ("a.safetensors", lambda p: st(p, images=IMAGES * 255, labels=LABELS), r"row 0 of .*outside \[0, 1\]"),
+    "below 0": ("a.h5", lambda p: h5(p, images=put(IMAGES, 1, -0.1), labels=LABELS), r"row 1 of .*outside \[0, 1\]"),
+    "no labels": ("a.h5", lambda p: h5(p, images=IMAGES), r"has no labels, which are needed"),
+    "count": (
+        "a.h5",
+        lambda p: h5(p, images=IMAGES, labels=LABELS[:3]),
+        r"4 images and 3 labels; the counts must match",
+    ),
+    "label values": ("a.h5", lambda p: h5(p, images=IMAGES, labels=LABELS + 1), r"not all 0 or 1"),
+    "label type": ("a.h5", lambda p: h5(p, images=IMAGES, labels=LABELS * 0.5), r"labels in .* is float64"),
+    "external link": ("a.h5", linked, r"no dataset images of its own"),
+    "external storage": ("a.h5", stored_outside, r"external and virtual data are not read"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_left(case, advdiff, classifier, tmp_path):
+    name, make, message = CASES[case]
+    data, out = tmp_path / "in" / name, tmp_path / "out" / "adv.safetensors"
+    data.parent.mkdir()
+    out.parent.mkdir()
+    make(data)
+    result = advdiff("attack", data, "-c", classifier, "-o", out, "--steps", 1, code=1)
+    assert result.out == ""
+    refused(result.err, message)
+    assert not out.exists()
+
+
+def refused(err, message):
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert re.search(r"^advdiff: error: .*" + message, lines[0]), lines[0]
+
+
+def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):
+    folder = tmp_path / "in" / "0"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(folder / "a.png")
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    result = advdiff("attack", tmp_path / "in", "-c", classifier, "-o", tmp_path / "o.h5", "--steps", 1, code=1)
+    refused(result.err, r".*b\.png (cannot be decoded|is not an image)")
+    assert not (tmp_path / "o.h5").exists()
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["-c", "nonesuch"], "no classifier called nonesuch"),
+    (["-o", "out.png"], r"written as \.safetensors or \.h5"),
+    (["--limit", "2", "--range", "9:"], "no patches selected"),
+    (["--method", "fgsm", "--steps", "3"], "fgsm is one step"),
+    (["--eps", "0"], "--eps must be above 0"),
+    (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),
+    (["--shard", "7/9"], "--shard 7/9 is empty"),
+])  # fmt: skip
+def test_settings_that_cannot_be(extra, message, advdiff, classifier, test_x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = advdiff("attack", test_x, "-c", classifier, "-o", "adv.h5", "--steps", 1, "--limit", 4, *extra, code=1)
+    refused(result.err, f".*({message})")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--t-star", "0.4"], r"t\* = 0\.4 is above max_t = 0\.3"),
+    (["-m", "nonesuch"], "no diffusion model called nonesuch"),
+    (["--t-star", "0.01", "--sampler-steps", "20"], "more than the 10 noise levels"),
+    (["-o", "folder"], "a patch set go to a .safetensors or .h5 file"),
+])  # fmt: skip
+def test_purify_settings_that_cannot_be(extra, message, advdiff, ddpm, test_x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = advdiff("purify", test_x, "-m", ddpm, "-o", "pure.h5", "--limit", 2, *extra, code=1)
+    assert len([line for line in result.err.splitlines() if "error:" in line]) == 1
+    refused(result.err.splitlines()[-1], f".*({message})")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_unwritable_folder(advdiff, classifier, test_x, tmp_path):
+    tmp_path.chmod(0o500)
+    result = advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / "a.safetensors", "--limit", 1, code=1)
+    refused(result.err, "Permission denied.*")
+
+
+def test_an_output_whose_folder_is_a_file(advdiff, classifier, test_x, tmp_path):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "a.safetensors"
+    result = advdiff("attack", test_x, "-c", classifier, "-o", out, "--limit", 1, code=1)
+    refused(result.err, "Not a directory.*")
+
+
+def test_a_full_disk_keeps_what_was_done(advdiff, classifier, test_x, tmp_path, monkeypatch):
+    out = tmp_path / "a.safetensors"
+    command = ["attack", test_x, "-c", classifier, "-o", out, "--steps", 1, "--limit", 6, "--batch-size", 2]
+    write, rows = SafetensorsTarget.write, []
+
+    def full(self, start, images):
+        if rows:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+        rows.append(start)
+        write(self, start, images)
+
+    monkeypatch.setattr(SafetensorsTarget, "write", full)
+    result = advdiff(*command, code=1)
+    refused(result.err, "No space left on device.*")
+    assert not out.exists()
+    monkeypatch.undo()
+    assert advdiff(*command, "--json").json["status"] == "done"

@@ -1,0 +1,145 @@
+"""What every command promises the shell."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer.main
+
+from advdiff_cli.main import app
+
+COMMANDS = [c.name for c in app.registered_commands]
+ENV = {**os.environ, "COLUMNS": "100"}
+
+
+def run(*arguments, **keywords):
+    command = [sys.executable, "-m", "advdiff_cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, check=False, **keywords)
+
+
+def test_the_commands_are_these_and_no_more():
+    later = {"robustness", "sweep", "report", "bench"}
+    designed = {"download-pcam", "synthesize", "train-classifier", "train-ddpm", "attack", "purify", "evaluate"}
+    assert set(COMMANDS) == designed | {"merge", "info", "models", "demo"}
+    assert not later & set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_there_without_torch_and_ends_in_an_example(command):
+    code = (
+        "import sys; sys.argv = ['advdiff', *sys.argv[1:]]\n"
+        "from advdiff_cli.main import main\n"
+        "try: main()\n"
+        "finally: print({'torch', 'diffusers', 'torchvision', 'matplotlib', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    )
+    words = [command, "--help"] if command else ["--help"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=ENV, check=False)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "set()"
+    assert "\x1b" not in done.stdout
+    if command:
+        assert f"Example: advdiff {command}" in " ".join(done.stdout.split())
+
+
+def test_the_same_flag_means_the_same_everywhere():
+    """A flag has the same short form in every command."""
+    group = typer.main.get_command(app)
+    seen = {}
+    own = {"--quiet"}  # says what it prints alone
+    for command in group.commands.values():
+        for parameter in command.params:
+            for flag in parameter.opts:
+                if flag in own or not flag.startswith("--") or flag == "--help":
+                    continue
+                told = tuple(sorted(parameter.opts))
+                assert seen.setdefault(flag, told) == told, f"{command.name} {flag}"
+
+
+@pytest.fixture
+def steps(test_x, classifier, ddpm, tmp_path):
+    """A small run of each command that works on data."""
+    adv, pure = tmp_path / "adv.safetensors", tmp_path / "pure.h5"
+    return {
+        "synthesize": ["-n", 4, "-o", tmp_path / "s.h5"],
+        "attack": [test_x, "-c", classifier, "-o", adv, "--steps", 2, "--limit", 5, "--eps", "8/255"],
+        "purify": [adv, "-m", ddpm, "-o", pure, "--t-star", "0.05", "--sampler-steps", 1],
+        "evaluate": [test_x, adv, pure, "-c", classifier, "--limit", 5],
+        "info": [pure],
+        "merge": [adv, "-o", tmp_path / "merged.h5"],
+        "models": [],
+    }
+
+
+def test_streams(advdiff, steps):
+    """--json is one object, --quiet one line (or one a set), and no ANSI; the result alone is on stdout."""
+    for command, arguments in steps.items():
+        first = advdiff(command, *arguments, "--json")
+        assert isinstance(json.loads(first.out), dict), command
+        again = advdiff(command, *arguments)
+        assert "\x1b" not in again.out + again.err
+        quiet = advdiff(command, *arguments, "-q").out.splitlines()
+        if command == "evaluate":
+            assert [float(line) <= 1 for line in quiet] == [True] * 3
+        elif command != "models":
+            assert len(quiet) == 1, command
+        if "-o" in map(str, arguments):
+            assert quiet == [str(arguments[arguments.index("-o") + 1])]
+            assert "up to date" in again.err
+
+
+def test_usage_errors_exit_2():
+    assert run("attack").returncode == 2
+    assert run("nonesuch").returncode == 2
+    done = run("attack", "x", "-c", "y", "-o", "z.h5", "--eps", "2/0")
+    assert done.returncode == 2
+    assert "2/255" in done.stderr
+
+
+def test_a_closed_pipe_is_no_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m advdiff_cli info --help | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_line_and_resumable(signum, code, test_x, classifier, tmp_path):
+    out = tmp_path / "adv.safetensors"
+    command = [test_x, "-c", classifier, "-o", out, "--steps", 200, "--batch-size", 2, "--limit", 10]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "advdiff_cli", "attack", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
+    _wait_for(out.with_name(out.name + ".part.rows"))
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert re.fullmatch(r"advdiff: error: stopped by a signal.*\n", err)
+    assert not out.exists()
+
+
+def _wait_for(path):
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.slow
+def test_help_is_fast():
+    """Half a second, the best of five: a bound on imports, not a benchmark."""
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        run("--help")
+        times.append(time.perf_counter() - begun)
+    assert min(times) < 0.5

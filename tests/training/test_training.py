@@ -1,0 +1,176 @@
+"""Fits resume to the same weights; the EMA is what is published; order belongs to (seed, epoch)."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.provenance import recipe
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
+from advdiff_cli.models.ddpm import build_ddpm
+from advdiff_cli.training.augment import turn, vary_stain
+from advdiff_cli.training.checkpoints import CHECKPOINT, WorkFolder
+from advdiff_cli.training.fit_classifier import ClassifierPlan, channel_statistics, fit_classifier
+from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
+from advdiff_cli.training.rows import TrainingRows
+from advdiff_cli.training.schedule import cosine
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(test_x):
+    return TrainingRows([open_patches(test_x)], labelled=True)
+
+
+def work(folder, name="m"):
+    return WorkFolder(folder / name, recipe("test", {}), None, overwrite=False)
+
+
+def classifier_fit(rows, valid, folder, steps=None, name="m"):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Classifier(ClassifierConfig("shufflenet_v2_x0_5", (0.7, 0.5, 0.7), (0.2, 0.2, 0.2)))
+    plan = ClassifierPlan(2, 8, 1e-3, 0.01, 0.05, 0, "fp32")
+    records = fit_classifier(model, rows, valid, plan, work(folder, name), CPU, checkpoint_seconds=0)
+    made = list(itertools.islice(records, steps))
+    return model, made
+
+
+def ddpm_fit(rows, valid, folder, steps=None, name="m"):
+    model = build_ddpm("tiny", 96, 0.3, 0)
+    plan = DdpmPlan(6, 4, 1e-3, 0.9, 0.3, 0, "fp32")
+    records = fit_ddpm(model, rows, valid, plan, work(folder, name), CPU, checkpoint_seconds=0, every=3)
+    return model, list(itertools.islice(records, steps))
+
+
+@pytest.mark.parametrize("fit", [classifier_fit, ddpm_fit])
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, test_x, tmp_path):
+    valid = open_patches(test_x)
+    whole, records = fit(rows, valid, tmp_path, name="whole")
+    fit(rows, valid, tmp_path, steps=stop)
+    resumed, after = fit(rows, valid, tmp_path)
+    assert after[0]["step"] == stop + 1
+    assert after[-1]["step"] == records[-1]["step"]
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    logs = [(tmp_path / f"{n}.part" / "training.jsonl").read_text() for n in ("whole", "m")]
+    steps = [[json.loads(line)["step"] for line in log.splitlines()] for log in logs]
+    assert steps[0] == steps[1]
+
+
+def test_published_weights_are_the_ema(rows, tmp_path):
+    """After a fit the model holds the EMA, which differs from the raw weights and moved from where it began."""
+    begun = build_ddpm("tiny", 96, 0.3, 0).state_dict()
+    model, _ = ddpm_fit(rows, None, tmp_path)
+    saved = load_file(tmp_path / "m.part" / CHECKPOINT)
+    raw = {k.removeprefix("unet."): v for k, v in saved.items() if k.startswith("unet.")}
+    key = "conv_in.weight"
+    published = model.unet.state_dict()[key]
+    assert not torch.equal(published, begun[f"unet.{key}"])
+    assert not torch.equal(published, raw[key])
+
+
+def test_looking_does_not_change_the_weights(rows, test_x, tmp_path):
+    one, _ = ddpm_fit(rows, open_patches(test_x), tmp_path, name="looked")
+    two, _ = ddpm_fit(rows, None, tmp_path, name="blind")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert (tmp_path / "looked.part" / "samples.png").is_file()
+    (first, last) = [
+        json.loads(line) for line in (tmp_path / "looked.part" / "training.jsonl").read_text().splitlines()
+    ]
+    assert set(last["valid_loss"]) == {"0.02", "0.04", "0.085", "0.1", "0.15", "0.2", "0.3"}
+    assert last["valid_loss"]["0.3"] < first["valid_loss"]["0.3"]
+
+
+def test_order_belongs_to_seed_and_epoch(rows):
+    def labels_and_sums(epoch, seed, skip=0):
+        return [round(float(images.sum()), 2) for images, _ in rows.epoch(epoch, 8, seed, skip=skip)]
+
+    assert labels_and_sums(0, 0) == labels_and_sums(0, 0)
+    assert labels_and_sums(0, 0)[2:] == labels_and_sums(0, 0, skip=2)
+    assert labels_and_sums(0, 0) != labels_and_sums(1, 0)
+    assert labels_and_sums(0, 0) != labels_and_sums(0, 1)
+
+
+def test_processes_share_each_batch(rows):
+    whole = [images for images, _ in rows.epoch(0, 8, 0)]
+    halves = [[images for images, _ in rows.epoch(0, 8, 0, part=(i, 2))] for i in range(2)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert torch.equal(batch, torch.cat([first, second]))
+
+
+def test_a_set_named_twice_counts_twice(test_x):
+    one = open_patches(test_x)
+    rows = TrainingRows([one, one], labelled=True)
+    assert len(rows) == 2 * len(one)
+    images, _ = rows.read(np.array([0, len(one)]))
+    assert torch.equal(images[0], images[1])
+
+
+def test_turns_are_the_eight_symmetries():
+    image = torch.arange(9.0).view(1, 1, 3, 3).expand(400, 3, 3, 3)
+    seen = {tuple(t[0].flatten().tolist()) for t in turn(image, np.random.default_rng(0))}
+    assert len(seen) == 8
+    wide = torch.rand(50, 3, 4, 6)
+    assert turn(wide, np.random.default_rng(0)).shape == wide.shape
+
+
+def test_stain_variation_keeps_white_and_the_range():
+    images = torch.rand(20, 3, 8, 8).clamp(0.05, 1)
+    assert torch.allclose(vary_stain(images, 0.0, np.random.default_rng(0)), images, atol=1e-4)
+    varied = vary_stain(images, 0.2, np.random.default_rng(0))
+    assert varied.min() >= 0
+    assert varied.max() <= 1
+    assert (varied - images).abs().mean() > 0.01
+
+
+def test_learning_rate_rises_then_falls_to_nothing():
+    rates = [cosine(step, 100, 1.0) for step in range(100)]
+    assert rates.index(max(rates)) in (4, 5)
+    assert max(rates) == 1.0
+    assert rates[-1] < 0.001
+
+
+def test_statistics(rows):
+    mean, std = channel_statistics(rows, 0)
+    images, _ = rows.read(np.arange(len(rows)))
+    assert mean == pytest.approx(images.mean((0, 2, 3)).tolist(), abs=1e-3)
+    assert std == pytest.approx(images.std((0, 2, 3)).tolist(), abs=1e-3)
+
+
+def test_work_of_another_recipe_is_not_taken_over(tmp_path):
+    work(tmp_path)
+    with pytest.raises(AdvdiffError, match="unfinished work of another recipe"):
+        WorkFolder(tmp_path / "m", recipe("test", {"seed": 1}), None, overwrite=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    with pytest.raises(AdvdiffError, match="no model folder of advdiff"):
+        WorkFolder(tmp_path / "other", recipe("test", {}), None, overwrite=True)
+
+
+def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
+    train, valid = (patches / "pcam" / f"camelyonpatch_level_2_split_{s}_x.h5" for s in ("train", "valid"))
+    out = tmp_path / "clf"
+    command = ["train-classifier", train, "--valid", valid, "-o", out, "--arch", "shufflenet_v2_x0_5", "--epochs", 1]
+    command += ["--batch-size", 16, "--precision", "fp32"]
+    assert len(advdiff(*command, "--json").json["log"]) == 1
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "training.jsonl"]
+    assert "up to date" in advdiff(*command).err
+    assert "made otherwise (seed 0 -> 1)" in advdiff(*command, "--seed", 1, code=1).err
+    assert advdiff("info", out, "--json").json["provenance"]["recipe"]["command"] == "train-classifier"
+    second = ["train-ddpm", train, "-o", tmp_path / "ddpm", "--preset", "tiny", "--steps", 2, "--batch-size", 4]
+    second += ["--precision", "fp32", "--max-t", "0.2", "--init", tmp_path / "begun"]
+    assert "no diffusion model called" in advdiff(*second, code=1).err
+    advdiff(*second[:-2])
+    shutil.copytree(tmp_path / "ddpm", tmp_path / "begun")
+    advdiff(*second, "--overwrite", "--valid", valid)
+    assert advdiff("evaluate", patches / "images" / "test", "-c", out, "--json").json["sets"][0]["n"] > 0
+    assert (tmp_path / "ddpm" / "samples.png").is_file()
