@@ -1,13 +1,14 @@
 """Where a model is asked for: a folder, a bundled name or a Hub id; and what is recorded about it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from advdiff_cli.data.provenance import KEY, Provenance, digest, file_digest, parse
+from advdiff_cli.data.provenance import KEY, Provenance, canonical, digest, file_digest, parse
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import CONFIG, WEIGHTS, Classifier, ClassifierConfig, load_classifier
 from advdiff_cli.models.ddpm import CARD, UNET_WEIGHTS, Ddpm, build_ddpm, load_card, load_ddpm
@@ -81,9 +82,13 @@ def _download(name: str, kind: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the fingerprint of a model: its configuration and weights, not its card."""
-    files = sorted(p for p in folder.rglob("*") if p.name.endswith((".safetensors", "config.json")) or p.name == CARD)
-    return digest(f"{p.relative_to(folder).as_posix()} {file_digest(p)}\n".encode() for p in files)
+    """Return the fingerprint of a model: configuration and weights, and not what is recommended or told about it."""
+    files = sorted(p for p in folder.rglob("*") if p.name.endswith((".safetensors", "config.json")))
+    card = asdict(load_card(folder))
+    meaning = canonical({k: card[k] for k in ("space_to_depth", "max_t", "data_range")})
+    return digest(
+        [meaning.encode(), *(f"\n{p.relative_to(folder).as_posix()} {file_digest(p)}".encode() for p in files)]
+    )
 
 
 def initial_classifier(init: str | None, config: ClassifierConfig, seed: int) -> Classifier:

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The whole pipeline on real PCam patches: train a classifier and a DDPM, choose t* on valid, report on test.
+#
+#   examples/pcam_pipeline.sh PCAM_DIR OUT_DIR
+#
+# PCAM_DIR holds pcam/camelyonpatch_level_2_split_*.h5 (what `advdiff download-pcam` writes), and may hold lossless patches
+# in images/lossless_train/{0,1} and images/lossless_valid/{0,1}: the train patches are mixed in, named twice, since real
+# PCam files are lossless. Every step is cached: run it again and it goes on where it ended.
+set -euo pipefail
+PCAM=$1 OUT=$2
+: "${EPOCHS:=12}" "${STEPS:=2000}"         # classifier epochs, DDPM optimiser steps
+: "${VALID_N:=640}"                        # valid patches that choose t*
+: "${T_STARS:=0.05 0.1 0.15 0.2}"          # fractions of T to choose from
+: "${SAMPLER_STEPS:=1}"                    # U-Net evaluations a patch
+: "${PRESET:=s2d2}" "${ARCH:=resnet18}" "${ATTACK_STEPS:=40}" "${TEST_N:=1000000}"
+mkdir -p "$OUT"
+
+split() { echo "$PCAM/pcam/camelyonpatch_level_2_split_$1_x.h5"; }
+lossless=()
+if [ -d "$PCAM/images/lossless_train" ]; then
+    lossless=("$PCAM/images/lossless_train" "$PCAM/images/lossless_train")
+fi
+
+# 1. Two models, trained on the train split alone; valid chooses the classifier's epoch.
+advdiff train-classifier "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/classifier" \
+    --arch "$ARCH" --epochs "$EPOCHS" ${CLASSIFIER_OPTIONS:-}
+advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/ddpm" \
+    --preset "$PRESET" --max-t 0.3 --steps "$STEPS" --batch-size 32 ${DDPM_OPTIONS:-}
+
+# 2. t* is chosen on valid: the best mean of the accuracy on purified clean and on purified attacked patches.
+rows=(--shuffle-seed 0 --limit "$VALID_N")
+attack=(-c "$OUT/classifier" --eps 2/255 --steps "$ATTACK_STEPS")
+advdiff attack "$(split valid)" "${rows[@]}" "${attack[@]}" -o "$OUT/valid-adv.safetensors"
+best=0 chosen=
+for t in $T_STARS; do
+    defence=(-m "$OUT/ddpm" --t-star "$t" --sampler-steps "$SAMPLER_STEPS")
+    advdiff purify "$(split valid)" "${rows[@]}" "${defence[@]}" -o "$OUT/valid-clean-$t.safetensors" -q
+    advdiff purify "$OUT/valid-adv.safetensors" "${defence[@]}" -o "$OUT/valid-adv-$t.safetensors" -q
+    mean=$(advdiff evaluate "$OUT/valid-clean-$t.safetensors" "$OUT/valid-adv-$t.safetensors" -c "$OUT/classifier" -q |
+        awk '{ sum += $1 } END { print sum / NR }')
+    echo "valid, n = $VALID_N: t* $t, mean of clean and attacked accuracy $mean" >&2
+    if awk "BEGIN { exit !($mean > $best) }"; then best=$mean chosen=$t; fi
+done
+echo "chosen on valid: t* $chosen" >&2
+
+# 3. Reported on test, and on lossless patches where they are (those share slides with train).
+report() {
+    local name=$1 data=$2
+    shift 2
+    advdiff attack "$data" "$@" "${attack[@]}" -o "$OUT/$name-adv.safetensors"
+    for kind in clean adv; do
+        local from=$data select=("$@")
+        if [ "$kind" = adv ]; then from=$OUT/$name-adv.safetensors select=(); fi
+        advdiff purify "$from" "${select[@]}" --defense noise --t-star "$chosen" -o "$OUT/$name-$kind-noise.safetensors" -q
+        advdiff purify "$from" "${select[@]}" -m "$OUT/ddpm" --t-star "$chosen" --sampler-steps "$SAMPLER_STEPS" \
+            -o "$OUT/$name-$kind-ddpm.safetensors" -q
+    done
+    advdiff evaluate "$data" "$OUT/$name"-{adv,clean-noise,adv-noise,clean-ddpm,adv-ddpm}.safetensors "$@" \
+        -c "$OUT/classifier" --predictions "$OUT/$name.csv" --json >"$OUT/$name.json"
+    advdiff evaluate "$data" "$OUT/$name"-{adv,clean-noise,adv-noise,clean-ddpm,adv-ddpm}.safetensors "$@" \
+        -c "$OUT/classifier"
+}
+report test "$(split test)" --shuffle-seed 0 --limit "$TEST_N"
+if [ -d "$PCAM/images/lossless_valid" ]; then
+    report lossless "$PCAM/images/lossless_valid" --shuffle-seed 0 --limit "$TEST_N"
+fi

@@ -1,0 +1,59 @@
+"""The bash scripts that users copy, run on small data."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from advdiff_cli.data.patches import open_patches
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *arguments, **settings):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", str(EXAMPLES / script), *map(str, arguments)]
+    env = {**os.environ, "PATH": path, **settings}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_pcam_pipeline(patches, tmp_path):
+    small = {
+        "EPOCHS": "1", "STEPS": "2", "VALID_N": "6", "T_STARS": "0.05 0.1", "ATTACK_STEPS": "1", "TEST_N": "8",
+        "PRESET": "tiny", "ARCH": "shufflenet_v2_x0_5",
+        "CLASSIFIER_OPTIONS": "--batch-size 16", "DDPM_OPTIONS": "--batch-size 4",
+    }  # fmt: skip
+    done = run("pcam_pipeline.sh", patches, tmp_path, **small)
+    assert done.returncode == 0, done.stderr
+    assert "chosen on valid: t* 0." in done.stderr
+    for name in ("test", "lossless"):
+        assert (tmp_path / f"{name}.json").is_file()
+        assert f"{name}-adv-ddpm.safetensors" in done.stdout
+    assert len(open_patches(tmp_path / "test-adv-ddpm.safetensors")) == 8
+
+
+@pytest.mark.slow
+def test_purify_folder(patches, ddpm, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for file in sorted((patches / "images" / "test").rglob("*.jpg"))[:3]:
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "broken.png").write_bytes(b"no image")
+    settings = ["-m", ddpm, "--t-star", "0.02", "--sampler-steps", "1"]
+    done = run("purify_folder.sh", source, tmp_path / "out", *settings)
+    assert done.returncode == 3
+    assert done.stdout.strip() == str(tmp_path / "out")
+    assert '"file":"broken.png"' in done.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+
+
+@pytest.mark.slow
+def test_shards(test_x, classifier, tmp_path, advdiff):
+    options = "--steps 2 --limit 10 --batch-size 4"
+    done = run("shards.sh", test_x, classifier, tmp_path / "adv.h5", 2, ATTACK_OPTIONS=options)
+    assert done.returncode == 0, done.stderr
+    advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / "one.h5", *options.split())
+    assert open_patches(tmp_path / "one.h5").fingerprint() == open_patches(tmp_path / "adv.h5").fingerprint()

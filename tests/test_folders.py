@@ -1,0 +1,130 @@
+"""Folders in, folders out: one lossless file for each, bad files named, re-runs that touch nothing."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advdiff_cli.data.folder_writer import output_names
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "in"
+    rng = np.random.default_rng(0)
+    for name, size in {
+        "a.png": (96, 96),
+        "sub dir/b é.jpg": (96, 96),
+        "c.tif": (50, 70),
+        "D.BMP": (96, 96),
+        "c.jpg": (96, 96),
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
+    return root
+
+
+def purify(advdiff, folder, out, ddpm, *extra, code=0):
+    command = ["purify", folder, "-m", ddpm, "-o", out, "--t-star", "0.02", "--sampler-steps", 1, "--batch-size", 2]
+    return advdiff(*command, *extra, "--json", code=code)
+
+
+def files(out):
+    return {
+        p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.suffix != ".jsonl"
+    }
+
+
+def test_every_file_keeps_its_name_and_size(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    result = purify(advdiff, folder, out, ddpm).json
+    assert (result["purified"], result["failed"]) == (5, 0)
+    assert set(files(out)) == {"a.png", "sub dir/b é.png", "c.tif", "D.png", "c.png"}
+    with Image.open(out / "c.tif") as tif, Image.open(out / "a.png") as png:
+        assert (tif.size, tif.format, png.mode) == ((70, 50), "TIFF", "RGB")
+
+
+def test_a_rerun_touches_nothing_and_new_and_changed_files_are_done(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    time.sleep(0.01)
+    assert purify(advdiff, folder, out, ddpm).json["status"] == "up to date"
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    Image.new("RGB", (96, 96), "white").save(folder / "a.png")
+    Image.new("RGB", (96, 96), "pink").save(folder / "new.png")
+    (out / "D.png").unlink()
+    result = purify(advdiff, folder, out, ddpm).json
+    assert (result["purified"], result["kept"]) == (3, 3)
+
+
+def test_a_bad_file_does_not_stop_the_rest(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    good = (folder / "a.png").read_bytes()
+    (folder / "b.png").write_bytes(good[: len(good) // 2])
+    (folder / "empty.png").touch()
+    Image.new("RGB", (31, 96)).save(folder / "small.png")
+    Image.new("RGBA", (96, 96)).save(folder / "clear.png")
+    result = purify(advdiff, folder, out, ddpm, code=3)
+    assert (result.json["purified"], result.json["failed"]) == (5, 4)
+    for name in ("b.png", "empty.png", "small.png", "clear.png"):
+        assert len([line for line in result.err.splitlines() if name in line]) == 1
+    assert "advdiff: error: 4 of 9 files failed" in result.err.splitlines()[-1]
+    journal = [json.loads(line) for line in (out / "advdiff.jsonl").read_text().splitlines()]
+    assert {line["file"] for line in journal[1:] if line["status"] == "failed"} == {
+        "b.png",
+        "empty.png",
+        "small.png",
+        "clear.png",
+    }
+    (folder / "b.png").write_bytes(good)
+    again = purify(advdiff, folder, out, ddpm, code=3).json
+    assert (again["purified"], again["kept"], again["failed"]) == (1, 5, 3)
+
+
+def test_rows_do_not_depend_on_the_company(advdiff, folder, ddpm, tmp_path):
+    purify(advdiff, folder, tmp_path / "all", ddpm)
+    for name in ("D.BMP", "sub dir"):
+        for file in [folder / name] if (folder / name).is_file() else list((folder / name).iterdir()):
+            file.rename(file.with_name("was " + file.name))
+    kept = folder / "a.png", folder / "c.jpg", folder / "c.tif"
+    purify(advdiff, folder, tmp_path / "fewer", ddpm)
+    assert all(k.is_file() for k in kept)
+    one, two = files(tmp_path / "all"), files(tmp_path / "fewer")
+    for name in ("a.png", "c.png", "c.tif"):
+        assert one[name] == two[name]
+
+
+def test_another_recipe_and_other_peoples_folders_are_refused(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    assert "made otherwise (seed 0 -> 1)" in purify(advdiff, folder, out, ddpm, "--seed", 1, code=1).err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x.txt").touch()
+    assert "was not made by advdiff purify" in purify(advdiff, folder, tmp_path / "mine", ddpm, code=1).err
+
+
+def test_globs_and_single_images(advdiff, folder, ddpm, tmp_path):
+    assert purify(advdiff, f"{folder}/*.jpg", tmp_path / "g", ddpm).json["files"] == 1
+    assert purify(advdiff, folder / "a.png", tmp_path / "s", ddpm).json["files"] == 1
+    assert set(files(tmp_path / "s")) == {"a.png"}
+    assert "no images in" in purify(advdiff, f"{folder}/*.gif", tmp_path / "n", ddpm, code=1).err
+    assert not (tmp_path / "n").exists()
+
+
+def test_an_output_inside_the_input_is_not_read_back(advdiff, folder, ddpm):
+    purify(advdiff, folder, folder / "out", ddpm)
+    assert purify(advdiff, folder, folder / "out", ddpm).json["files"] == 5
+
+
+def test_the_noise_defence_needs_no_model(advdiff, folder, tmp_path):
+    result = advdiff("purify", folder, "--defense", "noise", "-o", tmp_path / "n", "--json").json
+    assert result["purified"] == 5
+
+
+def test_stems_that_collide_keep_their_whole_name():
+    names = {"a.jpg": "a.jpg.png", "a.bmp": "a.bmp.png", "b.jpg": "b.png", "c.tif": "c.tif", "c.png": "c.png"}
+    names["d/a.jpg"] = "d/a.png"
+    assert output_names(list(names)) == names
