@@ -31,7 +31,7 @@ advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o
 rows=(--shuffle-seed 0 --limit "$VALID_N")
 attack=(-c "$OUT/classifier" --eps 2/255 --steps "$ATTACK_STEPS")
 advdiff attack "$(split valid)" "${rows[@]}" "${attack[@]}" -o "$OUT/valid-adv.safetensors"
-best=0 chosen=
+best=-1 chosen=
 for t in $T_STARS; do
     defence=(-m "$OUT/ddpm" --t-star "$t" --sampler-steps "$SAMPLER_STEPS")
     advdiff purify "$(split valid)" "${rows[@]}" "${defence[@]}" -o "$OUT/valid-clean-$t.safetensors" -q

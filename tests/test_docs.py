@@ -1,0 +1,65 @@
+"""The README: every command is there, its code blocks run, its links lead somewhere, its JSON is what is printed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from advdiff_cli.main import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_every_command_is_documented():
+    listed = re.findall(r"^\| `([a-z-]+)` \|", README, re.M)
+    assert sorted(listed) == sorted(c.name for c in app.registered_commands)
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if not link.startswith("https://"):
+            assert (ROOT / link).exists(), link
+
+
+@pytest.mark.slow
+def test_code_blocks_run(tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    script = "set -euo pipefail\n" + "\n".join(blocks("bash"))
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (documented,) = (json.loads(block) for block in blocks("json"))
+    printed = json.loads((tmp_path / "result.json").read_text())
+    assert set(printed) == set(documented)
+    assert set(printed["sets"][0]) == set(documented["sets"][0])
+    for block in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_json_comparisons_have_the_documented_keys(advdiff, test_x, classifier):
+    (documented,) = (json.loads(block) for block in blocks("json"))
+    printed = advdiff("evaluate", test_x, test_x, "-c", classifier, "--limit", 4, "--json").json
+    assert set(printed["comparisons"][0]) == set(documented["comparisons"][0])
+
+
+def test_shell_blocks_name_real_commands_and_options():
+    """Blocks that need a download are not run; what they ask for exists all the same."""
+    import typer.main
+
+    group = typer.main.get_command(app)
+    lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    for words in (line for line in lines if line[:1] == ["advdiff"]):
+        known = {flag for p in group.commands[words[1]].params for flag in p.opts}
+        assert {w for w in words if w.startswith("-")} <= known
