@@ -16,8 +16,8 @@ from advdiff_cli.data.streams import stream
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
+from advdiff_cli.training.descent import cosine, descend
 from advdiff_cli.training.rows import TrainingRows
-from advdiff_cli.training.schedule import cosine
 
 Channels = tuple[float, float, float]
 
@@ -91,36 +91,28 @@ def fit_classifier(
             work.save(tensors, {"step": step, "best": best})
 
     last = time.monotonic()
-    while step < total:
-        epoch = step // per_epoch
-        losses: list[float] = []
+    losses: list[float] = []
+    for images, labels in train.batches(step, total, plan.batch_size, plan.seed, part):
         network.train()
-        for images, labels in train.epoch(epoch, plan.batch_size, plan.seed, skip=step % per_epoch, part=part):
-            rng = stream(plan.seed, "augment", step, part[0])
-            images = turn(images.to(accelerator.device, non_blocking=True), rng)
-            if plan.stain:
-                images = vary_stain(images, plan.stain, rng)
-            loss = cross_entropy(network(_channels_last(images)), labels.to(accelerator.device))
-            for group in optimizer.param_groups:
-                group["lr"] = cosine(step, total, plan.learning_rate)
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            losses.append(loss.item())
-            if time.monotonic() - last > checkpoint_seconds and step % per_epoch:
-                save()
-                last = time.monotonic()
-            yield {"step": step, "of": total, "loss": losses[-1]}
-        record = {"step": step, "of": total, "epoch": epoch + 1, "loss": float(np.mean(losses[-50:]))}
-        if valid is not None and accelerator.is_main_process:
-            record |= _validate(accelerator, model, valid, plan.batch_size)
-            if record["valid_accuracy"] > best:
-                best = record["valid_accuracy"]
-                work.save(model.state_dict(), {"epoch": epoch + 1}, BEST)
-        if accelerator.is_main_process:
+        rng = stream(plan.seed, "augment", step, part[0])
+        images = turn(images.to(accelerator.device, non_blocking=True), rng)
+        if plan.stain:
+            images = vary_stain(images, plan.stain, rng)
+        loss = cross_entropy(network(_channels_last(images)), labels.to(accelerator.device))
+        losses.append(descend(accelerator, optimizer, loss, cosine(step, total, plan.learning_rate)))
+        step += 1
+        record: dict[str, Any] = {"step": step, "of": total, "loss": losses[-1]}
+        if step % per_epoch == 0 and accelerator.is_main_process:
+            record |= {"epoch": step // per_epoch, "loss": float(np.mean(losses[-per_epoch:]))}
+            if valid is not None:
+                record |= _validate(accelerator, model, valid, plan.batch_size)
+                if record["valid_accuracy"] > best:
+                    best = record["valid_accuracy"]
+                    work.save(model.state_dict(), {"epoch": record["epoch"]}, BEST)
             work.log(record)
-        save()
+        if step % per_epoch == 0 or time.monotonic() - last > checkpoint_seconds:
+            save()
+            last = time.monotonic()
         yield record
     if (kept := work.load(BEST)) is not None:
         model.load_state_dict(kept[0])

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torchvision.utils import make_grid
 
@@ -23,8 +23,8 @@ from advdiff_cli.models.ddpm import Ddpm
 from advdiff_cli.purification.diffusion import add_noise, estimate_x_0, noise_levels
 from advdiff_cli.training.augment import turn
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
+from advdiff_cli.training.descent import cosine, descend
 from advdiff_cli.training.rows import TrainingRows
-from advdiff_cli.training.schedule import cosine
 
 GRID = "samples.png"
 _LEVELS = (
@@ -81,47 +81,37 @@ def fit_ddpm(
     model.to(accelerator.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.unet.parameters(), plan.learning_rate)
     ema = EMAModel(model.unet.parameters(), decay=plan.ema, use_ema_warmup=True, power=3 / 4)
-    step = _resume(model, optimizer, ema, work)
+    first = _resume(model, optimizer, ema, work)
     network, optimizer = accelerator.prepare(model, optimizer)
     part = (accelerator.process_index, accelerator.num_processes)
-    levels = noise_levels(plan.max_t, model.timesteps)
     losses: list[float] = []
     last = time.monotonic()
-    while step < plan.steps:
-        epoch, skip = divmod(step, train.steps(plan.batch_size))
-        for images, _ in train.epoch(epoch, plan.batch_size, plan.seed, skip=skip, part=part):
-            rng = stream(plan.seed, "augment", step, part[0])
-            x_0 = turn(images, rng).to(accelerator.device, non_blocking=True) * 2 - 1
-            t = torch.from_numpy(rng.integers(0, levels, len(x_0))).to(x_0.device)
-            noise = torch.from_numpy(rng.standard_normal(x_0.shape, np.float32)).to(x_0.device)
-            predicted = network(add_noise(x_0, noise, model.alpha_bar[t].view(-1, 1, 1, 1)), t)
-            loss = mse_loss(predicted, noise)
-            for group in optimizer.param_groups:
-                group["lr"] = cosine(step, plan.steps, plan.learning_rate)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.unet.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.step(model.unet.parameters())
-            step += 1
-            losses.append(loss.item())
-            record: dict[str, Any] = {"step": step, "of": plan.steps, "loss": losses[-1]}
-            stop = step == plan.steps
-            if accelerator.is_main_process:
-                if step % every == 0 or stop:
-                    record |= {"loss": float(np.mean(losses[-every:]))} | _look(
-                        model, ema, valid, plan, work, accelerator
-                    )
-                    work.log(record)
-                if time.monotonic() - last > checkpoint_seconds and not stop:
-                    _save(model, optimizer, ema, step, work)
-                    last = time.monotonic()
-            yield record
-            if stop:
-                break
+    for step, (images, _) in enumerate(train.batches(first, plan.steps, plan.batch_size, plan.seed, part), first + 1):
+        rng = stream(plan.seed, "augment", step - 1, part[0])
+        loss = _loss(network, model, turn(images, rng).to(accelerator.device), plan.max_t, rng)
+        rate = cosine(step - 1, plan.steps, plan.learning_rate)
+        losses.append(descend(accelerator, optimizer, loss, rate, clip=1.0))
+        ema.step(model.unet.parameters())
+        record: dict[str, Any] = {"step": step, "of": plan.steps, "loss": losses[-1]}
+        if accelerator.is_main_process:
+            if step % every == 0 or step == plan.steps:
+                record |= {"loss": float(np.mean(losses[-every:])), **_look(model, ema, valid, plan, work, accelerator)}
+                work.log(record)
+            if time.monotonic() - last > checkpoint_seconds and step < plan.steps:
+                _save(model, optimizer, ema, step, work)
+                last = time.monotonic()
+        yield record
     ema.copy_to(model.unet.parameters())
     model.eval()
     accelerator.wait_for_everyone()
+
+
+def _loss(network: nn.Module, model: Ddpm, images: Tensor, max_t: float, rng: np.random.Generator) -> Tensor:
+    """Return the mean squared error of the predicted noise, at timesteps drawn below max_t (Ho et al., eq. 14)."""
+    t = torch.from_numpy(rng.integers(0, noise_levels(max_t, model.timesteps), len(images))).to(images.device)
+    noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(images.device)
+    x_t = add_noise(images * 2 - 1, noise, model.alpha_bar[t].view(-1, 1, 1, 1))
+    return mse_loss(network(x_t, t), noise)
 
 
 def _save(model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, step: int, work: WorkFolder) -> None:

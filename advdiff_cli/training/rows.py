@@ -44,6 +44,19 @@ class TrainingRows:
         """Return the number of whole batches in an epoch."""
         return max(1, len(self) // batch_size)
 
+    def batches(
+        self, first: int, last: int, batch_size: int, seed: int, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of steps first to last - 1, through as many epochs as they take; `part` as for epoch()."""
+        step = first
+        while step < last:
+            epoch, skip = divmod(step, self.steps(batch_size))
+            for batch in self.epoch(epoch, batch_size, seed, skip=skip, part=part):
+                yield batch
+                step += 1
+                if step == last:
+                    return
+
     def epoch(
         self, epoch: int, batch_size: int, seed: int, *, skip: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,10 +16,10 @@ from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import build_ddpm
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.checkpoints import CHECKPOINT, WorkFolder
+from advdiff_cli.training.descent import cosine
 from advdiff_cli.training.fit_classifier import ClassifierPlan, channel_statistics, fit_classifier
 from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
 from advdiff_cli.training.rows import TrainingRows
-from advdiff_cli.training.schedule import cosine
 
 CPU = torch.device("cpu")
 

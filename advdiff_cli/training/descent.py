@@ -1,0 +1,29 @@
+"""One step down the gradient, at a learning rate that is a pure function of the step: resume needs no other state."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+def cosine(step: int, total: int, peak: float, warmup: float = 0.05) -> float:
+    """Return the learning rate at `step` of `total`: linear warm-up over a share of them, then half a cosine to 0."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def descend(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None = None
+) -> float:
+    """Take a step at learning rate `rate`, gradients clipped to the norm `clip`; return the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    accelerator.backward(loss)
+    if clip is not None:
+        accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
