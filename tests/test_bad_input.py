@@ -118,7 +118,7 @@ def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):
 @pytest.mark.parametrize(("extra", "message"), [
     (["-c", "nonesuch"], "no classifier called nonesuch"),
     (["-o", "out.png"], r"written as \.safetensors or \.h5"),
-    (["--limit", "2", "--range", "9:"], "no patches selected"),
+    (["--limit", "2", "--range", "99:"], "no patches selected"),
     (["--method", "fgsm", "--steps", "3"], "fgsm is one step"),
     (["--eps", "0"], "--eps must be above 0"),
     (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),

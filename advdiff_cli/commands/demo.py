@@ -17,6 +17,7 @@ _SHOWN = 4
 
 
 def demo(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the files and the picture.")] = Path(
         "advdiff-demo"
     ),
@@ -37,16 +38,14 @@ def demo(
     files = {
         k: str(out / f"{k}.safetensors") for k in ("clean", "adv", "clean-noise", "adv-noise", "clean-ddpm", "adv-ddpm")
     }
-    _run(["synthesize", "-n", str(number), "--seed", str(seed), "-o", files["clean"]], quiet)
-    _run(["attack", files["clean"], "-c", CLASSIFIER, "--eps", EPS, "-o", files["adv"], *where], quiet)
+    _run(ctx, ["synthesize", "-n", str(number), "--seed", str(seed), "-o", files["clean"]], quiet)
+    _run(ctx, ["attack", files["clean"], "-c", CLASSIFIER, "--eps", EPS, "-o", files["adv"], *where], quiet)
     for kind in ("clean", "adv"):
         level = str(_recommended_level())
-        _run(
-            ["purify", files[kind], "--defense", "noise", "--t-star", level, "-o", files[f"{kind}-noise"], *where],
-            quiet,
-        )
-        _run(["purify", files[kind], "-m", DDPM, "-o", files[f"{kind}-ddpm"], *where], quiet)
-    sets = _run(["evaluate", *files.values(), "-c", CLASSIFIER, *where], quiet)["sets"]
+        noise = ["--defense", "noise", "--t-star", level]
+        _run(ctx, ["purify", files[kind], *noise, "-o", files[f"{kind}-noise"], *where], quiet)
+        _run(ctx, ["purify", files[kind], "-m", DDPM, "-o", files[f"{kind}-ddpm"], *where], quiet)
+    sets = _run(ctx, ["evaluate", *files.values(), "-c", CLASSIFIER, *where], quiet)["sets"]
     accuracy = {kind: s["accuracy"] for kind, s in zip(files, sets, strict=True)}
     _picture({k: Path(v) for k, v in files.items()}, out / PICTURE, device)
     rows = {
@@ -64,15 +63,13 @@ def demo(
     console.emit(result, _text(result), out, as_json=as_json, quiet=quiet)
 
 
-def _run(arguments: list[str], quiet: bool) -> dict[str, Any]:
+def _run(ctx: typer.Context, arguments: list[str], quiet: bool) -> dict[str, Any]:
     """Run a command of this program in this process and return its JSON."""
-    from advdiff_cli.main import app
-
     if not quiet:
         console.log("$ advdiff " + " ".join(arguments))
     printed = io.StringIO()
     with redirect_stdout(printed):
-        app([*arguments, "--json"], standalone_mode=False)
+        ctx.find_root().command.main([*arguments, "--json"], standalone_mode=False)
     result: dict[str, Any] = json.loads(printed.getvalue())
     return result
 

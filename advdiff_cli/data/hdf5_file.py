@@ -3,6 +3,7 @@
 Chunks lie along N: HDF5's automatic chunks would cut each patch over hundreds of them.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from advdiff_cli.data.patches import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
+from advdiff_cli.data.source import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
@@ -129,8 +130,9 @@ class Hdf5Target:
         self._images[start : start + len(images)] = images
 
     def flush(self) -> None:
-        """Hand what was written to the operating system."""
+        """Bring what was written to the disk."""
         self._file.flush()
+        os.fsync(self._file.id.get_vfd_handle())
 
     def close(self) -> None:
         """Close the file."""

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from advdiff_cli.data.patches import Images, Rows
 from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.data.source import Images, Rows
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from advdiff_cli.data.patches import Images, PatchSet, Rows, open_patches
+from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, canonical, recipe
+from advdiff_cli.data.source import Images, Rows
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.data.writer import Part, PatchWriter
 from advdiff_cli.errors import AdvdiffError

@@ -6,39 +6,22 @@ Four forms, chosen by what the path is: safetensors, HDF5, PCam's own files (or 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from advdiff_cli.data.provenance import Provenance, canonical, digest
+from advdiff_cli.data.hdf5_file import open_hdf5
+from advdiff_cli.data.image_folder import open_folder
+from advdiff_cli.data.pcam import find_split
+from advdiff_cli.data.provenance import canonical, digest
+from advdiff_cli.data.safetensors_file import open_safetensors
+from advdiff_cli.data.source import MIN_SIZE, Rows, Source
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
-Images = NDArray[Any]  # (B, 3, H, W) uint8 or float32
-Rows = NDArray[np.int64]
-
-MIN_SIZE = 32  # pixels
 _BLOCK = 64  # rows hashed at a time
 _SAMPLED = 64  # rows that identify an origin set
-
-
-class Source(Protocol):
-    """What a form of patch set offers: rows by position, and what is known of them."""
-
-    path: Path
-    shape: tuple[int, int] | None  # (H, W), or None where rows differ
-    labels: Rows | None
-    index: Rows
-    keys: Sequence[RowKey]
-    provenance: Provenance | None
-
-    def __len__(self) -> int: ...
-
-    def read(self, rows: Rows) -> Images:
-        """Return the images at `rows` (positions), all of one size."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -175,11 +158,6 @@ def open_patches(
     Raises:
         AdvdiffError: nothing there, or nothing that can be read.
     """
-    from advdiff_cli.data.hdf5_file import open_hdf5
-    from advdiff_cli.data.image_folder import open_folder
-    from advdiff_cli.data.pcam import find_split
-    from advdiff_cli.data.safetensors_file import open_safetensors
-
     place = Path(path)
     source: Source
     if place.is_dir() and (pcam := find_split(place, split)) is not None:
@@ -199,25 +177,3 @@ def open_patches(
             f"the patches of {path} are {source.shape[0]}x{source.shape[1]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
         )
     return PatchSet(source, selection)
-
-
-def check_layout(path: Path, images: tuple[int, ...], dtype: str, counts: dict[str, int]) -> None:
-    """Check that images are (N, 3, H, W) of a known type and that every other tensor has N rows."""
-    if len(images) != 4 or images[1] != 3:
-        raise AdvdiffError(f"the images of {path} have shape {images}; (N, 3, H, W) is needed")
-    if dtype not in ("uint8", "float32"):
-        raise AdvdiffError(f"the images of {path} are {dtype}; float32 in [0, 1] or uint8 is needed")
-    if images[0] == 0:
-        raise AdvdiffError(f"{path} holds no patches")
-    for name, count in counts.items():
-        if count != images[0]:
-            raise AdvdiffError(f"{path} holds {images[0]} images and {count} {name}; the counts must match")
-
-
-def check_labels(path: Path, labels: NDArray[Any] | None) -> Rows | None:
-    """Return labels as int64 (N,); AdvdiffError unless they are 0 and 1."""
-    if labels is None:
-        return None
-    if not np.isin(labels, (0, 1)).all():
-        raise AdvdiffError(f"the labels of {path} are not all 0 or 1")
-    return labels.astype(np.int64).reshape(-1)

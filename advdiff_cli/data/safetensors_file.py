@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from advdiff_cli.data.patches import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
+from advdiff_cli.data.source import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 

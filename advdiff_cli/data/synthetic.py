@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from advdiff_cli.data.patches import Images, Rows
 from advdiff_cli.data.provenance import Provenance, canonical, digest
+from advdiff_cli.data.source import Images, Rows
 from advdiff_cli.data.stain import mix
 from advdiff_cli.data.streams import RowKey, stream
 

@@ -12,9 +12,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from advdiff_cli.data.hdf5_file import Hdf5Target
-from advdiff_cli.data.patches import Images, PatchSet, Rows, open_patches
+from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, canonical, difference, provenance, same_recipe
 from advdiff_cli.data.safetensors_file import SafetensorsTarget
+from advdiff_cli.data.source import Images, Rows
 from advdiff_cli.errors import AdvdiffError
 
 _FLUSH_SECONDS = 1.0

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from advdiff_cli.data.folder_writer import FolderWriter, output_names
 from advdiff_cli.data.image_folder import read_image
-from advdiff_cli.data.patches import MIN_SIZE
 from advdiff_cli.data.provenance import file_digest
+from advdiff_cli.data.source import MIN_SIZE
 from advdiff_cli.data.streams import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import autocast

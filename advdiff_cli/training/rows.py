@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advdiff_cli.data.patches import PatchSet, Rows
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.source import Rows
 from advdiff_cli.data.streams import stream
 from advdiff_cli.errors import AdvdiffError
 

@@ -1,0 +1,56 @@
+"""What every form of patch set offers, and the checks that each makes of what it holds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.data.streams import RowKey
+from advdiff_cli.errors import AdvdiffError
+
+Images = NDArray[Any]  # (B, 3, H, W) uint8 or float32
+Rows = NDArray[np.int64]
+
+MIN_SIZE = 32  # pixels
+
+
+class Source(Protocol):
+    """What a form of patch set offers: rows by position, and what is known of them."""
+
+    path: Path
+    shape: tuple[int, int] | None  # (H, W), or None where rows differ
+    labels: Rows | None
+    index: Rows
+    keys: Sequence[RowKey]
+    provenance: Provenance | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Rows) -> Images:
+        """Return the images at `rows` (positions), all of one size."""
+        ...
+
+
+def check_layout(path: Path, images: tuple[int, ...], dtype: str, counts: dict[str, int]) -> None:
+    """Check that images are (N, 3, H, W) of a known type and that every other tensor has N rows."""
+    if len(images) != 4 or images[1] != 3:
+        raise AdvdiffError(f"the images of {path} have shape {images}; (N, 3, H, W) is needed")
+    if dtype not in ("uint8", "float32"):
+        raise AdvdiffError(f"the images of {path} are {dtype}; float32 in [0, 1] or uint8 is needed")
+    if images[0] == 0:
+        raise AdvdiffError(f"{path} holds no patches")
+    for name, count in counts.items():
+        if count != images[0]:
+            raise AdvdiffError(f"{path} holds {images[0]} images and {count} {name}; the counts must match")
+
+
+def check_labels(path: Path, labels: NDArray[Any] | None) -> Rows | None:
+    """Return labels as int64 (N,); AdvdiffError unless they are 0 and 1."""
+    if labels is None:
+        return None
+    if not np.isin(labels, (0, 1)).all():
+        raise AdvdiffError(f"the labels of {path} are not all 0 or 1")
+    return labels.astype(np.int64).reshape(-1)

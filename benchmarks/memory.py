@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Peak memory of purify and attack over the number of patches, for every form of patch set.
+
+    python benchmarks/memory.py WORK_DIR [--sizes 1000 10000]
+
+Random patches of 96x96 in each form; `purify` with the bundled synthetic-ddpm, `attack` with two steps on the bundled
+synthetic-classifier, each in a process of its own, whose peak resident memory (VmHWM) is reported. Memory that grew
+with N would show: 10,000 patches are 1.1 GB as float32.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+
+def make(form: str, n: int, folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, 3, 96, 96), np.uint8)
+    labels = rng.integers(0, 2, n)
+    path = folder / {"safetensors": f"{n}.safetensors", "hdf5": f"{n}.h5", "pcam": f"{n}", "folder": f"images{n}"}[form]
+    if form == "safetensors":
+        save_file({"images": images, "labels": labels}, path)
+    elif form == "hdf5":
+        with h5py.File(path, "w") as file:
+            file.create_dataset("images", data=images, chunks=(32, 3, 96, 96))
+            file["labels"] = labels
+    elif form == "pcam":
+        (path / "pcam").mkdir(parents=True, exist_ok=True)
+        for key, array in {
+            "x": images.transpose(0, 2, 3, 1),
+            "y": labels.reshape(-1, 1, 1, 1).astype(np.uint8),
+        }.items():
+            with h5py.File(path / "pcam" / f"camelyonpatch_level_2_split_test_{key}.h5", "w") as file:
+                file.create_dataset(key, data=array, chunks=(min(32, n), *array.shape[1:]))
+    else:
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            (path / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(path / str(label) / f"{i:06}.png", compress_level=0)
+    return path
+
+
+CHILD = """
+import re, sys
+from advdiff_cli.main import main
+try:
+    main()
+finally:  # getrusage would count the parent's memory at the fork
+    print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+
+
+def peak(*arguments: object) -> float:
+    """Run a command and return its peak resident memory in MB."""
+    done = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{arguments}: {done.stderr}")
+    return int(done.stderr.split()[-1]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    print(f"peak memory, MB: {'  '.join(f'n = {n}' for n in args.sizes)}")
+    for form in ("safetensors", "hdf5", "pcam", "folder"):
+        sets = [make(form, n, args.work) for n in args.sizes]
+        split = ["--split", "test"] if form == "pcam" else []
+        outs = {"purify": ".h5" if form == "hdf5" else ".safetensors", "attack": ".safetensors"}
+        extra = {"purify": ["-m", "synthetic-ddpm"], "attack": ["-c", "synthetic-classifier", "--steps", 2]}
+        for command in ("purify", "attack"):
+            peaks = []
+            for n, data in zip(args.sizes, sets, strict=True):
+                out = args.work / f"{form}-{command}-{n}{outs[command]}"
+                peaks.append(peak(command, data, *split, *extra[command], "-o", out, "-q"))
+                out.unlink()
+            print(f"{form:12} {command:8} {'  '.join(f'{p:10.0f}' for p in peaks)}", flush=True)
+        if form == "folder":
+            peaks = [
+                peak("purify", data, "-m", "synthetic-ddpm", "-o", args.work / f"out{data.name}", "-q") for data in sets
+            ]
+            print(f"{form:12} to folder {'  '.join(f'{p:9.0f}' for p in peaks)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
