@@ -8,7 +8,7 @@
 # PCam files are lossless. Every step is cached: run it again and it goes on where it ended.
 set -euo pipefail
 PCAM=$1 OUT=$2
-: "${EPOCHS:=12}" "${STEPS:=2000}"         # classifier epochs, DDPM optimiser steps
+: "${EPOCHS:=12}" "${STEPS:=1500}"         # classifier epochs, DDPM optimiser steps
 : "${VALID_N:=640}"                        # valid patches that choose t*
 : "${T_STARS:=0.05 0.1 0.15 0.2}"          # fractions of T to choose from
 : "${SAMPLER_STEPS:=1}"                    # U-Net evaluations a patch

@@ -16,7 +16,7 @@ def train_classifier(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 12,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's weight decay.")] = 0.05,
-    stain: Annotated[float, typer.Option(min=0.0, help="Strength of stain variation; 0 for none.")] = 0.1,
+    stain: Annotated[float, typer.Option(min=0.0, help="Strength of stain variation; 0 for none.")] = 0.2,
     split: options.Split = None,
     batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
@@ -28,7 +28,7 @@ def train_classifier(
 ) -> None:
     """Train a classifier on labelled patches, with flips, quarter turns and stain variation.
 
-    The weights of the epoch that does best on --valid are kept.
+    The weights of the epoch that does best on --valid are kept, and its log-odds calibrated there (Platt).
 
     Run again after an interruption, it ends in the same weights as an uninterrupted run.
 

@@ -21,12 +21,17 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What builds a classifier: a torchvision architecture and the mean and deviation of each channel, in [0, 1]."""
+    """What builds a classifier: a torchvision architecture, its normalisation and its calibration.
+
+    Mean and deviation are of each channel in [0, 1]; the log-odds of class 1 are `slope` times those of the network plus
+    `bias` (Platt 1999).
+    """
 
     arch: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    num_classes: int = 2
+    slope: float = 1.0
+    bias: float = 0.0
 
 
 class Classifier(nn.Module):
@@ -39,17 +44,17 @@ class Classifier(nn.Module):
         """Build the architecture with random weights; AdvdiffError when torchvision has none of that name."""
         super().__init__()
         self.config = config
-        self.backbone = _backbone(config.arch, config.num_classes)
+        self.backbone = _backbone(config.arch)
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, num_classes) of images (B, 3, H, W) in [0, 1]."""
+        """Return logits (B, 2) of images (B, 3, H, W) in [0, 1]."""
         logits: Tensor = self.backbone((images - self.mean) / self.std)
-        return logits
+        return logits * self.config.slope + logits.new_tensor((0.0, self.config.bias))
 
 
-def _backbone(arch: str, num_classes: int) -> nn.Module:
+def _backbone(arch: str) -> nn.Module:
     from torchvision.models import get_model, list_models
 
     names = list_models(module=__import__("torchvision").models)
@@ -58,7 +63,7 @@ def _backbone(arch: str, num_classes: int) -> nn.Module:
             f"torchvision has no classification architecture {arch}; for example resnet18, googlenet, densenet121"
         )
     extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-    network: nn.Module = get_model(arch, weights=None, num_classes=num_classes, **extra)
+    network: nn.Module = get_model(arch, weights=None, num_classes=2, **extra)
     return network
 
 
@@ -81,7 +86,7 @@ def load_classifier(folder: Path) -> Classifier:
             raise AdvdiffError(f"{folder} is no classifier folder: {name} is missing")
     try:
         raw = json.loads((folder / CONFIG).read_text())
-        config = ClassifierConfig(raw["arch"], tuple(raw["mean"]), tuple(raw["std"]), raw.get("num_classes", 2))
+        config = ClassifierConfig(**raw | {"mean": tuple(raw["mean"]), "std": tuple(raw["std"])})
     except (ValueError, KeyError, TypeError) as e:
         raise AdvdiffError(f"{folder / CONFIG} is no classifier config ({e})") from None
     model = Classifier(config)

@@ -144,4 +144,5 @@ def training_log(folder: Path) -> list[dict[str, Any]]:
 
 def frozen_classifier(folder: Path, device: torch.device) -> Classifier:
     """Return the classifier of a folder on `device`, in eval mode, its parameters without gradients."""
-    return load_classifier(folder).to(device).requires_grad_(False)
+    model = load_classifier(folder).to(device).to(memory_format=torch.channels_last)  # the faster layout
+    return model.requires_grad_(False)

@@ -1,8 +1,8 @@
-"""Fit a classifier: cross-entropy, AdamW, one cosine cycle, the weights of the best epoch on valid kept."""
+"""Fit a classifier: cross-entropy, AdamW, one cosine cycle; the best epoch on valid is kept, then calibrated there."""
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.streams import stream
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training.augment import turn, vary_stain
+from advdiff_cli.training.calibration import platt
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
 from advdiff_cli.training.descent import cosine, descend
 from advdiff_cli.training.rows import TrainingRows
@@ -105,7 +106,7 @@ def fit_classifier(
         if step % per_epoch == 0 and accelerator.is_main_process:
             record |= {"epoch": step // per_epoch, "loss": float(np.mean(losses[-per_epoch:]))}
             if valid is not None:
-                record |= _validate(accelerator, model, valid, plan.batch_size)
+                record |= _figures(*_judge(accelerator, model, valid, plan.batch_size))
                 if record["valid_accuracy"] > best:
                     best = record["valid_accuracy"]
                     work.save(model.state_dict(), {"epoch": record["epoch"]}, BEST)
@@ -116,20 +117,27 @@ def fit_classifier(
         yield record
     if (kept := work.load(BEST)) is not None:
         model.load_state_dict(kept[0])
+    if valid is not None:
+        slope, bias = platt(*_judge(accelerator, model, valid, plan.batch_size))
+        model.config = replace(model.config, slope=round(slope, 6), bias=round(bias, 6))
     model.eval()
     accelerator.wait_for_everyone()
 
 
 @torch.inference_mode()
-def _validate(accelerator: Accelerator, model: nn.Module, valid: PatchSet, batch_size: int) -> dict[str, float]:
+def _judge(accelerator: Accelerator, model: nn.Module, valid: PatchSet, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return logits (N, 2) and labels (N,) of the valid rows."""
     model.eval()
-    labels = torch.from_numpy(valid.require_labels())
     rows = np.arange(len(valid))
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with accelerator.autocast():
         logits = torch.cat([model(_channels_last(valid.read(b).to(accelerator.device))).float().cpu() for b in batches])
-    right = (logits.argmax(1) == labels).float().mean().item()
-    return {"valid_loss": cross_entropy(logits, labels).item(), "valid_accuracy": right}
+    return logits, torch.from_numpy(valid.require_labels())
+
+
+def _figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    return {"valid_loss": cross_entropy(logits, labels).item(), "valid_accuracy": accuracy}
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import build_ddpm
 from advdiff_cli.training.augment import turn, vary_stain
+from advdiff_cli.training.calibration import platt
 from advdiff_cli.training.checkpoints import CHECKPOINT, WorkFolder
 from advdiff_cli.training.descent import cosine
 from advdiff_cli.training.fit_classifier import ClassifierPlan, channel_statistics, fit_classifier
@@ -174,3 +175,12 @@ def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
     advdiff(*second, "--overwrite", "--valid", valid)
     assert advdiff("evaluate", patches / "images" / "test", "-c", out, "--json").json["sets"][0]["n"] > 0
     assert (tmp_path / "ddpm" / "samples.png").is_file()
+
+
+def test_calibration_recovers_a_known_line():
+    generator = torch.Generator().manual_seed(0)
+    odds = torch.randn(40_000, generator=generator, dtype=torch.float64) * 3
+    labels = (torch.rand(40_000, generator=generator, dtype=torch.float64) < torch.sigmoid(0.5 * odds + 1)).long()
+    slope, bias = platt(torch.stack([torch.zeros_like(odds), odds], 1), labels)
+    assert slope == pytest.approx(0.5, abs=0.02)
+    assert bias == pytest.approx(1, abs=0.04)

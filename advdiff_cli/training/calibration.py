@@ -1,0 +1,28 @@
+"""Calibration of a classifier's log-odds on valid rows: a slope and a bias. Source: Platt 1999."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+
+def platt(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the slope and bias of the log-odds that give the labels their greatest likelihood.
+
+    Args:
+        logits: (N, 2).
+        labels: (N,) 0 or 1.
+    """
+    odds = (logits[:, 1] - logits[:, 0]).double()
+    truth = labels.double()
+    line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = binary_cross_entropy_with_logits(odds * line[0] + line[1], truth)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    slope, bias = line.detach().tolist()
+    return slope, bias
