@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 class ClassifierConfig:
     """What builds a classifier: a torchvision architecture, its normalisation and its calibration.
 
-    Mean and deviation are of each channel in [0, 1]; the log-odds of class 1 are `slope` times those of the network plus
+    Mean and deviation are of each channel in [0, 1]; the log-odds of class 1 are `slope` times the network's, plus
     `bias` (Platt 1999).
     """
 
