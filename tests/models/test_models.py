@@ -1,6 +1,7 @@
 """Model folders: what diffusers and safetensors make of them, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import zoo
+from advdiff_cli.models.bundling import bundle
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, load_classifier, save_classifier
 from advdiff_cli.models.ddpm import PRESETS, Purification, build_ddpm, load_card, load_ddpm, recommend
 from advdiff_cli.models.device import resolve_device, resolve_precision
@@ -52,13 +54,32 @@ def test_weights_of_a_seed_are_the_same_and_leave_the_global_stream_alone():
 
 
 def test_recommendation_is_kept_in_the_card(ddpm, tmp_path):
-    import shutil
-
     folder = tmp_path / "m"
     shutil.copytree(ddpm, folder)
     recommend(folder, Purification(0.15, "ddim", 2))
     assert load_card(folder).recommended == Purification(0.15, "ddim", 2)
     assert load_card(folder).max_t == 0.3
+
+
+def test_bundling_halves_the_weights_and_keeps_the_model(classifier, ddpm, tmp_path):
+    for source, weights in ((classifier, "model.safetensors"), (ddpm, "unet/diffusion_pytorch_model.safetensors")):
+        target = tmp_path / source.name
+        bundle(source, target)
+        full, half = (load_file(folder / weights) for folder in (source, target))
+        assert all(t.dtype == torch.float16 for t in half.values() if t.is_floating_point())
+        assert all(torch.allclose(full[k].float(), half[k].float(), atol=1e-3) for k in full)
+    images = torch.rand(2, 3, 96, 96)
+    assert torch.allclose(
+        load_classifier(classifier)(images), load_classifier(tmp_path / "classifier")(images), atol=1e-2
+    )
+    assert next(load_ddpm(tmp_path / "ddpm").parameters()).dtype == torch.float32
+    assert zoo.recorded_recipe(tmp_path / "classifier") == {"command": "test"}
+
+
+def test_what_is_recommended_is_not_part_of_the_model(ddpm, tmp_path):
+    shutil.copytree(ddpm, tmp_path / "m")
+    recommend(tmp_path / "m", Purification(0.2, "ddim", 3))
+    assert zoo.fingerprint(tmp_path / "m") == zoo.fingerprint(ddpm)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v3_small"])
@@ -105,8 +126,6 @@ def test_weights_that_do_not_fit_are_refused(classifier, tmp_path):
 
 
 def test_pickled_unets_are_not_read(ddpm, tmp_path):
-    import shutil
-
     shutil.copytree(ddpm, tmp_path / "m")
     weights = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))

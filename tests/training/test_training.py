@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
@@ -51,10 +51,14 @@ def ddpm_fit(rows, valid, folder, steps=None, name="m"):
     return model, list(itertools.islice(records, steps))
 
 
+@pytest.fixture(scope="module")
+def valid(test_x):
+    return open_patches(test_x, selection=Selection(limit=8, shuffle_seed=0))
+
+
 @pytest.mark.parametrize("fit", [classifier_fit, ddpm_fit])
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, test_x, tmp_path):
-    valid = open_patches(test_x)
+def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path):
     whole, records = fit(rows, valid, tmp_path, name="whole")
     fit(rows, valid, tmp_path, steps=stop)
     resumed, after = fit(rows, valid, tmp_path)
@@ -79,8 +83,8 @@ def test_published_weights_are_the_ema(rows, tmp_path):
     assert not torch.equal(published, raw[key])
 
 
-def test_looking_does_not_change_the_weights(rows, test_x, tmp_path):
-    one, _ = ddpm_fit(rows, open_patches(test_x), tmp_path, name="looked")
+def test_looking_does_not_change_the_weights(rows, valid, tmp_path):
+    one, _ = ddpm_fit(rows, valid, tmp_path, name="looked")
     two, _ = ddpm_fit(rows, None, tmp_path, name="blind")
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert (tmp_path / "looked.part" / "samples.png").is_file()
