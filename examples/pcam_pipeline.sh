@@ -8,7 +8,7 @@
 # PCam files are lossless. Every step is cached: run it again and it goes on where it ended.
 set -euo pipefail
 PCAM=$1 OUT=$2
-: "${EPOCHS:=12}" "${STEPS:=1500}"         # classifier epochs, DDPM optimiser steps
+: "${EPOCHS:=12}" "${STEPS:=10000}"        # classifier epochs, DDPM optimiser steps
 : "${VALID_N:=640}"                        # valid patches that choose t*
 : "${T_STARS:=0.05 0.1 0.15 0.2}"          # fractions of T to choose from
 : "${SAMPLER_STEPS:=1}"                    # U-Net evaluations a patch
@@ -25,7 +25,7 @@ fi
 advdiff train-classifier "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/classifier" \
     --arch "$ARCH" --epochs "$EPOCHS" ${CLASSIFIER_OPTIONS:-}
 advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/ddpm" \
-    --preset "$PRESET" --max-t 0.3 --steps "$STEPS" --batch-size 32 ${DDPM_OPTIONS:-}
+    --preset "$PRESET" --max-t 0.3 --steps "$STEPS" ${DDPM_OPTIONS:-}
 
 # 2. t* is chosen on valid: the best mean of the accuracy on purified clean and on purified attacked patches.
 rows=(--shuffle-seed 0 --limit "$VALID_N")

@@ -6,6 +6,8 @@ import typer
 
 from advdiff_cli import console, options
 
+_BATCH = 64
+
 
 def train_classifier(
     data: options.DataSets,
@@ -18,7 +20,7 @@ def train_classifier(
     weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's weight decay.")] = 0.05,
     stain: Annotated[float, typer.Option(min=0.0, help="Strength of stain variation; 0 for none.")] = 0.2,
     split: options.Split = None,
-    batch_size: options.BatchSize = 64,
+    batch_size: options.BatchSize = _BATCH,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -49,7 +51,7 @@ def train_classifier(
     sets = [open_patches(path, split=split) for path in data]
     valid_set = None if valid is None else open_patches(valid, split=None if split is None else "valid")
     plan = ClassifierPlan(
-        epochs, batch_size or 64, learning_rate, weight_decay, stain, seed, resolve_precision(precision, chip)
+        epochs, batch_size or _BATCH, learning_rate, weight_decay, stain, seed, resolve_precision(precision, chip)
     )
     made_by = recipe(
         "train-classifier",

@@ -7,6 +7,8 @@ import typer
 
 from advdiff_cli import console, options
 
+_BATCH = 16
+
 
 def train_ddpm(
     data: options.DataSets,
@@ -19,10 +21,10 @@ def train_ddpm(
     max_t: Annotated[float, typer.Option(help="Train noise levels up to this fraction of T.")] = 1.0,
     init: Annotated[str | None, typer.Option(help="Start from this model's weights.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 10_000,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 4e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 3e-4,
     ema: Annotated[float, typer.Option(min=0.0, max=1.0, help="Decay of the weights' moving average.")] = 0.999,
     split: options.Split = None,
-    batch_size: options.BatchSize = 32,
+    batch_size: options.BatchSize = _BATCH,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -52,7 +54,7 @@ def train_ddpm(
     chip = resolve_device(device)
     sets = [open_patches(path, split=split) for path in data]
     valid_set = None if valid is None else open_patches(valid, split=None if split is None else "valid")
-    plan = DdpmPlan(steps, batch_size or 32, learning_rate, ema, max_t, seed, resolve_precision(precision, chip))
+    plan = DdpmPlan(steps, batch_size or _BATCH, learning_rate, ema, max_t, seed, resolve_precision(precision, chip))
     made_by = recipe(
         "train-ddpm",
         plan.parameters() | {"preset": preset},
