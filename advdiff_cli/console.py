@@ -48,28 +48,29 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 @contextmanager
-def progress(total: int, what: str, *, quiet: bool = False) -> Iterator[Advance]:
+def progress(total: int, what: str, *, done: int = 0, quiet: bool = False) -> Iterator[Advance]:
     """Show progress on stderr: a live bar on a terminal, a plain line now and then elsewhere.
 
-    Yields `advance(n=1, note="")`, to be called after each finished piece of work.
+    `done` of the `total` were finished by an earlier run. Yields `advance(n=1, note="")`, to be called after each
+    finished piece of work.
     """
     if quiet:
         yield lambda n=1, note="": None
     elif sys.stderr.isatty():
-        with _bar(total, what) as advance:
+        with _bar(total, what, done) as advance:
             yield advance
     else:
-        yield _plain(total, what)
+        yield _plain(total, what, done)
 
 
 @contextmanager
-def _bar(total: int, what: str) -> Iterator[Advance]:
+def _bar(total: int, what: str, done: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total, note="")
+        task = bar.add_task(what, total=total, completed=done, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
             bar.update(task, advance=n)
@@ -79,9 +80,9 @@ def _bar(total: int, what: str) -> Iterator[Advance]:
         yield advance
 
 
-def _plain(total: int, what: str) -> Advance:
+def _plain(total: int, what: str, done: int) -> Advance:
     started = last = time.monotonic()
-    done = 0
+    before = done
 
     def advance(n: int = 1, note: str = "") -> None:
         nonlocal last, done
@@ -89,7 +90,7 @@ def _plain(total: int, what: str) -> Advance:
         now = time.monotonic()
         if now - last >= PLAIN_INTERVAL or (done >= total and now - started >= PLAIN_INTERVAL):
             last = now
-            rate = done / (now - started)
+            rate = (done - before) / (now - started)
             left = f", {(total - done) / rate:.0f} s left" if done < total else ""
             log(f"{what}: {done}/{total}, {rate:.3g}/s{left}{'  ' + note if note else ''}")
 

@@ -55,7 +55,7 @@ Range = Annotated[
     object | None,
     typer.Option("--range", parser=row_range, metavar="A:B", help="Rows A to B-1 only.", rich_help_panel=ROWS),
 ]
-ShuffleSeed = Annotated[int | None, typer.Option(help="Shuffle the rows first.", rich_help_panel=ROWS)]
+ShuffleSeed = Annotated[int | None, typer.Option(min=0, help="Shuffle the rows first.", rich_help_panel=ROWS)]
 Shard = Annotated[
     object | None,
     typer.Option(parser=shard_of, metavar="I/N", help="Only part I of N, I from 0; see merge.", rich_help_panel=ROWS),

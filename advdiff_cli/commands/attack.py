@@ -129,8 +129,7 @@ def _run(model: Any, patches: Any, sink: Any, parameters: dict[str, Any], chip: 
     settings = {k: p[k] for k in ("eps", "steps", "step_size", "norm", "restarts", "seed")} | {
         "start": p["random_start"]
     }
-    with sink, console.progress(len(sink.finished), "attack", quiet=quiet) as advance:
-        advance(int(sink.finished.sum()))
+    with sink, console.progress(len(sink.finished), "attack", done=int(sink.finished.sum()), quiet=quiet) as advance:
         for batch in sink.batches(p["batch_size"]):
             keys = [patches.keys[i] for i in batch.rows]
             truth = torch.from_numpy(labels[batch.rows]).to(chip)

@@ -46,6 +46,7 @@ def evaluate(
     sets = [open_selected(path, split, labels, limit, rows, shuffle_seed) for path in data]
     for patches in sets:
         patches.require_labels()
+        patches.require_shape()
     model = zoo.frozen_classifier(zoo.find_classifier(classifier), chip)
     evaluated = []
     with console.progress(sum(map(len, sets)), "evaluate", quiet=quiet) as advance:
@@ -61,6 +62,7 @@ def evaluate(
 def _predict(name: str, patches: "PatchSet", model: Any, chip: Any, advance: console.Advance) -> "Evaluated":
     import numpy as np
 
+    from advdiff_cli.data.provenance import history
     from advdiff_cli.evaluation.comparing import Evaluated
     from advdiff_cli.evaluation.metrics import Predictions, predict
 
@@ -68,7 +70,8 @@ def _predict(name: str, patches: "PatchSet", model: Any, chip: Any, advance: con
     for batch in predict(model, patches, chip):
         p1.append(batch)
         advance(len(batch))
-    return Evaluated(name, patches.origin(), patches.index, Predictions(patches.require_labels(), np.concatenate(p1)))
+    predictions = Predictions(patches.require_labels(), np.concatenate(p1))
+    return Evaluated(name, patches.origin(), patches.index, predictions, history(patches.provenance))
 
 
 def _plain(figures: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +97,20 @@ def _write_predictions(path: Path, evaluated: "list[Evaluated]", sets: "list[Pat
     os.replace(fresh, path)
 
 
+def _made(history: list[dict[str, Any]]) -> str:
+    """Tell in one line the settings that led to a set."""
+    shown = ("defense", "method", "norm", "eps", "steps", "restarts", "t_star", "sampler", "sampler_steps", "seed", "n")
+    steps = []
+    for recipe in history:
+        settings = {k: recipe["parameters"][k] for k in shown if recipe["parameters"].get(k) is not None}
+        steps.append(f"{recipe['command']} ({', '.join(f'{k} {_short(v)}' for k, v in settings.items())})")
+    return ", then ".join(steps)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _text(result: dict[str, Any]) -> str:
     from advdiff_cli.evaluation.intervals import Estimate
 
@@ -102,6 +119,8 @@ def _text(result: dict[str, Any]) -> str:
 
     rows = [(s["data"], s["n"], *(cell(s[k]) for k in _COLUMNS)) for s in result["sets"]]
     text = console.table(("% [95 % interval]", "n", *(k.replace("_", " ") for k in _COLUMNS)), rows)
+    made = [f"{s['data']}: {_made(s['history'])}" for s in result["sets"] if s["history"]]
+    text += "".join(f"\n{line}" for line in ["", *made]) if made else ""
     pairs = [
         (
             f"{c['second']} - {c['first']}",

@@ -50,13 +50,13 @@ def purify(
 
     Example: advdiff purify patches/ -o purified/
     """
-    from advdiff_cli.data import writer
+    from advdiff_cli.data import folder_writer, writer
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
     chip = resolve_device(device)
     to_file = out.suffix in (".safetensors", ".h5", ".hdf5")
-    earlier = writer.begun(out) if to_file else {}
+    earlier = writer.begun(out) if to_file else folder_writer.begun(out)
     machine: dict[str, Any] = {
         "batch_size": batch_size or earlier.get("batch_size", _BATCH),
         "precision": earlier.get("precision", "auto") if precision == "auto" else precision,
@@ -106,8 +106,7 @@ def _to_file(
     if sink.up_to_date:
         console.log(f"{out} is up to date")
         return {"out": str(out), "status": "up to date", "patches": count}
-    with sink, console.progress(count, "purify", quiet=quiet) as advance:
-        advance(int(sink.finished.sum()))
+    with sink, console.progress(count, "purify", done=int(sink.finished.sum()), quiet=quiet) as advance:
         for batch in sink.batches(machine["batch_size"]):
             keys = [patches.keys[i] for i in batch.rows]
             clean = purify_batch(

@@ -33,8 +33,7 @@ def synthesize(
     if sink.up_to_date:
         console.log(f"{out} is up to date")
     else:
-        with sink, console.progress(number, "synthesize", quiet=quiet) as advance:
-            advance(int(sink.finished.sum()))
+        with sink, console.progress(number, "synthesize", done=int(sink.finished.sum()), quiet=quiet) as advance:
             for batch in sink.batches(_BATCH):
                 sink.write(batch, source.source.read(batch.rows[: batch.count]))
                 advance(batch.count)

@@ -1,6 +1,6 @@
 """`advdiff train-classifier`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,19 +39,27 @@ def train_classifier(
     from advdiff_cli.commands.following import follow
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import provenance, recipe
+    from advdiff_cli.evaluation.intervals import Estimate
     from advdiff_cli.models import zoo
     from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
     from advdiff_cli.models.device import resolve_device, resolve_precision
-    from advdiff_cli.training.checkpoints import WorkFolder
+    from advdiff_cli.training.checkpoints import WorkFolder, begun
     from advdiff_cli.training.fit_classifier import BEST, ClassifierPlan, channel_statistics, fit_classifier
     from advdiff_cli.training.rows import TrainingRows
 
     options.need_positive(learning_rate=learning_rate)
     chip = resolve_device(device)
+    recorded = zoo.recorded_recipe(out)
     sets = [open_patches(path, split=split) for path in data]
     valid_set = None if valid is None else open_patches(valid, split=None if split is None else "valid")
     plan = ClassifierPlan(
-        epochs, batch_size or _BATCH, learning_rate, weight_decay, stain, seed, resolve_precision(precision, chip)
+        epochs,
+        batch_size or _BATCH,
+        learning_rate,
+        weight_decay,
+        stain,
+        seed,
+        resolve_precision(begun(out, recorded).get("precision", "auto") if precision == "auto" else precision, chip),
     )
     made_by = recipe(
         "train-classifier",
@@ -60,19 +68,45 @@ def train_classifier(
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_classifier(init)),
     )
-    work = WorkFolder(out, made_by, zoo.recorded_recipe(out), overwrite=overwrite)
+    if valid_set is not None:
+        valid_set.require_labels()
+        valid_set.require_shape()
+    work = WorkFolder(out, made_by, recorded, overwrite=overwrite)
     if work.up_to_date:
         console.log(f"{out} is up to date")
     else:
         rows = TrainingRows(sets, labelled=True)
         mean, std = channel_statistics(rows, seed)
-        model = zoo.initial_classifier(init, ClassifierConfig(arch, mean, std), seed)
+        model = zoo.initial_classifier(init, ClassifierConfig(arch, mean, std), seed, rows.shape)
         records = fit_classifier(model, rows, valid_set, plan, work, chip)
         follow(records, rows.steps(plan.batch_size) * epochs, "train-classifier", quiet=quiet)
+        if valid_set is not None:
+            work.log({"step": rows.steps(plan.batch_size) * epochs, "published": _judge(model, valid_set, work, chip)})
         made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
         save_classifier(model, work.part, made)
         work.publish(BEST)
-    last = zoo.training_log(out)[-1]
-    accuracy = last.get("valid_accuracy")
-    text = f"{out}: {arch}, {last['epoch']} epochs" + (f", last valid accuracy {accuracy:.3f}" if accuracy else "")
-    console.emit({"out": str(out), "log": zoo.training_log(out)}, text, out, as_json=as_json, quiet=quiet)
+    log = zoo.training_log(out)
+    published = log[-1].get("published")
+    text = f"{out}: {arch}, {epochs} epochs"
+    if published is not None:
+        accuracy = Estimate(**published["valid_accuracy"])
+        text += f"; epoch {published['epoch']} published, valid accuracy {accuracy} %, n = {published['n']}"
+    result = {"out": str(out), "published": published, "log": log}
+    console.emit(result, text, out, as_json=as_json, quiet=quiet)
+
+
+def _judge(model: Any, valid: Any, work: Any, chip: Any) -> dict[str, Any]:
+    """Return which epoch is published and what it makes of the valid rows, calibrated, in fp32."""
+    import numpy as np
+
+    from advdiff_cli.evaluation.intervals import wilson
+    from advdiff_cli.evaluation.metrics import Predictions, predict
+    from advdiff_cli.training.fit_classifier import BEST
+
+    judged = Predictions(valid.require_labels(), np.concatenate(list(predict(model, valid, chip))))
+    right = int(judged.correct.sum())
+    return {
+        "epoch": work.load(BEST)[1]["epoch"],
+        "n": len(valid),
+        "valid_accuracy": wilson(right, len(valid)).as_dict(),
+    }

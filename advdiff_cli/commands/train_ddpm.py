@@ -1,6 +1,5 @@
 """`advdiff train-ddpm`."""
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
@@ -18,7 +17,7 @@ def train_ddpm(
         Literal["paper", "s2d2", "s2d4", "tiny"],
         typer.Option(help="The paper's U-Net, a small one on space-to-depth by 2 or 4, or one for trials."),
     ] = "s2d2",
-    max_t: Annotated[float, typer.Option(help="Train noise levels up to this fraction of T.")] = 1.0,
+    max_t: Annotated[float, typer.Option(min=1e-3, max=1.0, help="Train noise levels up to this fraction of T.")] = 1.0,
     init: Annotated[str | None, typer.Option(help="Start from this model's weights.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 10_000,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 3e-4,
@@ -44,17 +43,26 @@ def train_ddpm(
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import zoo
-    from advdiff_cli.models.ddpm import save_ddpm
+    from advdiff_cli.models.ddpm import DdpmCard, Purification, save_ddpm
     from advdiff_cli.models.device import resolve_device, resolve_precision
-    from advdiff_cli.training.checkpoints import WorkFolder
+    from advdiff_cli.training.checkpoints import WorkFolder, begun
     from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
     from advdiff_cli.training.rows import TrainingRows
 
-    options.need_positive(learning_rate=learning_rate, max_t=max_t)
+    options.need_positive(learning_rate=learning_rate)
     chip = resolve_device(device)
+    recorded = zoo.recorded_recipe(out)
     sets = [open_patches(path, split=split) for path in data]
     valid_set = None if valid is None else open_patches(valid, split=None if split is None else "valid")
-    plan = DdpmPlan(steps, batch_size or _BATCH, learning_rate, ema, max_t, seed, resolve_precision(precision, chip))
+    plan = DdpmPlan(
+        steps,
+        batch_size or _BATCH,
+        learning_rate,
+        ema,
+        max_t,
+        seed,
+        resolve_precision(begun(out, recorded).get("precision", "auto") if precision == "auto" else precision, chip),
+    )
     made_by = recipe(
         "train-ddpm",
         plan.parameters() | {"preset": preset},
@@ -62,15 +70,18 @@ def train_ddpm(
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_ddpm(init)),
     )
-    work = WorkFolder(out, made_by, zoo.recorded_recipe(out), overwrite=overwrite)
+    work = WorkFolder(out, made_by, recorded, overwrite=overwrite)
     if work.up_to_date:
         console.log(f"{out} is up to date")
     else:
         rows = TrainingRows(sets, labelled=False)
-        model = zoo.initial_ddpm(init, preset, rows.shape, max_t, seed)
+        model = zoo.initial_ddpm(
+            init, preset, [rows.shape, *([valid_set.require_shape()] if valid_set else [])], max_t, seed
+        )
         follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
         made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
-        model.card = replace(model.card, max_t=max_t, provenance=made)
+        paper = Purification(t_star=min(Purification.t_star, max_t))
+        model.card = DdpmCard(model.card.space_to_depth, max_t, recommended=paper, provenance=made)
         save_ddpm(model.cpu(), work.part)
         work.publish()
     log = zoo.training_log(out)

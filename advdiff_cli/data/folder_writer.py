@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advdiff_cli.data.image_folder import write_image
-from advdiff_cli.data.provenance import Provenance, canonical, difference, parse, provenance, same_recipe
+from advdiff_cli.data.provenance import Provenance, canonical, difference, parse, provenance, same_recipe, whole_lines
 from advdiff_cli.errors import AdvdiffError
 
 JOURNAL = "advdiff.jsonl"
@@ -29,8 +29,21 @@ def output_names(files: Sequence[str]) -> dict[str, str]:
         path = Path(name)
         return name if path.suffix.lower() in _KEPT else path.with_suffix(".png").as_posix()
 
-    times = Counter(first_choice(f) for f in files)
-    return {f: first_choice(f) if times[first_choice(f)] == 1 else f"{f}.png" for f in files}
+    names = {f: first_choice(f) for f in files}
+    while True:
+        times = Counter(names.values())
+        collide = [f for f in files if times[names[f]] > 1 and names[f] != f"{f}.png"]
+        if not collide:
+            return names
+        names |= {f: f"{f}.png" for f in collide}
+
+
+def begun(out: Path) -> Provenance:
+    """Return the parameters that the files of `out` were made with; empty where it has no journal."""
+    journal = out / JOURNAL
+    lines = whole_lines(journal) if journal.is_file() else []
+    parameters: Provenance = parse(lines[0], journal)["recipe"]["parameters"] if lines else {}
+    return parameters
 
 
 class FolderWriter:
@@ -54,7 +67,7 @@ class FolderWriter:
         self._journal.write_text(canonical(provenance(recipe, device=device)) + "\n")
 
     def _take_over(self, recipe: Provenance) -> None:
-        head, *lines = self._journal.read_text().split("\n")[:-1] or [""]  # what follows the last newline was cut off
+        head, *lines = whole_lines(self._journal) or [""]
         have = parse(head, self._journal)["recipe"]
         if not same_recipe(have, recipe):
             raise AdvdiffError(

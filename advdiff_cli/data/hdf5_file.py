@@ -4,7 +4,8 @@ Chunks lie along N: HDF5's automatic chunks would cut each patch over hundreds o
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from advdiff_cli.data.disk import reserve
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
 from advdiff_cli.data.source import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.streams import RowKey
@@ -107,6 +109,7 @@ class Hdf5Target:
         provenance: Provenance, *, resume: bool,
     ) -> None:  # fmt: skip
         """Create the datasets at `path`, or open what an earlier run created."""
+        self._path = path
         if resume:
             self._file = h5py.File(path, "r+")
             self._images = self._file["images"]
@@ -124,16 +127,31 @@ class Hdf5Target:
         space = h5py.h5s.create_simple(shape)
         self._images = h5py.Dataset(h5py.h5d.create(self._file.id, b"images", kind, space, plan))
         self._file.flush()
+        reserve(self._file.id.get_vfd_handle(), self._file.id.get_filesize())  # HDF5 itself dies of a full disk
 
     def write(self, start: int, images: Images) -> None:
         """Write `images` as rows start, start + 1, ..."""
-        self._images[start : start + len(images)] = images
+        with _one_line(self._path):
+            self._images[start : start + len(images)] = images
 
     def flush(self) -> None:
         """Bring what was written to the disk."""
-        self._file.flush()
-        os.fsync(self._file.id.get_vfd_handle())
+        with _one_line(self._path):
+            self._file.flush()
+            os.fsync(self._file.id.get_vfd_handle())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with _one_line(self._path):
+            self._file.close()
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turn h5py's errors of a failed write, which name no file, into one that does."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        raise AdvdiffError(
+            f"{path} cannot be written ({str(e).splitlines()[0]}); the same command goes on from here"
+        ) from None

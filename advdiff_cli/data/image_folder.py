@@ -102,7 +102,7 @@ def read_image(file: Path) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
+            if image.mode.startswith(("I", "F")) or _is_deep(image):
                 raise AdvdiffError(f"{file} has more than 8 bits a channel; convert it to 8-bit RGB")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 raise AdvdiffError(f"{file} is transparent; flatten it to RGB")
@@ -114,6 +114,13 @@ def read_image(file: Path) -> NDArray[np.uint8]:
             raise
         raise AdvdiffError(f"{file} cannot be decoded ({e})") from None
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Tell whether an RGB file has 16 bits a channel, which Pillow would cut to 8 without a word."""
+    bits = getattr(image, "tag_v2", {}).get(258, (8,)) if image.format == "TIFF" else (8,)
+    deep_png = image.format == "PNG" and any(";16B" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    return deep_png or max(bits) > 8
 
 
 def write_image(file: Path, image: NDArray[np.uint8]) -> None:

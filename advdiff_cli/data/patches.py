@@ -20,6 +20,7 @@ from advdiff_cli.data.source import MIN_SIZE, Rows, Source
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
+_FILES = (".safetensors", ".h5", ".hdf5")
 _BLOCK = 64  # rows hashed at a time
 _SAMPLED = 64  # rows that identify an origin set
 
@@ -103,13 +104,14 @@ class PatchSet:
         """Return the labels; AdvdiffError when the set has none."""
         if self.labels is None:
             raise AdvdiffError(
-                f"{self.path} has no labels, which are needed here; put images under 0/ and 1/, or give --labels CSV"
+                f"{self.path} has no labels, which are needed here: a labels tensor in a file, images under 0/ and 1/"
             )
         return self.labels
 
     def require_shape(self) -> tuple[int, int]:
         """Return the one (H, W) of the set; AdvdiffError when sizes differ."""
         if self.shape is None:
+            self.source.read(self._rows[:1])  # where no image can be read, this says so
             raise AdvdiffError(f"the images of {self.path} differ in size; this command needs one size")
         return self.shape
 
@@ -159,6 +161,10 @@ def open_patches(
         AdvdiffError: nothing there, or nothing that can be read.
     """
     place = Path(path)
+    if split is not None and place.is_file():
+        raise AdvdiffError(f"{path} is a file; --split chooses from a folder of PCam's files")
+    if labels is not None and place.suffix in _FILES:
+        raise AdvdiffError(f"{path} holds its own labels; --labels is for folders of images")
     source: Source
     if place.is_dir() and (pcam := find_split(place, split)) is not None:
         place = pcam

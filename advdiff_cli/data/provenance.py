@@ -6,6 +6,7 @@ the content fingerprints of inputs and models. Paths, argv, time and shard never
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +57,23 @@ def _flat(value: object, prefix: str = "") -> dict[str, str]:
         return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}{name}.").items()}
     text = canonical(value)
     return {prefix.rstrip("."): text if len(text) <= 40 else text[:37] + "..."}
+
+
+def history(made: Provenance | None) -> list[Provenance]:
+    """Return the recipes that led to a file, the first of them first; inputs of inputs are followed along the first."""
+    if not made or "recipe" not in made:
+        return []
+    inputs = made.get("inputs") or [None]
+    return [*history(inputs[0]), {k: made["recipe"][k] for k in ("command", "parameters")}]
+
+
+def whole_lines(journal: Path) -> list[str]:
+    """Return the lines of a journal; half a line at its end, cut off by a crash, is removed."""
+    text = journal.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(journal, len(whole))
+    return whole.decode().splitlines()
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:

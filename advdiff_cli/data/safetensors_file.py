@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from advdiff_cli.data.disk import reserve
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
 from advdiff_cli.data.source import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.streams import RowKey
@@ -114,16 +115,19 @@ class SafetensorsTarget:
         header["images"] = _entry(dtype, shape, offset, size)
         head = json.dumps(header, separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
-        self._images = 8 + len(head) + offset
         self._row = size // shape[0]
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o666)
-        if not resume:
+        if resume:  # the header that stands there may differ in what is recorded beside the recipe
+            (length,) = struct.unpack("<Q", os.pread(self._file, 8, 0))
+            self._images = 8 + length + offset
+        else:
+            self._images = 8 + len(head) + offset
             os.pwrite(
                 self._file,
                 struct.pack("<Q", len(head)) + head + b"".join(v.tobytes() for v in vectors.values()),
                 0,
             )
-            os.ftruncate(self._file, self._images + size)
+            reserve(self._file, self._images + size)
 
     def write(self, start: int, images: Images) -> None:
         """Write `images` as rows start, start + 1, ..."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from advdiff_cli.data.hdf5_file import Hdf5Target
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import Provenance, canonical, difference, provenance, same_recipe
+from advdiff_cli.data.provenance import Provenance, canonical, difference, provenance, same_recipe, whole_lines
 from advdiff_cli.data.safetensors_file import SafetensorsTarget
 from advdiff_cli.data.source import Images, Rows
 from advdiff_cli.errors import AdvdiffError
@@ -125,9 +125,16 @@ class PatchWriter:
             if source.labels is not None:
                 vectors["labels"] = np.ascontiguousarray(source.labels[rows])
             resume = self._resume(overwrite)
+            if not resume:  # before the rows it speaks of are gone
+                self._sidecar.unlink(missing_ok=True)
             full = (len(self.finished), 3, *shape)
             kind: Callable[..., _Target] = _TARGETS[out.suffix]
-            self._target = kind(self._work, full, dtype, vectors, record, resume=resume)
+            try:
+                self._target = kind(self._work, full, dtype, vectors, record, resume=resume)
+            except OSError:
+                if not resume:
+                    self._work.unlink(missing_ok=True)
+                raise
             if not resume:
                 self._sidecar.write_text(canonical(record) + "\n")
             self._pending: list[tuple[int, int]] = []
@@ -156,7 +163,7 @@ class PatchWriter:
             raise AdvdiffError(
                 f"{self._work} holds unfinished work of another recipe ({what}); give --overwrite or another --out"
             )
-        for line in self._sidecar.read_text().split("\n")[1:-1]:  # what follows the last newline was cut off
+        for line in whole_lines(self._sidecar)[1:]:
             start, stop = json.loads(line)
             self.finished[start:stop] = True
         return True
@@ -203,8 +210,8 @@ class PatchWriter:
             self._target.close()
             self._target = None
         if kind is None and self.finished.all():
-            os.replace(self._work, self.out)
             self._sidecar.unlink()
+            os.replace(self._work, self.out)
 
 
 def _work_files(out: Path) -> tuple[Path, Path]:

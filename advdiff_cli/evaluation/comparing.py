@@ -1,7 +1,7 @@
 """Paired comparisons between evaluated sets that hold the same rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -20,15 +20,17 @@ class Evaluated:
     origin: str
     index: NDArray[np.int64]
     predictions: Predictions
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return n, the count of each label and every figure with its interval."""
+        """Return n, the count of each label, every figure with its interval, and how the set was made."""
         labels = self.predictions.labels
         return {
             "data": self.name,
             "n": len(labels),
             "positive": int(labels.sum()),
             **{k: v.as_dict() for k, v in figures(self.predictions).items()},
+            "history": self.history,
         }
 
 

@@ -43,8 +43,8 @@ def predict(model: nn.Module, patches: PatchSet, device: torch.device) -> Iterat
     for start in range(0, len(patches), BATCH):
         stop = min(start + BATCH, len(patches))
         rows = np.minimum(np.arange(start, start + BATCH), stop - 1)  # the full batch shape: rows do not depend on N
-        logits = model(patches.read(rows).to(device)).double()
-        yield logits.softmax(1)[: stop - start, 1].cpu().numpy()
+        logits = model(patches.read(rows).to(device)).cpu().double()
+        yield logits.softmax(1)[: stop - start, 1].numpy()
 
 
 def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:

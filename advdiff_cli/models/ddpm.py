@@ -149,7 +149,16 @@ def load_ddpm(folder: Path) -> Ddpm:
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as e:
         raise AdvdiffError(f"{folder} is no diffusion model folder: {str(e).strip().splitlines()[0]}") from None
-    model = Ddpm(unet, scheduler, load_card(folder)).eval()
+    card = load_card(folder)
+    if scheduler.config.prediction_type != "epsilon":
+        raise AdvdiffError(
+            f"{folder} predicts {scheduler.config.prediction_type}; a purifier needs a model that predicts noise"
+        )
+    if unet.config.in_channels != 3 * card.space_to_depth**2 or unet.config.out_channels != unet.config.in_channels:
+        raise AdvdiffError(
+            f"{folder}: a U-Net of {unet.config.in_channels} channels does not fit RGB at its space-to-depth factor"
+        )
+    model = Ddpm(unet, scheduler, card).eval()
     return model.to(memory_format=torch.channels_last)
 
 

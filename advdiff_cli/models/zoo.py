@@ -1,6 +1,7 @@
 """Where a model is asked for: a folder, a bundled name or a Hub id; and what is recorded about it."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from advdiff_cli.data.provenance import KEY, Provenance, canonical, digest, file_digest, parse
+from advdiff_cli.data.provenance import KEY, Provenance, canonical, digest, parse
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import CONFIG, WEIGHTS, Classifier, ClassifierConfig, load_classifier
 from advdiff_cli.models.ddpm import CARD, UNET_WEIGHTS, Ddpm, build_ddpm, load_card, load_ddpm
@@ -82,17 +83,45 @@ def _download(name: str, kind: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the fingerprint of a model: configuration and weights, and not what is recommended or told about it."""
-    files = sorted(p for p in folder.rglob("*") if p.name.endswith((".safetensors", "config.json")))
+    """Return the fingerprint of a model: configuration and tensors, and not what is recommended or told about it."""
+    return digest(_meaning(folder))
+
+
+def _meaning(folder: Path) -> Iterator[bytes]:
+    """Yield what a model's result depends on."""
     card = asdict(load_card(folder))
-    meaning = canonical({k: card[k] for k in ("space_to_depth", "max_t", "data_range")})
-    return digest(
-        [meaning.encode(), *(f"\n{p.relative_to(folder).as_posix()} {file_digest(p)}".encode() for p in files)]
-    )
+    yield canonical({k: card[k] for k in ("space_to_depth", "max_t", "data_range")}).encode()
+    for path in sorted(folder.rglob("*config.json")):
+        told = {k: v for k, v in parse(path.read_text(), path).items() if not k.startswith("_")}
+        yield f"\n{path.relative_to(folder).as_posix()} {canonical(told)}".encode()
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in sorted(file.keys()):
+                    tensor = file.get_tensor(name)
+                    yield f"\n{name} {tensor.dtype} {list(tensor.shape)}".encode()
+                    yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        except SafetensorError as e:
+            raise AdvdiffError(f"{path} is not a whole safetensors file ({e}); make or fetch it again") from None
 
 
-def initial_classifier(init: str | None, config: ClassifierConfig, seed: int) -> Classifier:
-    """Return the classifier a fit starts from: fresh weights of (config, seed), or those of the model `init`."""
+def initial_classifier(init: str | None, config: ClassifierConfig, seed: int, shape: tuple[int, int]) -> Classifier:
+    """Return the classifier a fit starts from: fresh weights of (config, seed), or those of the model `init`.
+
+    Raises:
+        AdvdiffError: `init` is of another architecture, or the architecture does not take patches of `shape` (H, W).
+    """
+    model = _begun_classifier(init, config, seed)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *shape))
+    except (AssertionError, RuntimeError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise AdvdiffError(f"{config.arch} does not take patches of {shape[0]}x{shape[1]} ({reason})") from None
+    return model
+
+
+def _begun_classifier(init: str | None, config: ClassifierConfig, seed: int) -> Classifier:
     if init is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # torchvision initialises from the global stream; it is put back on leaving
@@ -103,13 +132,14 @@ def initial_classifier(init: str | None, config: ClassifierConfig, seed: int) ->
     return model
 
 
-def initial_ddpm(init: str | None, preset: str, shape: tuple[int, int], max_t: float, seed: int) -> Ddpm:
+def initial_ddpm(init: str | None, preset: str, shapes: Sequence[tuple[int, int]], max_t: float, seed: int) -> Ddpm:
     """Return the diffusion model a fit starts from: fresh weights of (preset, seed), or those of the model `init`."""
-    model = build_ddpm(preset, shape[0], max_t, seed)
-    if any(side % model.multiple for side in shape):
-        raise AdvdiffError(
-            f"patches of {shape[0]}x{shape[1]} do not fit preset {preset}: sides must be multiples of {model.multiple}"
-        )
+    model = build_ddpm(preset, shapes[0][0], max_t, seed)
+    for height, width in shapes:
+        if height % model.multiple or width % model.multiple:
+            raise AdvdiffError(
+                f"patches of {height}x{width} do not fit preset {preset}: sides must be multiples of {model.multiple}"
+            )
     if init is None:
         return model
     start = load_ddpm(find_ddpm(init))

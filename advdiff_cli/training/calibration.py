@@ -1,4 +1,8 @@
-"""Calibration of a classifier's log-odds on valid rows: a slope and a bias. Source: Platt 1999."""
+"""Calibration of a classifier's log-odds on valid rows: a slope and a bias.
+
+Source: Platt 1999, Probabilistic outputs for support vector machines, with its smoothed targets, which keep the slope
+finite where the rows can be told apart without error.
+"""
 
 import torch
 from torch import Tensor
@@ -11,9 +15,15 @@ def platt(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     Args:
         logits: (N, 2).
         labels: (N,) 0 or 1.
+
+    Returns:
+        (1, 0), which changes nothing, where a class is missing or the log-odds point the wrong way.
     """
     odds = (logits[:, 1] - logits[:, 0]).double()
-    truth = labels.double()
+    positive, negative = int(labels.sum()), int((1 - labels).sum())
+    if not positive or not negative:
+        return 1.0, 0.0
+    truth = torch.where(labels == 1, (positive + 1) / (positive + 2), 1 / (negative + 2)).double()
     line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -25,4 +35,4 @@ def platt(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     slope, bias = line.detach().tolist()
-    return slope, bias
+    return (round(slope, 6), round(bias, 6)) if slope > 0 else (1.0, 0.0)

@@ -21,6 +21,16 @@ _RECIPE = "recipe.json"
 _STATE = "state"
 
 
+def begun(out: Path, recorded: Provenance | None) -> Mapping[str, Any]:
+    """Return the parameters of the unfinished work at `out`, else of the model there; empty where there is neither.
+
+    The same command takes its precision from it, so that it goes on where another machine began.
+    """
+    known = out.with_name(out.name + ".part") / _RECIPE
+    recipe = json.loads(known.read_text()) if known.is_file() else recorded
+    return (recipe or {}).get("parameters", {})  # type: ignore[no-any-return]
+
+
 class WorkFolder:
     """OUT.part: where a model is made; `publish` gives it the name OUT."""
 
@@ -61,10 +71,16 @@ class WorkFolder:
                     f"{self.part} holds unfinished work of another recipe ({difference(begun, recipe)}); "
                     "give --overwrite or another --out"
                 )
+        elif self.part.exists() and any(self.part.iterdir()) and not overwrite:
+            raise AdvdiffError(
+                f"{self.part} is in the way and holds no unfinished work of advdiff; move it, or give --overwrite"
+            )
         if self.part.exists():
             shutil.rmtree(self.part)
         self.part.mkdir(parents=True)
-        known.write_text(canonical(recipe))
+        fresh = known.with_name(known.name + ".new")
+        fresh.write_text(canonical(recipe))
+        os.replace(fresh, known)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to training.jsonl."""
@@ -97,14 +113,17 @@ class WorkFolder:
             path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
     def publish(self, *leftovers: str) -> None:
-        """Remove checkpoints and `leftovers`, and rename the work folder to the output's name."""
-        for name in (CHECKPOINT, _RECIPE, *leftovers):
-            (self.part / name).unlink(missing_ok=True)
+        """Rename the work folder to the output's name, then remove checkpoints and `leftovers` from it."""
         old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
+            if old.exists():
+                shutil.rmtree(old)
             os.replace(self.out, old)
         os.replace(self.part, self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        for name in (CHECKPOINT, _RECIPE, *leftovers):
+            (self.out / name).unlink(missing_ok=True)
+        if old.exists():
+            shutil.rmtree(old)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

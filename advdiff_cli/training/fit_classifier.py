@@ -118,8 +118,9 @@ def fit_classifier(
     if (kept := work.load(BEST)) is not None:
         model.load_state_dict(kept[0])
     if valid is not None:
+        model.config = replace(model.config, slope=1.0, bias=0.0)
         slope, bias = platt(*_judge(accelerator, model, valid, plan.batch_size))
-        model.config = replace(model.config, slope=round(slope, 6), bias=round(bias, 6))
+        model.config = replace(model.config, slope=slope, bias=bias)
     model.eval()
     accelerator.wait_for_everyone()
 

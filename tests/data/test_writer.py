@@ -6,13 +6,14 @@ from safetensors import safe_open
 
 from advdiff_cli.data.merging import merge_sets
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import recipe
+from advdiff_cli.data.provenance import canonical, recipe
 from advdiff_cli.data.synthetic import SyntheticSource
 from advdiff_cli.data.writer import Part, PatchWriter, begun, shard_rows
 from advdiff_cli.errors import AdvdiffError
 
 N, B = 11, 4
 MADE = recipe("test", {"batch_size": B})
+OTHER = recipe("test", {"batch_size": 8})
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +133,45 @@ def test_missing_and_doubled_shards_are_refused(tmp_path, source):
     with pytest.raises(AdvdiffError, match="there twice"):
         merge_sets([*parts, parts[1]], tmp_path / "m.h5", overwrite=False)
     assert not (tmp_path / "m.h5").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_resume_under_other_versions_keeps_every_row(tmp_path, source, suffix, monkeypatch):
+    """What is recorded beside the recipe may differ in length; the rows lie where the file's own header says."""
+    from advdiff_cli.data import provenance
+
+    out = tmp_path / f"a{suffix}"
+    write(out, source, stop_after=1)
+    monkeypatch.setattr(provenance, "version", lambda package: "1.2.3+a-much-longer-version")
+    write(out, source)
+    assert np.array_equal(open_patches(out).read(np.arange(N)), source.read(np.arange(N)))
+
+
+def test_half_a_line_does_not_spoil_the_next(tmp_path, source):
+    out = tmp_path / "a.h5"
+    write(out, source, stop_after=1)
+    with (tmp_path / "a.h5.part.rows").open("a") as sidecar:
+        sidecar.write("[4,8")
+    write(out, source, stop_after=1)
+    assert write(out, source) == 1
+    assert np.array_equal(open_patches(out).read(np.arange(N)), source.read(np.arange(N)))
+
+
+def test_overwrite_forgets_the_rows_of_the_earlier_work(tmp_path, source, monkeypatch):
+    """A new .part that dies before its sidecar is written is not believed to hold the old one's rows."""
+    out = tmp_path / "a.safetensors"
+    write(out, source, stop_after=2)
+    real = canonical
+
+    def dies(value):
+        if isinstance(value, dict) and "origin" in value and value["recipe"] == OTHER and dies.armed:
+            raise OSError("the disk is full")
+        return real(value)
+
+    dies.armed = True
+    monkeypatch.setattr("advdiff_cli.data.writer.canonical", dies)
+    with pytest.raises(OSError, match="full"):
+        write(out, source, made=OTHER, overwrite=True)
+    dies.armed = False
+    assert write(out, source) == 3
+    assert np.array_equal(open_patches(out).read(np.arange(N)), source.read(np.arange(N)))

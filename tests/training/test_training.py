@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.data.provenance import recipe
@@ -16,7 +15,7 @@ from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import build_ddpm
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt
-from advdiff_cli.training.checkpoints import CHECKPOINT, WorkFolder
+from advdiff_cli.training.checkpoints import WorkFolder
 from advdiff_cli.training.descent import cosine
 from advdiff_cli.training.fit_classifier import ClassifierPlan, channel_statistics, fit_classifier
 from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
@@ -72,15 +71,16 @@ def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path
 
 
 def test_published_weights_are_the_ema(rows, tmp_path):
-    """After a fit the model holds the EMA, which differs from the raw weights and moved from where it began."""
-    begun = build_ddpm("tiny", 96, 0.3, 0).state_dict()
-    model, _ = ddpm_fit(rows, None, tmp_path)
-    saved = load_file(tmp_path / "m.part" / CHECKPOINT)
-    raw = {k.removeprefix("unet."): v for k, v in saved.items() if k.startswith("unet.")}
-    key = "conv_in.weight"
-    published = model.unet.state_dict()[key]
-    assert not torch.equal(published, begun[f"unet.{key}"])
-    assert not torch.equal(published, raw[key])
+    """The fit ends in the moving average, recomputed here from the weights after each step."""
+    model = build_ddpm("tiny", 96, 0.3, 0)
+    plan = DdpmPlan(6, 4, 1e-3, 0.9, 0.3, 0, "fp32")
+    average = model.unet.conv_in.weight.detach().clone()
+    for record in fit_ddpm(model, rows, None, plan, work(tmp_path), CPU):
+        raw = model.unet.conv_in.weight.detach().clone()
+        decay = min(0.9, 1 - (1 + max(0, record["step"] - 1)) ** -0.75)  # diffusers' warm-up
+        average += (1 - max(decay, 0)) * (raw - average)
+    assert not torch.equal(raw, average)
+    assert torch.allclose(model.unet.conv_in.weight, average, atol=1e-6)
 
 
 def test_looking_does_not_change_the_weights(rows, valid, tmp_path):
@@ -128,7 +128,7 @@ def test_turns_are_the_eight_symmetries():
     assert turn(wide, np.random.default_rng(0)).shape == wide.shape
 
 
-def test_stain_variation_keeps_white_and_the_range():
+def test_stain_variation_keeps_the_range_and_does_nothing_at_0():
     images = torch.rand(20, 3, 8, 8).clamp(0.05, 1)
     assert torch.allclose(vary_stain(images, 0.0, np.random.default_rng(0)), images, atol=1e-4)
     varied = vary_stain(images, 0.2, np.random.default_rng(0))
@@ -166,7 +166,14 @@ def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
     out = tmp_path / "clf"
     command = ["train-classifier", train, "--valid", valid, "-o", out, "--arch", "shufflenet_v2_x0_5", "--epochs", 1]
     command += ["--batch-size", 16, "--precision", "fp32"]
-    assert len(advdiff(*command, "--json").json["log"]) == 1
+    made = advdiff(*command, "--json").json
+    assert [list(record)[:1] for record in made["log"]] == [["step"], ["step"]]
+    judged = advdiff("evaluate", valid, "-c", out, "--json").json["sets"][0]
+    assert made["published"]["valid_accuracy"]["value"] == judged["accuracy"]["value"]
+    assert (
+        "vit_b_16 does not take patches of 96x96"
+        in advdiff(*command[:5], tmp_path / "v", "--arch", "vit_b_16", code=1).err
+    )
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "training.jsonl"]
     assert "up to date" in advdiff(*command).err
     assert "made otherwise (seed 0 -> 1)" in advdiff(*command, "--seed", 1, code=1).err
@@ -188,3 +195,12 @@ def test_calibration_recovers_a_known_line():
     slope, bias = platt(torch.stack([torch.zeros_like(odds), odds], 1), labels)
     assert slope == pytest.approx(0.5, abs=0.02)
     assert bias == pytest.approx(1, abs=0.04)
+
+
+def test_calibration_leaves_alone_what_cannot_be_calibrated():
+    odds = torch.tensor([-3.0, -2.0, 2.0, 3.0])
+    logits = torch.stack([torch.zeros(4), odds], 1)
+    assert platt(logits, torch.tensor([1, 1, 1, 1])) == (1.0, 0.0)
+    assert platt(-logits, torch.tensor([0, 0, 1, 1])) == (1.0, 0.0)
+    slope, _ = platt(logits, torch.tensor([0, 0, 1, 1]))  # told apart without error: the slope stays finite
+    assert 0 < slope < 5
