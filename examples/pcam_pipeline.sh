@@ -42,6 +42,12 @@ for t in $T_STARS; do
     if awk "BEGIN { exit !($mean > $best) }"; then best=$mean chosen=$t; fi
 done
 echo "chosen on valid: t* $chosen" >&2
+python - "$OUT/ddpm" "$chosen" "$SAMPLER_STEPS" <<'PY' # what `advdiff purify -m` takes as its default from here on
+import sys
+from pathlib import Path
+from advdiff_cli.models.ddpm import Purification, recommend
+recommend(Path(sys.argv[1]), Purification(float(sys.argv[2]), "ddpm", int(sys.argv[3])))
+PY
 
 # 3. Reported on test, and on lossless patches where they are (those share slides with train).
 report() {

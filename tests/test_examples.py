@@ -1,6 +1,7 @@
 """The bash scripts that users copy, run on small data."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.models.ddpm import Purification, load_card
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -28,7 +30,8 @@ def test_pcam_pipeline(patches, tmp_path):
     }  # fmt: skip
     done = run("pcam_pipeline.sh", patches, tmp_path, **small)
     assert done.returncode == 0, done.stderr
-    assert "chosen on valid: t* 0." in done.stderr
+    chosen = re.search(r"chosen on valid: t\* (0\.\d+)", done.stderr)[1]
+    assert load_card(tmp_path / "ddpm").recommended == Purification(float(chosen), "ddpm", 1)
     for name in ("test", "lossless"):
         assert (tmp_path / f"{name}.json").is_file()
         assert f"{name}-adv-ddpm.safetensors" in done.stdout
