@@ -176,3 +176,47 @@ def test_a_full_disk_keeps_what_was_done(advdiff, classifier, test_x, tmp_path, 
     assert not out.exists()
     monkeypatch.undo()
     assert advdiff(*command, "--json").json["status"] == "done"
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
+def test_a_disk_without_room_is_told_before_the_work(suffix, advdiff, classifier, test_x, tmp_path, monkeypatch):
+    def full(file, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module = "hdf5_file" if suffix == ".h5" else "safetensors_file"
+    monkeypatch.setattr(f"advdiff_cli.data.{module}.reserve", full)
+    result = advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / f"a{suffix}", "--limit", 2, code=1)
+    refused(result.err, "No space left on device.*")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hdf5_that_fails_while_writing_is_one_line(advdiff, classifier, test_x, tmp_path, monkeypatch):
+    def fails(self, where, what):
+        raise RuntimeError("Unable to write (errno = 28)")
+
+    monkeypatch.setattr(h5py.Dataset, "__setitem__", fails)
+    result = advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / "a.h5", "--limit", 2, "--steps", 1, code=1)
+    refused(result.err, r".*a\.h5\.part cannot be written \(Unable to write.*")
+    assert not (tmp_path / "a.h5").exists()
+
+
+def test_options_that_do_not_fit_the_data(advdiff, classifier, test_x, tmp_path):
+    refused(advdiff("evaluate", test_x, "--split", "train", "-c", classifier, code=1).err, "is a file; --split")
+    refused(advdiff("evaluate", test_x, "--labels", "x.csv", "-c", classifier, code=1).err, "holds its own labels")
+    assert "shuffle-seed" in advdiff("evaluate", test_x, "--shuffle-seed", "-1", "-c", classifier, code=2).err
+    assert "max-t" in advdiff("train-ddpm", test_x, "--max-t", "300", "-o", tmp_path / "d", code=2).err
+    for i, size in enumerate((48, 64)):
+        (tmp_path / "in" / "0").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, size)).save(tmp_path / "in" / "0" / f"{i}.png")
+    refused(advdiff("evaluate", tmp_path / "in", "-c", classifier, code=1).err, "differ in size")
+
+
+def test_unlabelled_valid_is_told_before_training(advdiff, test_x, tmp_path):
+    h5(tmp_path / "v.h5", images=IMAGES)
+    result = advdiff("train-classifier", test_x, "--valid", tmp_path / "v.h5", "-o", tmp_path / "c", code=1)
+    refused(result.err, r".*v\.h5 has no labels")
+    assert not (tmp_path / "c.part").exists()
+    result = advdiff(
+        "train-ddpm", test_x, "--valid", tmp_path / "v.h5", "--preset", "paper", "-o", tmp_path / "d", code=1
+    )
+    refused(result.err, "48x48 do not fit preset paper: sides must be multiples of 32")

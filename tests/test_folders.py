@@ -124,7 +124,24 @@ def test_the_noise_defence_needs_no_model(advdiff, folder, tmp_path):
     assert result["purified"] == 5
 
 
+def test_precision_is_taken_from_the_journal(advdiff, folder, ddpm, tmp_path):
+    purify(advdiff, folder, tmp_path / "out", ddpm, "--precision", "fp32")
+    assert purify(advdiff, folder, tmp_path / "out", ddpm).json["status"] == "up to date"
+
+
+def test_half_a_line_in_the_journal_is_forgotten(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    journal = out / "advdiff.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    for expected in ((1, 4), (0, 5)):
+        result = purify(advdiff, folder, out, ddpm).json
+        assert (result["purified"], result["kept"]) == expected
+
+
 def test_stems_that_collide_keep_their_whole_name():
     names = {"a.jpg": "a.jpg.png", "a.bmp": "a.bmp.png", "b.jpg": "b.png", "c.tif": "c.tif", "c.png": "c.png"}
     names["d/a.jpg"] = "d/a.png"
     assert output_names(list(names)) == names
+    chain = output_names(["a.jpg", "a.bmp", "a.jpg.png"])
+    assert len(set(chain.values())) == 3

@@ -36,7 +36,7 @@ def evaluate(
     Holm-adjusted. Patches of one slide resemble each other, so intervals over patches are too narrow where slides are
     not known.
 
-    Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
+    Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c classifier
     """
     from advdiff_cli.evaluation.comparing import compare
     from advdiff_cli.models import zoo

@@ -1,5 +1,8 @@
 """The four forms hold the same rows; selection, labels and keys."""
 
+import struct
+import zlib
+
 import h5py
 import numpy as np
 import pytest
@@ -120,7 +123,20 @@ def test_exif_rotation_is_applied(tmp_path):
 def test_sixteen_bit_and_transparent_images_are_refused(tmp_path):
     Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / "deep.png")
     Image.new("RGBA", (40, 40)).save(tmp_path / "clear.png")
-    with pytest.raises(AdvdiffError, match="more than 8 bits"):
-        read_image(tmp_path / "deep.png")
+    (tmp_path / "deep_rgb.png").write_bytes(_png_of_16_bits())
+    for name in ("deep.png", "deep_rgb.png"):
+        with pytest.raises(AdvdiffError, match="more than 8 bits"):
+            read_image(tmp_path / name)
     with pytest.raises(AdvdiffError, match="transparent"):
         read_image(tmp_path / "clear.png")
+
+
+def _png_of_16_bits():
+    """A 40x40 RGB PNG of 16 bits a channel, which Pillow reads and does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + bytes(40 * 6)) * 40
+    head = struct.pack(">IIBBBBB", 40, 40, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

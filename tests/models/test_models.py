@@ -76,6 +76,24 @@ def test_bundling_halves_the_weights_and_keeps_the_model(classifier, ddpm, tmp_p
     assert zoo.recorded_recipe(tmp_path / "classifier") == {"command": "test"}
 
 
+def test_fingerprint_is_of_the_tensors_and_not_of_the_record(classifier, tmp_path):
+    shutil.copytree(classifier, tmp_path / "c")
+    save_file(load_file(classifier / "model.safetensors"), tmp_path / "c" / "model.safetensors", {"a": "b", "c": "d"})
+    assert zoo.fingerprint(tmp_path / "c") == zoo.fingerprint(classifier)
+    weights = load_file(classifier / "model.safetensors")
+    weights["backbone.features.0.bias"] += 1
+    save_file(weights, tmp_path / "c" / "model.safetensors")
+    assert zoo.fingerprint(tmp_path / "c") != zoo.fingerprint(classifier)
+
+
+def test_models_that_do_not_predict_noise_are_refused(ddpm, tmp_path):
+    shutil.copytree(ddpm, tmp_path / "m")
+    config = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"epsilon"', '"v_prediction"'))
+    with pytest.raises(AdvdiffError, match="predicts v_prediction"):
+        load_ddpm(tmp_path / "m")
+
+
 def test_what_is_recommended_is_not_part_of_the_model(ddpm, tmp_path):
     shutil.copytree(ddpm, tmp_path / "m")
     recommend(tmp_path / "m", Purification(0.2, "ddim", 3))
