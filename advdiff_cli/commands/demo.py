@@ -115,7 +115,7 @@ def _picture(files: dict[str, Path], path: Path, device: str) -> None:
         Column("noised", shown["adv-noise"], judged["adv-noise"]),
         Column("purified", shown["adv-ddpm"], judged["adv-ddpm"]),
     ]
-    panel(columns, ["tumour" if labels[row] else "no tumour" for row in rows], path)
+    panel(columns, ["tumour in centre" if labels[row] else "no tumour in centre" for row in rows], path)
 
 
 def _text(result: dict[str, Any]) -> str:

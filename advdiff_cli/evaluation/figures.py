@@ -33,7 +33,7 @@ def panel(columns: Sequence[Column], row_names: Sequence[str], path: Path) -> No
     """
     rows, side = len(row_names), 1.45
     figure, axes = plt.subplots(
-        rows, len(columns), figsize=(side * len(columns) + 0.6, (side + 0.28) * rows + 0.5), squeeze=False, dpi=200
+        rows, len(columns), figsize=(side * len(columns) + 0.6, (side + 0.28) * rows + 0.5), squeeze=False, dpi=150
     )
     for j, column in enumerate(columns):
         axes[0, j].set_title(column.title, fontsize=8)
