@@ -91,15 +91,10 @@ def attack(
         console.log(f"{out} is up to date")
     else:
         _run(model, patches, sink, parameters, chip, quiet)
-    achieved = judge(model, patches, open_patches(out), part.start, eps, norm, chip)
-    summary = _summary(achieved)
+    summary = _summary(judge(model, patches, open_patches(out), part.start, eps, norm, chip))
     status = "up to date" if sink.up_to_date else "done"
-    text = _text(
-        f"{method} {norm} eps {eps * 255:g}/255" if norm == "linf" else f"{method} {norm} eps {eps:g}",
-        summary,
-    )
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
-    console.emit(result, text, out, as_json=as_json, quiet=quiet)
+    console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
 
 
 def _iterations(
@@ -146,9 +141,11 @@ def _summary(achieved: "Achieved") -> dict[str, Any]:
     return {"n": n, "accuracy": accuracies, "flipped": achieved.flipped, "on_surface": achieved.surface}
 
 
-def _text(title: str, summary: dict[str, Any]) -> str:
+def _text(parameters: dict[str, Any], summary: dict[str, Any]) -> str:
     from advdiff_cli.evaluation.intervals import Estimate
 
+    method, norm, eps = (parameters[k] for k in ("method", "norm", "eps"))
+    title = f"{method} {norm} eps {f'{eps * 255:g}/255' if norm == 'linf' else f'{eps:g}'}"
     rows = [(kind, str(Estimate(**value))) for kind, value in summary["accuracy"].items()]
     table = console.table([f"{title}, n = {summary['n']}", "accuracy % [95 % Wilson]"], rows)
     surface = f"on the ball's surface {100 * summary['on_surface']:.1f} % of what was perturbed"

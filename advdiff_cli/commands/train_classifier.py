@@ -1,10 +1,12 @@
 """`advdiff train-classifier`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from advdiff_cli import console, options
+from advdiff_cli.commands.training import fit_precision, follow, open_sets
 
 _BATCH = 64
 
@@ -36,31 +38,22 @@ def train_classifier(
 
     Example: advdiff train-classifier train.h5 --valid valid.h5 -o classifier
     """
-    from advdiff_cli.commands.following import follow
-    from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import provenance, recipe
-    from advdiff_cli.evaluation.intervals import Estimate
     from advdiff_cli.models import zoo
     from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
-    from advdiff_cli.models.device import resolve_device, resolve_precision
-    from advdiff_cli.training.checkpoints import WorkFolder, begun
+    from advdiff_cli.models.device import resolve_device
+    from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_classifier import BEST, ClassifierPlan, channel_statistics, fit_classifier
     from advdiff_cli.training.rows import TrainingRows
 
     options.need_positive(learning_rate=learning_rate)
     chip = resolve_device(device)
     recorded = zoo.recorded_recipe(out)
-    sets = [open_patches(path, split=split) for path in data]
-    valid_set = None if valid is None else open_patches(valid, split=None if split is None else "valid")
-    plan = ClassifierPlan(
-        epochs,
-        batch_size or _BATCH,
-        learning_rate,
-        weight_decay,
-        stain,
-        seed,
-        resolve_precision(begun(out, recorded).get("precision", "auto") if precision == "auto" else precision, chip),
-    )
+    sets, valid_set = open_sets(data, valid, split)
+    if valid_set is not None:
+        valid_set.require_labels()
+    exact = fit_precision(precision, out, recorded, chip)
+    plan = ClassifierPlan(epochs, batch_size or _BATCH, learning_rate, weight_decay, stain, seed, exact)
     made_by = recipe(
         "train-classifier",
         plan.parameters() | {"arch": arch},
@@ -68,9 +61,6 @@ def train_classifier(
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_classifier(init)),
     )
-    if valid_set is not None:
-        valid_set.require_labels()
-        valid_set.require_shape()
     work = WorkFolder(out, made_by, recorded, overwrite=overwrite)
     if work.up_to_date:
         console.log(f"{out} is up to date")
@@ -85,14 +75,18 @@ def train_classifier(
         made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
         save_classifier(model, work.part, made)
         work.publish(BEST)
-    log = zoo.training_log(out)
+    _report(out, arch, epochs, zoo.training_log(out), as_json, quiet)
+
+
+def _report(out: Path, arch: str, epochs: int, log: list[dict[str, Any]], as_json: bool, quiet: bool) -> None:
+    from advdiff_cli.evaluation.intervals import Estimate
+
     published = log[-1].get("published")
     text = f"{out}: {arch}, {epochs} epochs"
     if published is not None:
         accuracy = Estimate(**published["valid_accuracy"])
         text += f"; epoch {published['epoch']} published, valid accuracy {accuracy} %, n = {published['n']}"
-    result = {"out": str(out), "published": published, "log": log}
-    console.emit(result, text, out, as_json=as_json, quiet=quiet)
+    console.emit({"out": str(out), "published": published, "log": log}, text, out, as_json=as_json, quiet=quiet)
 
 
 def _judge(model: Any, valid: Any, work: Any, chip: Any) -> dict[str, Any]:

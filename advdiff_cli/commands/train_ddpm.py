@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from advdiff_cli import console, options
+from advdiff_cli.commands.training import fit_precision, follow, open_sets
 
 _BATCH = 16
 
@@ -39,30 +40,20 @@ def train_ddpm(
 
     Example: advdiff train-ddpm train.h5 --valid valid.h5 --max-t 0.3 -o ddpm
     """
-    from advdiff_cli.commands.following import follow
-    from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import zoo
     from advdiff_cli.models.ddpm import DdpmCard, Purification, save_ddpm
-    from advdiff_cli.models.device import resolve_device, resolve_precision
-    from advdiff_cli.training.checkpoints import WorkFolder, begun
+    from advdiff_cli.models.device import resolve_device
+    from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
     from advdiff_cli.training.rows import TrainingRows
 
     options.need_positive(learning_rate=learning_rate)
     chip = resolve_device(device)
     recorded = zoo.recorded_recipe(out)
-    sets = [open_patches(path, split=split) for path in data]
-    valid_set = None if valid is None else open_patches(valid, split=None if split is None else "valid")
-    plan = DdpmPlan(
-        steps,
-        batch_size or _BATCH,
-        learning_rate,
-        ema,
-        max_t,
-        seed,
-        resolve_precision(begun(out, recorded).get("precision", "auto") if precision == "auto" else precision, chip),
-    )
+    sets, valid_set = open_sets(data, valid, split)
+    exact = fit_precision(precision, out, recorded, chip)
+    plan = DdpmPlan(steps, batch_size or _BATCH, learning_rate, ema, max_t, seed, exact)
     made_by = recipe(
         "train-ddpm",
         plan.parameters() | {"preset": preset},

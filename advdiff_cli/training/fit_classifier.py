@@ -107,9 +107,7 @@ def fit_classifier(
             record |= {"epoch": step // per_epoch, "loss": float(np.mean(losses[-per_epoch:]))}
             if valid is not None:
                 record |= _figures(*_judge(accelerator, model, valid, plan.batch_size))
-                if record["valid_accuracy"] > best:
-                    best = record["valid_accuracy"]
-                    work.save(model.state_dict(), {"epoch": record["epoch"]}, BEST)
+                best = _keep_best(model, record, best, work)
             work.log(record)
         if step % per_epoch == 0 or time.monotonic() - last > checkpoint_seconds:
             save()
@@ -123,6 +121,13 @@ def fit_classifier(
         model.config = replace(model.config, slope=slope, bias=bias)
     model.eval()
     accelerator.wait_for_everyone()
+
+
+def _keep_best(model: Classifier, record: dict[str, Any], best: float, work: WorkFolder) -> float:
+    """Keep the weights of an epoch that does better on valid than all before; return the best accuracy."""
+    if record["valid_accuracy"] > best:
+        work.save(model.state_dict(), {"epoch": record["epoch"]}, BEST)
+    return max(best, float(record["valid_accuracy"]))
 
 
 @torch.inference_mode()
