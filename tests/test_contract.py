@@ -132,14 +132,3 @@ def _wait_for(path):
             return
         time.sleep(0.1)
     raise AssertionError(f"{path} did not appear")
-
-
-@pytest.mark.slow
-def test_help_is_fast():
-    """Half a second, the best of five: a bound on imports, not a benchmark."""
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        run("--help")
-        times.append(time.perf_counter() - begun)
-    assert min(times) < 0.5
