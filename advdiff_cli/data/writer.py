@@ -66,7 +66,8 @@ def begun(out: Path) -> Mapping[str, Any]:
     The same command takes batch size and precision from it, so that it goes on where another machine began.
     """
     record = _unfinished(out) or (recorded(out) if out.is_file() else None)
-    return (record or {}).get("recipe", {}).get("parameters", {})  # type: ignore[no-any-return]
+    parameters: Mapping[str, Any] = (record or {}).get("recipe", {}).get("parameters", {})
+    return parameters
 
 
 def recorded(out: Path) -> Provenance | None:

@@ -30,9 +30,9 @@ def platt(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = binary_cross_entropy_with_logits(odds * line[0] + line[1], truth)
-        value.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(value)
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)  # type: ignore[no-untyped-call]  # torch leaves LBFGS.step untyped
     slope, bias = line.detach().tolist()
     return (round(slope, 6), round(bias, 6)) if slope > 0 else (1.0, 0.0)

@@ -28,7 +28,8 @@ def begun(out: Path, recorded: Provenance | None) -> Mapping[str, Any]:
     """
     known = out.with_name(out.name + ".part") / _RECIPE
     recipe = json.loads(known.read_text()) if known.is_file() else recorded
-    return (recipe or {}).get("parameters", {})  # type: ignore[no-any-return]
+    parameters: Mapping[str, Any] = (recipe or {}).get("parameters", {})
+    return parameters
 
 
 class WorkFolder:

@@ -4,6 +4,7 @@ import hashlib
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import h5py
 import pytest
@@ -18,7 +19,7 @@ class Mirror(SimpleHTTPRequestHandler):
 
     cut = None
     lie = False
-    seen: list = []  # noqa: RUF012 (a new list is set for each server)
+    seen: ClassVar[list] = []  # each server gets a class with a list of its own
 
     def do_GET(self):
         name = self.path.split("?")[0].lstrip("/")
