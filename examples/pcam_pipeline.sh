@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline on real PCam patches: train a classifier and a DDPM, choose t* on valid, report on test.
+# The whole pipeline on real PCam patches: train a classifier and a DDPM, choose t* on valid, train the classifier on
+# purified patches too, report on test.
 #
 #   examples/pcam_pipeline.sh PCAM_DIR OUT_DIR
 #
@@ -8,9 +9,11 @@
 # PCam files are lossless. Every step is cached: run it again and it goes on where it ended.
 set -euo pipefail
 PCAM=$1 OUT=$2
-: "${EPOCHS:=12}" "${STEPS:=10000}"        # classifier epochs, DDPM optimiser steps
+: "${EPOCHS:=12}" "${STEPS:=4500}"         # classifier epochs, DDPM optimiser steps
+: "${ADAPT_EPOCHS:=1}"                     # more epochs on train patches and on the same ones purified
+: "${ADAPT_T_STARS:=0.1 0.2}"              # to these fractions of T
 : "${VALID_N:=640}"                        # valid patches that choose t*
-: "${T_STARS:=0.05 0.1 0.15 0.2}"          # fractions of T to choose from
+: "${T_STARS:=0.07 0.1 0.15 0.2}"          # fractions of T to choose from
 : "${SAMPLER_STEPS:=1}"                    # U-Net evaluations a patch
 : "${PRESET:=s2d2}" "${ARCH:=resnet18}" "${ATTACK_STEPS:=40}" "${TEST_N:=1000000}"
 mkdir -p "$OUT"
@@ -28,19 +31,32 @@ advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o
     --preset "$PRESET" --max-t 0.3 --steps "$STEPS" ${DDPM_OPTIONS:-}
 
 # 2. t* is chosen on valid: the best mean of the accuracy on purified clean and on purified attacked patches.
-rows=(--shuffle-seed 0 --limit "$VALID_N")
-attack=(-c "$OUT/classifier" --eps 2/255 --steps "$ATTACK_STEPS")
-advdiff attack "$(split valid)" "${rows[@]}" "${attack[@]}" -o "$OUT/valid-adv.safetensors"
-best=-1 chosen=
-for t in $T_STARS; do
-    defence=(-m "$OUT/ddpm" --t-star "$t" --sampler-steps "$SAMPLER_STEPS")
-    advdiff purify "$(split valid)" "${rows[@]}" "${defence[@]}" -o "$OUT/valid-clean-$t.safetensors" -q
-    advdiff purify "$OUT/valid-adv.safetensors" "${defence[@]}" -o "$OUT/valid-adv-$t.safetensors" -q
-    mean=$(advdiff evaluate "$OUT/valid-clean-$t.safetensors" "$OUT/valid-adv-$t.safetensors" -c "$OUT/classifier" -q |
-        awk '{ sum += $1 } END { print sum / NR }')
-    echo "valid, n = $VALID_N: t* $t, mean of clean and attacked accuracy $mean" >&2
-    if awk "BEGIN { exit !($mean > $best) }"; then best=$mean chosen=$t; fi
+rows=(--shuffle-seed 1 --limit "$VALID_N")
+attack=(--eps 2/255 --steps "$ATTACK_STEPS")
+choose() { # CLASSIFIER
+    local adv="$1-valid-adv.safetensors" best=-1 t mean
+    advdiff attack "$(split valid)" "${rows[@]}" -c "$1" "${attack[@]}" -o "$adv"
+    for t in $T_STARS; do
+        local defence=(-m "$OUT/ddpm" --t-star "$t" --sampler-steps "$SAMPLER_STEPS")
+        advdiff purify "$(split valid)" "${rows[@]}" "${defence[@]}" -o "$OUT/valid-clean-$t.safetensors" -q
+        advdiff purify "$adv" "${defence[@]}" -o "$1-valid-adv-$t.safetensors" -q
+        mean=$(advdiff evaluate "$OUT/valid-clean-$t.safetensors" "$1-valid-adv-$t.safetensors" -c "$1" -q |
+            awk '{ sum += $1 } END { print sum / NR }')
+        echo "valid, n = $VALID_N, $1: t* $t, mean of clean and attacked accuracy $mean" >&2
+        if awk "BEGIN { exit !($mean > $best) }"; then best=$mean chosen=$t; fi
+    done
+}
+choose "$OUT/classifier"
+
+# 3. The classifier sees purified patches too, and t* is chosen again.
+purified=()
+for t in $ADAPT_T_STARS; do
+    purified+=("$OUT/train-$t.h5")
+    advdiff purify "$(split train)" -m "$OUT/ddpm" --t-star "$t" --sampler-steps 1 -o "$OUT/train-$t.h5" -q
 done
+advdiff train-classifier "$(split train)" "${lossless[@]}" "${purified[@]}" --valid "$(split valid)" \
+    --init "$OUT/classifier" -o "$OUT/adapted" --epochs "$ADAPT_EPOCHS" --learning-rate 3e-4 ${CLASSIFIER_OPTIONS:-}
+choose "$OUT/adapted"
 echo "chosen on valid: t* $chosen" >&2
 python - "$OUT/ddpm" "$chosen" "$SAMPLER_STEPS" <<'PY' # what `advdiff purify -m` takes as its default from here on
 import sys
@@ -49,11 +65,11 @@ from advdiff_cli.models.ddpm import Purification, recommend
 recommend(Path(sys.argv[1]), Purification(float(sys.argv[2]), "ddpm", int(sys.argv[3])))
 PY
 
-# 3. Reported on test, and on lossless patches where they are (those share slides with train).
+# 4. Reported on test, and on lossless patches where they are (those share slides with train).
 report() {
     local name=$1 data=$2
     shift 2
-    advdiff attack "$data" "$@" "${attack[@]}" -o "$OUT/$name-adv.safetensors"
+    advdiff attack "$data" "$@" -c "$OUT/adapted" "${attack[@]}" -o "$OUT/$name-adv.safetensors"
     for kind in clean adv; do
         local from=$data select=("$@")
         if [ "$kind" = adv ]; then from=$OUT/$name-adv.safetensors select=(); fi
@@ -62,9 +78,9 @@ report() {
             -o "$OUT/$name-$kind-ddpm.safetensors" -q
     done
     advdiff evaluate "$data" "$OUT/$name"-{adv,clean-noise,adv-noise,clean-ddpm,adv-ddpm}.safetensors "$@" \
-        -c "$OUT/classifier" --predictions "$OUT/$name.csv" --json >"$OUT/$name.json"
+        -c "$OUT/adapted" --predictions "$OUT/$name.csv" --json >"$OUT/$name.json"
     advdiff evaluate "$data" "$OUT/$name"-{adv,clean-noise,adv-noise,clean-ddpm,adv-ddpm}.safetensors "$@" \
-        -c "$OUT/classifier"
+        -c "$OUT/adapted"
 }
 report test "$(split test)" --shuffle-seed 0 --limit "$TEST_N"
 if [ -d "$PCAM/images/lossless_valid" ]; then
