@@ -11,8 +11,12 @@ Norm = Literal["linf", "l2"]
 
 
 def _norms(delta: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    norms: Tensor = delta.square().flatten(1).sum(1).sqrt()
     return norms.view(-1, 1, 1, 1)
+
+
+def _unit(delta: Tensor) -> Tensor:
+    return delta / (_norms(delta) + 1e-12)
 
 
 def random_start(images: Tensor, eps: float, norm: Norm, streams: RowStreams) -> Tensor:
@@ -29,13 +33,13 @@ def random_start(images: Tensor, eps: float, norm: Norm, streams: RowStreams) ->
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """Return the unit step of steepest ascent: the sign for l-inf, the direction for l2."""
-    return gradient.sign() if norm == "linf" else gradient / _norms(gradient).clamp(min=1e-20)
+    return gradient.sign() if norm == "linf" else _unit(gradient)
 
 
 def project(points: Tensor, images: Tensor, eps: float, norm: Norm) -> Tensor:
     """Return the points (B, 3, H, W) projected to the eps-ball around `images`, then to [0, 1]."""
     delta = points - images
-    delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / _norms(delta).clamp(min=1e-20)).clamp(max=1)
+    delta = delta.clamp(-eps, eps) if norm == "linf" else _unit(delta) * _norms(delta).clamp(max=eps)
     return (images + delta).clamp(0, 1)
 
 
