@@ -78,6 +78,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Eps = Annotated[
     float, typer.Option(parser=fraction, metavar="EPS", help="Attack budget in [0, 1] pixels.", show_default="2/255")
 ]
+Defense = Annotated[
+    Literal["none", "noise", "ddpm"] | None,
+    typer.Option(help="What stands before the classifier.", show_default="ddpm with -m, else none"),
+]
 TStar = Annotated[
     float | None, typer.Option(help="Noise level, a fraction of T in (0, 1]; the model's own by default.")
 ]

@@ -5,6 +5,7 @@ is cross-entropy or the margin.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def apgd(
     """
     check_images(images)
     names = list(range(len(images)) if rows is None else rows)
-    settings = {"loss": loss, "eot": eot, "follow": follow, "seed": seed, "rows": names}
+    settings: dict[str, Any] = {"loss": loss, "eot": eot, "follow": follow, "seed": seed, "rows": names}
 
     def run(restart: int) -> tuple[Tensor, Tensor]:
         objective = Objective(model, labels, restart=restart, **settings)
@@ -89,7 +90,7 @@ class _Halving:
         self._since = 0
 
     def after(self, step: int, loss: Tensor, best: Tensor) -> Tensor | None:
-        """Take note of a step; at a checkpoint, return the patches (B,) that go back to their best with half the step."""
+        """Take note of a step; at a checkpoint, return which patches (B,) go back to their best, at half the step."""
         self._rises, self._loss, self._since = self._rises + (loss > self._loss), loss, self._since + 1
         if step not in self._checkpoints:
             return None

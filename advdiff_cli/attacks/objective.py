@@ -5,6 +5,7 @@ none is seen twice, and those that choose among iterates are seen by no gradient
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from advdiff_cli.attacks.losses import LOSSES, LossName
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.purification.defended import DefendedClassifier
 
-CHOOSING_DRAWS = 16
-_CANDIDATES = 4  # iterates that reach the final choice, besides the last
+CHOOSING_DRAWS = 8
+_CANDIDATES = 3  # iterates that reach the final choice, besides the last
 
 
 class Objective:
@@ -44,13 +45,13 @@ class Objective:
         self._loss = LOSSES[loss]
         self.random = isinstance(model, DefendedClassifier)
         self._eot = eot if self.random else 1
-        self._stream = {"rows": rows, "seed": seed, "restart": restart}
+        self._stream: dict[str, Any] = {"rows": rows, "seed": seed, "restart": restart}
 
     def _values(self, model: nn.Module, points: Tensor, purpose: str, draw: int) -> Tensor:
-        noise = ()
-        if isinstance(model, DefendedClassifier):
-            noise = (model.noise(points, purpose=purpose, draw=draw, **self._stream),)
-        return self._loss(model(points, *noise), self._labels)
+        if not isinstance(model, DefendedClassifier):
+            return self._loss(model(points), self._labels)
+        noise = model.noise(points, purpose=purpose, draw=draw, **self._stream)
+        return self._loss(model(points, noise), self._labels)
 
     def gradient(self, points: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Return the mean loss (B,) over the draws of `step` and its gradient (B, 3, H, W); one graph at a time."""
@@ -97,9 +98,9 @@ class Objective:
             return kept[0], losses[0]
         return self.best([*kept, x])
 
-    def best(self, candidates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return each patch's candidate of the largest loss, on the draws that choose, and that loss (B,)."""
-        fresh = torch.stack([self.at(c, 0, CHOOSING_DRAWS, "attack-choice") for c in candidates])
+    def best(self, candidates: Sequence[Tensor], purpose: str = "attack-choice") -> tuple[Tensor, Tensor]:
+        """Return each patch's candidate of the largest loss, on fresh draws that `purpose` names, and that loss (B,)."""
+        fresh = torch.stack([self.at(c, 0, CHOOSING_DRAWS, purpose) for c in candidates])
         loss, at = fresh.max(0)
         stacked = torch.stack(list(candidates))
         return stacked[at, torch.arange(len(at), device=at.device)], loss

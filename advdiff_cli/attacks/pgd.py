@@ -5,8 +5,8 @@ arXiv:1706.06083; one step of size eps without a random start is FGSM (Goodfello
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.balls import Norm, project, random_start, steepest
@@ -49,7 +49,7 @@ def pgd(
     check_images(images)
     names = list(range(len(images)) if rows is None else rows)
     size = eps / 4 if step_size is None else step_size
-    settings = {"loss": loss, "eot": eot, "follow": follow, "seed": seed, "rows": names}
+    settings: dict[str, Any] = {"loss": loss, "eot": eot, "follow": follow, "seed": seed, "rows": names}
 
     def run(restart: int) -> tuple[Tensor, Tensor]:
         objective = Objective(model, labels, restart=restart, **settings)

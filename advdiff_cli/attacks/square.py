@@ -25,8 +25,8 @@ def square(
 ) -> Tensor:  # fmt: skip
     """Maximise a loss in the l-inf ball around each image without gradients; arguments and result as for `pgd`.
 
-    Under a randomised defence a proposal and what it would replace are compared on the same `eot` fresh draws, so that a
-    point once lucky does not stay: twice the forwards a query.
+    Under a randomised defence a proposal and what it would replace are compared on the same `eot` fresh draws, so that
+    a point once lucky does not stay: twice the forwards a query.
 
     Args:
         queries: Proposals tried, the first stripes among them.

@@ -22,8 +22,8 @@ def row_noise(
 class DefendedClassifier(nn.Module):
     """A purifier, then a classifier: images (B, 3, H, W) in [0, 1] to logits, differentiable through every step.
 
-    Called with images alone it draws its noise from torch's global stream, as any randomised model does; `fixed` freezes
-    the noise, for tools that take a model to be a function.
+    Called with images alone it draws its noise from torch's global stream, as any randomised model does; `fixed`
+    freezes the noise, for tools that take a model to be a function.
     """
 
     def __init__(self, purifier: Purifier, classifier: nn.Module) -> None:

@@ -47,9 +47,14 @@ class DiffusionPurifier(nn.Module):
         if sampler_steps is not None and sampler_steps > n:
             raise AdvdiffError(f"--sampler-steps {sampler_steps} is more than the {n} noise levels of t* = {t_star:g}")
         self.ddpm = ddpm
+        self.t_star = t_star
         self.sampler = sampler
         self.checkpointed = True
         self.indices = step_indices(n, sampler_steps or n)
+
+    def with_steps(self, sampler_steps: int) -> "DiffusionPurifier":
+        """Return the purifier of the same noise level and sampler in another number of U-Net evaluations."""
+        return DiffusionPurifier(self.ddpm, self.t_star, self.sampler, sampler_steps)
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Return (draws, 3, H', W'): the normal numbers one image takes, H' and W' being what the U-Net needs."""

@@ -1,4 +1,4 @@
-"""The attacks against foolbox and pyautoattack, from the same start, on a classifier and on a defence of frozen noise."""
+"""The attacks against foolbox and pyautoattack from one start, on a classifier and on a defence of frozen noise."""
 
 import foolbox
 import pytest
