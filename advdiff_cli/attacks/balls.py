@@ -31,6 +31,12 @@ def random_start(images: Tensor, eps: float, norm: Norm, streams: RowStreams) ->
     return (images + delta.to(images.device)).clamp(0, 1)
 
 
+def random_surface(images: Tensor, eps: float, norm: Norm, streams: RowStreams) -> Tensor:
+    """Draw a point of the ball's surface (B, 3, H, W), for l-inf a corner, clipped to [0, 1]: a control, no attack."""
+    direction = streams.normal(*images.shape[1:]).to(images.device)
+    return (images + eps * steepest(direction, norm)).clamp(0, 1)
+
+
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """Return the unit step of steepest ascent: the sign for l-inf, the direction for l2."""
     return gradient.sign() if norm == "linf" else _unit(gradient)

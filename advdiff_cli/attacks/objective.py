@@ -15,7 +15,7 @@ from advdiff_cli.data.streams import RowKey
 from advdiff_cli.purification.defended import DefendedClassifier
 
 CHOOSING_DRAWS = 8
-_CANDIDATES = 3  # iterates that reach the final choice, besides the last
+CANDIDATES = 3  # iterates that reach the final choice, besides the last
 
 
 class Objective:
@@ -83,7 +83,7 @@ class Objective:
             if not kept:
                 kept, losses = [x], loss[None].clone()
                 continue
-            if len(kept) < (_CANDIDATES if self.random else 1):
+            if len(kept) < (CANDIDATES if self.random else 1):
                 kept, losses = [*kept, x], torch.cat([losses, loss[None]])
                 continue
             worst, at = losses.min(0)
@@ -99,7 +99,7 @@ class Objective:
         return self.best([*kept, x])
 
     def best(self, candidates: Sequence[Tensor], purpose: str = "attack-choice") -> tuple[Tensor, Tensor]:
-        """Return each patch's candidate of the largest loss, on fresh draws that `purpose` names, and that loss (B,)."""
+        """Return each patch's candidate of the largest loss, on draws that `purpose` names, and that loss (B,)."""
         fresh = torch.stack([self.at(c, 0, CHOOSING_DRAWS, purpose) for c in candidates])
         loss, at = fresh.max(0)
         stacked = torch.stack(list(candidates))

@@ -7,11 +7,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.apgd import apgd
+from advdiff_cli.attacks.balls import random_surface
 from advdiff_cli.attacks.fab import fab, fab_installed
 from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.attacks.pgd import pgd
 from advdiff_cli.attacks.square import square
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.streams import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.purification.defended import DefendedClassifier, StraightThrough
 from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier
@@ -19,6 +20,7 @@ from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier
 Gradient = Literal["blind", "bpda", "surrogate", "full"]
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "random": {},
     "pgd": {"loss": "ce", "steps": 40, "step_size": None, "restarts": 1},
     "fgsm": {"loss": "ce"},
     "apgd": {"loss": "ce", "steps": 100, "restarts": 1},
@@ -73,6 +75,8 @@ def resolve(method: str, norm: str, eps: float, asked: Mapping[str, Any], *, def
 def _about_a_defence(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings about a defence that apply, with their defaults."""
     gradient = given.get("gradient", "full")
+    if method == "random":
+        return {}
     found = {} if method == "square" else {"gradient": gradient}
     if gradient == "full":
         found["fixed_draw"] = False
@@ -134,6 +138,8 @@ def run(
     streams: dict[str, Any] = {"seed": seed, "rows": rows, "eot": s.get("eot", 1)}
 
     def one(name: str, loss: Any) -> Tensor:
+        if name == "random":
+            return random_surface(images, eps, s["norm"], RowStreams(seed, "attack-random", rows))
         if name in ("pgd", "fgsm"):
             return pgd(
                 model, images, labels, eps=eps, steps=s["steps"], step_size=s["step_size"], norm=s["norm"], loss=loss,
