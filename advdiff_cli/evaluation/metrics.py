@@ -15,6 +15,7 @@ from advdiff_cli.models.device import autocast
 from advdiff_cli.purification.defended import DefendedClassifier
 
 BATCH = 64
+DRAWN_BATCH = 16  # where a U-Net stands before the classifier
 VOTES = (1, 5, 11, 21)  # draws a majority vote is taken over: odd, there are two classes
 
 
@@ -81,9 +82,10 @@ def predict(
         precision: Of the purifier.
         first_draw: The first of the R draws.
     """
-    for start in range(0, len(patches), BATCH):
-        stop = min(start + BATCH, len(patches))
-        rows = np.minimum(np.arange(start, start + BATCH), stop - 1)  # the full batch shape: rows do not depend on N
+    size = DRAWN_BATCH if isinstance(model, DefendedClassifier) else BATCH
+    for start in range(0, len(patches), size):
+        stop = min(start + size, len(patches))
+        rows = np.minimum(np.arange(start, start + size), stop - 1)  # the full batch shape: rows do not depend on N
         images = patches.read(rows).to(device)
         if isinstance(model, DefendedClassifier):
             keys = [patches.keys[i] for i in rows]
