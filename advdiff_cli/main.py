@@ -17,6 +17,7 @@ from advdiff_cli.commands import (
     merge,
     models,
     purify,
+    robustness,
     synthesize,
     train_classifier,
     train_ddpm,
@@ -37,6 +38,7 @@ app.command("train-ddpm")(train_ddpm.train_ddpm)
 app.command("attack")(attack.attack)
 app.command("purify")(purify.purify)
 app.command("evaluate")(evaluate.evaluate)
+app.command("robustness")(robustness.robustness)
 app.command("merge")(merge.merge)
 app.command("info")(info.info)
 app.command("models")(models.models)

@@ -40,6 +40,7 @@ def shard_of(text: str) -> tuple[int, int]:
 ROWS = "Rows"
 MACHINE = "Machine"
 OUTPUT = "Output"
+DEFENCE = "Defence"
 
 Data = Annotated[str, typer.Argument(help="Patch set: .safetensors, .h5, PCam's folder (with --split), or images.")]
 DataSets = Annotated[list[str], typer.Argument(help="Patch sets; one named twice counts twice.")]
@@ -78,11 +79,26 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Eps = Annotated[
     float, typer.Option(parser=fraction, metavar="EPS", help="Attack budget in [0, 1] pixels.", show_default="2/255")
 ]
-TStar = Annotated[
-    float | None, typer.Option(help="Noise level, a fraction of T in (0, 1]; the model's own by default.")
+Defense = Annotated[
+    Literal["none", "noise", "ddpm"] | None,
+    typer.Option(
+        help="What stands before the classifier.", show_default="ddpm with -m, else none", rich_help_panel=DEFENCE
+    ),
 ]
-Sampler = Annotated[Literal["ddpm", "ddim"] | None, typer.Option(help="Reverse process; the model's own by default.")]
-SamplerSteps = Annotated[int | None, typer.Option(min=1, help="U-Net evaluations a patch; the model's own by default.")]
+TStar = Annotated[
+    float | None,
+    typer.Option(
+        help="Noise level, a fraction of T in (0, 1].", show_default="the model's own", rich_help_panel=DEFENCE
+    ),
+]
+Sampler = Annotated[
+    Literal["ddpm", "ddim"] | None,
+    typer.Option(help="Reverse process.", show_default="the model's own", rich_help_panel=DEFENCE),
+]
+SamplerSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="U-Net evaluations a patch.", show_default="the model's own", rich_help_panel=DEFENCE),
+]
 
 
 def need_positive(**values: float) -> None:

@@ -60,3 +60,12 @@ def test_shards(test_x, classifier, tmp_path, advdiff):
     assert done.returncode == 0, done.stderr
     advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / "one.h5", *options.split())
     assert open_patches(tmp_path / "one.h5").fingerprint() == open_patches(tmp_path / "adv.h5").fingerprint()
+
+
+@pytest.mark.slow
+def test_other_attack_libraries(test_x, classifier, ddpm):
+    command = [sys.executable, str(EXAMPLES / "other_attack_libraries.py"), *map(str, (test_x, classifier, ddpm))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # pyautoattack stops debuggers' tracing
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"foolbox PGD-5 through the defence: accuracy [01]\.\d\d over 5 draws", done.stdout)
+    assert re.search(r"pyautoattack on frozen noise: accuracy [01]\.\d\d", done.stdout)

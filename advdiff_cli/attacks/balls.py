@@ -11,8 +11,12 @@ Norm = Literal["linf", "l2"]
 
 
 def _norms(delta: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    norms: Tensor = delta.square().flatten(1).sum(1).sqrt()
     return norms.view(-1, 1, 1, 1)
+
+
+def _unit(delta: Tensor) -> Tensor:
+    return delta / (_norms(delta) + 1e-12)
 
 
 def random_start(images: Tensor, eps: float, norm: Norm, streams: RowStreams) -> Tensor:
@@ -27,15 +31,21 @@ def random_start(images: Tensor, eps: float, norm: Norm, streams: RowStreams) ->
     return (images + delta.to(images.device)).clamp(0, 1)
 
 
+def random_surface(images: Tensor, eps: float, norm: Norm, streams: RowStreams) -> Tensor:
+    """Draw a point of the ball's surface (B, 3, H, W), for l-inf a corner, clipped to [0, 1]: a control, no attack."""
+    direction = streams.normal(*images.shape[1:]).to(images.device)
+    return (images + eps * steepest(direction, norm)).clamp(0, 1)
+
+
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """Return the unit step of steepest ascent: the sign for l-inf, the direction for l2."""
-    return gradient.sign() if norm == "linf" else gradient / _norms(gradient).clamp(min=1e-20)
+    return gradient.sign() if norm == "linf" else _unit(gradient)
 
 
 def project(points: Tensor, images: Tensor, eps: float, norm: Norm) -> Tensor:
     """Return the points (B, 3, H, W) projected to the eps-ball around `images`, then to [0, 1]."""
     delta = points - images
-    delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / _norms(delta).clamp(min=1e-20)).clamp(max=1)
+    delta = delta.clamp(-eps, eps) if norm == "linf" else _unit(delta) * _norms(delta).clamp(max=eps)
     return (images + delta).clamp(0, 1)
 
 

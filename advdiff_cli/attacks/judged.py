@@ -4,28 +4,36 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from advdiff_cli.attacks.balls import Norm, round_inside, surface_share
 from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.streams import RowKey
+from advdiff_cli.purification.defended import DefendedClassifier
 
 BATCH = 64
+DRAWS = 3  # of a defence's noise: the first ones that evaluate takes
 
 
 @dataclass
 class Achieved:
-    """Right answers (N,) on clean, attacked and attacked-then-rounded images, and the share on the ball's surface."""
+    """The share of draws (N,) right on clean, attacked and attacked-then-rounded images, and of points on the surface.
 
-    clean: list[bool] = field(default_factory=list)
-    attacked: list[bool] = field(default_factory=list)
-    rounded: list[bool] = field(default_factory=list)
+    A deterministic model has one draw.
+    """
+
+    clean: list[float] = field(default_factory=list)
+    attacked: list[float] = field(default_factory=list)
+    rounded: list[float] = field(default_factory=list)
+    draws: int = 1
     on_surface: float = 0.0
     perturbed: float = 0.0
 
     @property
     def flipped(self) -> int:
-        """How many patches were right before and wrong after."""
-        return sum(before and not after for before, after in zip(self.clean, self.attacked, strict=True))
+        """How many patches were right in most draws before, and wrong in most after."""
+        return sum(before > 0.5 > after for before, after in zip(self.clean, self.attacked, strict=True))
 
     @property
     def surface(self) -> float:
@@ -35,22 +43,36 @@ class Achieved:
 
 @torch.inference_mode()
 def judge(
-    model: nn.Module, clean: PatchSet, adv: PatchSet, first: int, eps: float, norm: Norm, device: torch.device
-) -> Achieved:
-    """Judge the stored rows of `adv`, which were made from the rows of `clean` from position `first` on, in fp32."""
-    labels = clean.require_labels()
-    result = Achieved()
+    model: nn.Module, clean: PatchSet, adv: PatchSet, first: int, eps: float, norm: Norm, device: torch.device,
+    seed: int = 0,
+) -> Achieved:  # fmt: skip
+    """Judge the stored rows of `adv`, which were made from the rows of `clean` from position `first` on, in fp32.
+
+    A defended classifier is judged over the first DRAWS evaluation draws of `seed`.
+    """
+    result = Achieved(draws=DRAWS if isinstance(model, DefendedClassifier) else 1)
     for start in range(0, len(adv), BATCH):
         rows = np.arange(start, min(start + BATCH, len(adv)))
         images, points = clean.read(rows + first).to(device), adv.read(rows).to(device)
-        truth = torch.from_numpy(labels[rows + first]).to(device)
+        truth = torch.from_numpy(clean.require_labels()[rows + first]).to(device)
+        keys = [clean.keys[i] for i in rows + first]
         for kind, batch in (
             ("clean", images),
             ("attacked", points),
             ("rounded", round_inside(points, images, eps, norm)),
         ):
-            getattr(result, kind).extend((model(batch).argmax(1) == truth).tolist())
+            getattr(result, kind).extend(_share_right(model, batch, truth, keys, seed).tolist())
         on_surface, perturbed = surface_share(points, images, eps, norm)
         result.on_surface += on_surface
         result.perturbed += perturbed
     return result
+
+
+def _share_right(model: nn.Module, images: Tensor, truth: Tensor, rows: list[RowKey], seed: int) -> NDArray[np.float64]:
+    if not isinstance(model, DefendedClassifier):
+        logits = [model(images)]
+    else:
+        noises = (model.noise(images, rows=rows, seed=seed, purpose="evaluate", draw=draw) for draw in range(DRAWS))
+        logits = [model(images, noise) for noise in noises]
+    right = torch.stack([z.argmax(1) == truth for z in logits]).double().mean(0)
+    return right.cpu().numpy()

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from advdiff_cli import console, options
+from advdiff_cli.commands.defending import asked_defence
 from advdiff_cli.commands.opening import open_selected
-from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from advdiff_cli.attacks.judged import Achieved
@@ -18,15 +18,59 @@ def attack(
     data: options.Data,
     classifier: options.ClassifierName,
     out: options.Out,
-    method: Annotated[Literal["pgd", "fgsm"], typer.Option(help="pgd, or fgsm: one step of size eps.")] = "pgd",
+    ddpm: options.DdpmName = None,
+    method: Annotated[
+        Literal["pgd", "fgsm", "apgd", "square", "fab", "ensemble", "random"],
+        typer.Option(help="ensemble: each patch's worst of APGD, Square and, where valid, FAB; random: a control."),
+    ] = "pgd",
     norm: Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")] = "linf",
     eps: options.Eps = 2 / 255,
-    steps: Annotated[int | None, typer.Option(min=1, help="Attack iterations.", show_default="40")] = None,
+    loss: Annotated[
+        Literal["ce", "margin"] | None,
+        typer.Option(help="Cross-entropy, or the margin between the classes.", show_default="ce; square: margin"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Attack iterations.", show_default="pgd: 40, else 100")
+    ] = None,
     step_size: Annotated[
         float | None,
-        typer.Option(parser=options.fraction, metavar="SIZE", help="Size of a step.", show_default="eps/4"),
+        typer.Option(parser=options.fraction, metavar="SIZE", help="Size of a step of pgd.", show_default="eps/4"),
     ] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Proposals of square.", show_default="1000")] = None,
     restarts: Annotated[int | None, typer.Option(min=1, help="Random starts.", show_default="1")] = None,
+    defense: options.Defense = None,
+    t_star: options.TStar = None,
+    sampler: options.Sampler = None,
+    sampler_steps: options.SamplerSteps = None,
+    gradient: Annotated[
+        Literal["blind", "bpda", "surrogate", "full"] | None,
+        typer.Option(
+            help="Through a defence: none, as if it were the identity, of one with fewer sampler steps, or exact.",
+            show_default="full",
+            rich_help_panel=options.DEFENCE,
+        ),
+    ] = None,
+    eot: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Draws of the defence's noise a gradient averages.",
+            show_default="8",
+            rich_help_panel=options.DEFENCE,
+        ),
+    ] = None,
+    attack_sampler_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sampler steps of the surrogate.", rich_help_panel=options.DEFENCE),
+    ] = None,
+    fixed_draw: Annotated[
+        bool | None,
+        typer.Option(
+            "--fixed-draw",
+            help="Attack one draw, known beforehand: the first that evaluate takes.",
+            rich_help_panel=options.DEFENCE,
+        ),
+    ] = None,
     seed: options.Seed = 0,
     split: options.Split = None,
     labels: options.Labels = None,
@@ -41,17 +85,18 @@ def attack(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Attack a classifier: projected gradient descent from a random start, the best iterate kept, in fp32.
+    """Attack a classifier, or the defence before it (-m or --defense) by a gradient through it; in fp32.
 
-    Prints what the stored attack achieves: accuracy before and after, the share on the ball's surface,
-    and the accuracy that is left after rounding to 8 bits inside the ball. Run again, it goes on where it was stopped.
+    Prints what the stored attack achieves: accuracy before and after, the share on the ball's surface, and the accuracy
+    that is left after rounding to 8 bits inside the ball. Run again, it goes on where it was stopped.
 
     Example: advdiff attack test.h5 -c classifier --eps 2/255 -o adv.safetensors
     """
     from advdiff_cli.attacks.judged import judge
+    from advdiff_cli.attacks.plan import aim, resolve
+    from advdiff_cli.attacks.stored import attack_recipe, attack_rows
     from advdiff_cli.data import writer
     from advdiff_cli.data.patches import open_patches
-    from advdiff_cli.data.provenance import recipe
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
@@ -63,17 +108,20 @@ def attack(
     patches.require_shape()
     folder = zoo.find_classifier(classifier)
     model = zoo.frozen_classifier(folder, chip)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps)
+    asked = {
+        "loss": loss, "steps": steps, "step_size": step_size, "queries": queries, "restarts": restarts,
+        "gradient": gradient, "eot": eot, "attack_sampler_steps": attack_sampler_steps, "fixed_draw": fixed_draw,
+    }  # fmt: skip
+    settings = resolve(method, norm, eps, asked, defended=defence is not None)
+    judged = model if defence is None else defence.before(model, chip)
+    target = aim(model, None if defence is None else defence.purifier, settings)
     batch = batch_size or writer.begun(out).get("batch_size", _BATCH)
-    parameters = {
-        "method": method,
-        "norm": norm,
-        "eps": eps,
-        "seed": seed,
-        "batch_size": batch,
-        "precision": "fp32",
-    }
-    parameters |= _iterations(method, eps, steps, step_size, restarts)
-    made_by = recipe("attack", parameters, data=patches.recipe_input(), classifier=zoo.fingerprint(folder))
+    made_by = attack_recipe(
+        settings, seed, batch, patches.recipe_input(), zoo.fingerprint(folder),
+        None if defence is None else defence.parameters, None if defence is None else defence.model,
+    )  # fmt: skip
+    parameters = made_by["parameters"]
     part = writer.shard_rows(len(patches), batch, cast("Any", shard))
     if dry_run:
         plan = {
@@ -90,55 +138,33 @@ def attack(
     if sink.up_to_date:
         console.log(f"{out} is up to date")
     else:
-        _run(model, patches, sink, parameters, chip, quiet)
-    summary = _summary(judge(model, patches, open_patches(out), part.start, eps, norm, chip))
+        done = int(sink.finished.sum())
+        with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
+            for count in attack_rows(target, parameters, patches, sink, chip):
+                advance(count)
+    summary = _summary(judge(judged, patches, open_patches(out), part.start, eps, norm, chip, seed), patches, part)
     status = "up to date" if sink.up_to_date else "done"
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
 
 
-def _iterations(
-    method: str, eps: float, steps: int | None, step_size: float | None, restarts: int | None
-) -> dict[str, Any]:
-    if method == "fgsm":
-        if (steps, step_size, restarts) != (None, None, None):
-            raise AdvdiffError(
-                "--method fgsm is one step of size eps; --steps, --step-size and --restarts do not apply"
-            )
-        return {"steps": 1, "step_size": eps, "restarts": 1, "random_start": False}
+def _summary(achieved: "Achieved", patches: Any, part: Any) -> dict[str, Any]:
+    import numpy as np
+
+    from advdiff_cli.evaluation.metrics import proportion
+
+    labels = patches.require_labels()[part.start : part.stop]
+    accuracies = {
+        kind: proportion(np.asarray(getattr(achieved, kind)), labels).as_dict()
+        for kind in ("clean", "attacked", "rounded")
+    }
     return {
-        "steps": steps or 40,
-        "step_size": step_size or eps / 4,
-        "restarts": restarts or 1,
-        "random_start": True,
+        "n": len(labels),
+        "draws": achieved.draws,
+        "accuracy": accuracies,
+        "flipped": achieved.flipped,
+        "on_surface": achieved.surface,
     }
-
-
-def _run(model: Any, patches: Any, sink: Any, parameters: dict[str, Any], chip: Any, quiet: bool) -> None:
-    import torch
-
-    from advdiff_cli.attacks.pgd import pgd
-
-    labels = patches.require_labels()
-    p = parameters
-    settings = {k: p[k] for k in ("eps", "steps", "step_size", "norm", "restarts", "seed")} | {
-        "start": p["random_start"]
-    }
-    with sink, console.progress(len(sink.finished), "attack", done=int(sink.finished.sum()), quiet=quiet) as advance:
-        for batch in sink.batches(p["batch_size"]):
-            keys = [patches.keys[i] for i in batch.rows]
-            truth = torch.from_numpy(labels[batch.rows]).to(chip)
-            adv = pgd(model, patches.read(batch.rows).to(chip), truth, rows=keys, **settings)
-            sink.write(batch, adv.cpu().numpy())
-            advance(batch.count)
-
-
-def _summary(achieved: "Achieved") -> dict[str, Any]:
-    from advdiff_cli.evaluation.intervals import wilson
-
-    n = len(achieved.clean)
-    accuracies = {kind: wilson(sum(getattr(achieved, kind)), n).as_dict() for kind in ("clean", "attacked", "rounded")}
-    return {"n": n, "accuracy": accuracies, "flipped": achieved.flipped, "on_surface": achieved.surface}
 
 
 def _text(parameters: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -147,6 +173,8 @@ def _text(parameters: dict[str, Any], summary: dict[str, Any]) -> str:
     method, norm, eps = (parameters[k] for k in ("method", "norm", "eps"))
     title = f"{method} {norm} eps {f'{eps * 255:g}/255' if norm == 'linf' else f'{eps:g}'}"
     rows = [(kind, str(Estimate(**value))) for kind, value in summary["accuracy"].items()]
-    table = console.table([f"{title}, n = {summary['n']}", "accuracy % [95 % Wilson]"], rows)
+    over = "95 %" if summary["draws"] == 1 else f"95 %, mean of {summary['draws']} draws"
+    table = console.table([f"{title}, n = {summary['n']}", f"accuracy % [{over}]"], rows)
     surface = f"on the ball's surface {100 * summary['on_surface']:.1f} % of what was perturbed"
-    return f"{table}\nflipped {summary['flipped']}, {surface}"
+    ran = f"\nensemble of {', '.join(parameters['attacks'])}" if "attacks" in parameters else ""
+    return f"{table}\nflipped {summary['flipped']}, {surface}{ran}"

@@ -7,6 +7,10 @@ from advdiff_cli import console
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
+    from torch import device as Chip
+    from torch import nn
+
+    from advdiff_cli.purification.defended import DefendedClassifier
     from advdiff_cli.purification.purifier import Purifier
 
 DEFAULT_DDPM = "pcam-ddpm"
@@ -19,6 +23,28 @@ class Defence:
     purifier: "Purifier"
     parameters: dict[str, Any]
     model: str | None
+
+    def before(self, classifier: "nn.Module", chip: "Chip") -> "DefendedClassifier":
+        """Return the defended classifier on the device, its parameters frozen."""
+        from advdiff_cli.purification.defended import DefendedClassifier
+
+        return DefendedClassifier(self.purifier, classifier).to(chip).requires_grad_(False).eval()
+
+
+def asked_defence(
+    defense: str | None, ddpm: str | None, t_star: float | None, sampler: str | None, sampler_steps: int | None
+) -> Defence | None:
+    """Build the defence that stands before a classifier: by default a DDPM where one is named, and none otherwise.
+
+    Raises:
+        AdvdiffError: as build_defence, or settings of a defence are given without one.
+    """
+    kind = defense or ("ddpm" if ddpm else "none")
+    if kind != "none":
+        return build_defence(kind, ddpm, t_star, sampler, sampler_steps)
+    if (ddpm, t_star, sampler, sampler_steps) != (None,) * 4:
+        raise AdvdiffError("--t-star, --sampler, --sampler-steps and -m are a defence's: give -m, or --defense noise")
+    return None
 
 
 def build_defence(
@@ -34,6 +60,8 @@ def build_defence(
     from advdiff_cli.purification.diffusion import noise_levels
     from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 
+    if defense == "none":
+        raise AdvdiffError("--defense none: there is nothing to purify with")
     if defense == "noise":
         if ddpm or sampler or sampler_steps:
             raise AdvdiffError(

@@ -8,58 +8,98 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advdiff_cli import console, options
+from advdiff_cli.commands.defending import asked_defence
 from advdiff_cli.commands.opening import open_selected
+from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.evaluation.comparing import Evaluated
 
 _COLUMNS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc")
+_DRAWS = 11
 
 
 def evaluate(
     data: options.DataSets,
     classifier: options.ClassifierName,
-    predictions: Annotated[Path | None, typer.Option(help="Write each patch's prediction to this CSV.")] = None,
+    ddpm: options.DdpmName = None,
+    defense: options.Defense = None,
+    t_star: options.TStar = None,
+    sampler: options.Sampler = None,
+    sampler_steps: options.SamplerSteps = None,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="Draws of the defence's noise a patch.", show_default=str(_DRAWS))
+    ] = None,
+    seed: options.Seed = 0,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write every patch's and draw's prediction here (CSV).")
+    ] = None,
     split: options.Split = None,
     labels: options.Labels = None,
     limit: options.Limit = None,
     rows: options.Range = None,
     shuffle_seed: options.ShuffleSeed = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     as_json: options.Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print each set's accuracy alone.")] = False,
 ) -> None:
-    """Evaluate a classifier on patch sets, in fp32: a row a set, every figure with its 95 % interval.
+    """Evaluate a classifier, or a defended one (-m, --defense): a row a set, every figure with its 95 % interval.
 
-    Sets made from the same rows are compared in pairs: the difference in accuracy and McNemar's exact test,
-    Holm-adjusted. Patches of one slide resemble each other, so intervals over patches are too narrow where slides are
-    not known.
+    A defence is judged over draws of its noise that no attack has seen: the mean over draws, majority votes, all
+    draws right. Name the clean set beside an attacked one, as its control. Sets of the same rows are compared in pairs.
+    Patches of one slide resemble each other, so intervals over patches are too narrow where slides are not known.
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c classifier
     """
     from advdiff_cli.evaluation.comparing import compare
     from advdiff_cli.models import zoo
-    from advdiff_cli.models.device import resolve_device
+    from advdiff_cli.models.device import resolve_device, resolve_precision
 
     chip = resolve_device(device)
     sets = [open_selected(path, split, labels, limit, rows, shuffle_seed) for path in data]
     for patches in sets:
         patches.require_labels()
         patches.require_shape()
-    model = zoo.frozen_classifier(zoo.find_classifier(classifier), chip)
+    model: Any = zoo.frozen_classifier(zoo.find_classifier(classifier), chip)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps)
+    if defence is None and draws is not None:
+        raise AdvdiffError("--draws is of a defence's noise: give -m, or --defense noise")
+    judging: dict[str, Any] = {}
+    if defence is not None:
+        judging = {"draws": draws or _DRAWS, "seed": seed, "precision": resolve_precision(precision, chip)}
+        model = defence.before(model, chip)
     evaluated = []
     with console.progress(sum(map(len, sets)), "evaluate", quiet=quiet) as advance:
         for name, patches in zip(data, sets, strict=True):
-            evaluated.append(_predict(name, patches, model, chip, advance))
+            evaluated.append(_predict(name, patches, model, chip, judging, advance))
     if predictions is not None:
         _write_predictions(predictions, evaluated, sets)
-    result = {"sets": [_plain(e.as_dict()) for e in evaluated], "comparisons": compare(evaluated)}
+    result: dict[str, Any] = {
+        "defence": None if defence is None else defence.parameters | judging,
+        "sets": [_plain(e.as_dict()) for e in evaluated],
+        "comparisons": compare(evaluated),
+    }
+    if defence is not None:
+        _ask_for_controls(evaluated)
     brief = "\n".join(str(s["accuracy"]["value"]) for s in result["sets"])
     console.emit(result, _text(result), brief, as_json=as_json, quiet=quiet)
 
 
-def _predict(name: str, patches: "PatchSet", model: Any, chip: Any, advance: console.Advance) -> "Evaluated":
+def _ask_for_controls(evaluated: "list[Evaluated]") -> None:
+    """Warn about attacked sets whose clean rows are not judged beside them."""
+    clean = {e.origin for e in evaluated if not any(made["command"] == "attack" for made in e.history)}
+    for e in evaluated:
+        if e.origin not in clean:
+            console.warn(
+                f"{e.name} is attacked, and its clean control is not among the sets: name the set it was made from"
+            )
+
+
+def _predict(
+    name: str, patches: "PatchSet", model: Any, chip: Any, judging: dict[str, Any], advance: console.Advance
+) -> "Evaluated":
     import numpy as np
 
     from advdiff_cli.data.provenance import history
@@ -67,7 +107,7 @@ def _predict(name: str, patches: "PatchSet", model: Any, chip: Any, advance: con
     from advdiff_cli.evaluation.metrics import Predictions, predict
 
     p1 = []
-    for batch in predict(model, patches, chip):
+    for batch in predict(model, patches, chip, **judging):
         p1.append(batch)
         advance(len(batch))
     predictions = Predictions(patches.require_labels(), np.concatenate(p1))
@@ -91,8 +131,9 @@ def _write_predictions(path: Path, evaluated: "list[Evaluated]", sets: "list[Pat
         for one, patches in zip(evaluated, sets, strict=True):
             p = one.predictions
             table.writerows(
-                (one.name, key, label, 0, f"{p1:.9g}")
-                for key, label, p1 in zip(patches.keys, p.labels, p.p1, strict=True)
+                (one.name, key, label, draw, f"{p1:.9g}")
+                for key, label, row in zip(patches.keys, p.labels, p.p1, strict=True)
+                for draw, p1 in enumerate(row)
             )
     os.replace(fresh, path)
 
@@ -119,6 +160,11 @@ def _text(result: dict[str, Any]) -> str:
 
     rows = [(s["data"], s["n"], *(cell(s[k]) for k in _COLUMNS)) for s in result["sets"]]
     text = console.table(("% [95 % interval]", "n", *(k.replace("_", " ") for k in _COLUMNS)), rows)
+    voted = [k for k in result["sets"][0] if k.startswith("vote_") or k == "all_correct"]
+    if voted:
+        rows = [(s["data"], s["draws"], *(cell(s[k]) for k in voted)) for s in result["sets"]]
+        names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws right") for k in voted]
+        text += "\n\n" + console.table(("accuracy, by draws", "draws", *names), rows)
     made = [f"{s['data']}: {_made(s['history'])}" for s in result["sets"] if s["history"]]
     text += "".join(f"\n{line}" for line in ["", *made]) if made else ""
     pairs = [

@@ -1,9 +1,7 @@
 """`advdiff purify`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
-
-import typer
+from typing import TYPE_CHECKING, Any, cast
 
 from advdiff_cli import console, options
 from advdiff_cli.commands.defending import Defence, build_defence
@@ -22,9 +20,7 @@ def purify(
     data: options.Data,
     out: options.Out,
     ddpm: options.DdpmName = None,
-    defense: Annotated[
-        Literal["ddpm", "noise"], typer.Option(help="ddpm, or noise: the forward process alone.")
-    ] = "ddpm",
+    defense: options.Defense = "ddpm",
     t_star: options.TStar = None,
     sampler: options.Sampler = None,
     sampler_steps: options.SamplerSteps = None,
@@ -69,7 +65,7 @@ def purify(
         raise AdvdiffError(
             f"--out {out}: rows of a patch set go to a .safetensors or .h5 file, whole folders of images to a folder"
         )
-    defence = build_defence(defense, ddpm, t_star, sampler, sampler_steps)
+    defence = build_defence(defense or "ddpm", ddpm, t_star, sampler, sampler_steps)
     defence.purifier.to(chip)
     parameters = defence.parameters | {"seed": seed} | machine
     if to_file:

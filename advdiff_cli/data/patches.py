@@ -73,6 +73,14 @@ class PatchSet:
         self.index: Rows = source.index[self._rows]
         self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
 
+    def first(self, n: int) -> "PatchSet":
+        """Return the first n of the selected rows, or all where there are fewer."""
+        few = PatchSet(self.source, self.selection)
+        few._rows = few._rows[:n]
+        few.labels = None if few.labels is None else few.labels[:n]
+        few.index, few.keys = few.index[:n], few.keys[:n]
+        return few
+
     def __len__(self) -> int:
         """Return the number of selected rows."""
         return len(self._rows)

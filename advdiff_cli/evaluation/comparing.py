@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advdiff_cli.evaluation.intervals import Estimate, holm, mcnemar, paired_difference
-from advdiff_cli.evaluation.metrics import Predictions, figures
+from advdiff_cli.evaluation.intervals import Estimate, bootstrap, holm, mcnemar, paired_difference
+from advdiff_cli.evaluation.metrics import Predictions, figures, votes
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,15 @@ class Evaluated:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return n, the count of each label, every figure with its interval, and how the set was made."""
+        """Return n, the count of each label, every figure with its interval, votes, and how the set was made."""
         labels = self.predictions.labels
         return {
             "data": self.name,
             "n": len(labels),
             "positive": int(labels.sum()),
+            "draws": self.predictions.draws,
             **{k: v.as_dict() for k, v in figures(self.predictions).items()},
+            **({k: v.as_dict() for k, v in votes(self.predictions).items()} if self.predictions.draws > 1 else {}),
             "history": self.history,
         }
 
@@ -38,6 +40,7 @@ def compare(sets: Sequence[Evaluated]) -> list[dict[str, Any]]:
     """Return a paired comparison of accuracy for each pair of sets of one origin, on the rows both hold.
 
     Each has the difference (second - first) with its interval, McNemar's exact p, and p Holm-adjusted over all pairs.
+    Over several draws the difference is of the means over draws, and McNemar's test is of the majority votes.
     """
     found = []
     for first, second in combinations(sets, 2):
@@ -51,14 +54,22 @@ def compare(sets: Sequence[Evaluated]) -> list[dict[str, Any]]:
     return found
 
 
+def difference_of_means(first: Predictions, second: Predictions) -> Estimate:
+    """Return mean(second) - mean(first) over draws of paired patches; Newcombe's interval, or a bootstrap's."""
+    if first.draws == second.draws == 1:
+        return paired_difference(first.correct[:, 0], second.correct[:, 0])
+    change = second.share - first.share
+    return bootstrap(lambda rows: float(change[rows].mean()), first.labels)
+
+
 def _paired(first: Evaluated, second: Evaluated, a: NDArray[np.int64], b: NDArray[np.int64]) -> dict[str, Any]:
-    before, after = first.predictions.correct[a], second.predictions.correct[b]
-    difference: Estimate = paired_difference(before, after)
+    one, other = first.predictions.take(a), second.predictions.take(b)
+    before, after = one.largest_vote, other.largest_vote
     return {
         "first": first.name,
         "second": second.name,
         "n": len(a),
-        "difference": difference.as_dict(),
+        "difference": difference_of_means(one, other).as_dict(),
         "only_first_right": int((before & ~after).sum()),
         "only_second_right": int((~before & after).sum()),
         "p": mcnemar(before, after),

@@ -1,4 +1,4 @@
-"""What a classifier makes of a patch set: predictions a patch, and the figures derived from them."""
+"""What a classifier makes of a patch set: predictions a patch and a draw, and the figures derived from them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,26 +11,55 @@ from torch import nn
 
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.evaluation.intervals import Estimate, bootstrap, wilson
+from advdiff_cli.models.device import autocast
+from advdiff_cli.purification.defended import DefendedClassifier
 
 BATCH = 64
+DRAWN_BATCH = 16  # where a U-Net stands before the classifier
+VOTES = (1, 5, 11, 21)  # draws a majority vote is taken over: odd, there are two classes
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The probability of class 1 for each patch (N,), beside its label."""
+    """The probability of class 1 for each patch under each draw of the defence's noise (N, R), beside its label.
+
+    A deterministic model has one draw; p1 may then be (N,).
+    """
 
     labels: NDArray[np.int64]
     p1: NDArray[np.float64]
 
+    def __post_init__(self) -> None:
+        """Make p1 (N, R)."""
+        if self.p1.ndim == 1:
+            object.__setattr__(self, "p1", self.p1[:, None])
+
     @property
-    def predicted(self) -> NDArray[np.int64]:
-        """The predicted classes (N,)."""
-        return (self.p1 > 0.5).astype(np.int64)
+    def draws(self) -> int:
+        """R, the number of draws."""
+        return int(self.p1.shape[1])
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Whether each prediction is right (N,)."""
-        return np.equal(self.predicted, self.labels)
+        """Whether each prediction is right (N, R)."""
+        right: NDArray[np.bool_] = np.equal(self.p1 > 0.5, self.labels[:, None] == 1)
+        return right
+
+    @property
+    def share(self) -> NDArray[np.float64]:
+        """The share of its draws under which each patch is right (N,)."""
+        share: NDArray[np.float64] = self.correct.mean(1)
+        return share
+
+    def vote(self, k: int) -> NDArray[np.bool_]:
+        """Whether the majority of the first k draws, k odd, is right (N,)."""
+        right: NDArray[np.bool_] = self.correct[:, :k].sum(1) * 2 > k
+        return right
+
+    @property
+    def largest_vote(self) -> NDArray[np.bool_]:
+        """Whether the majority of the draws is right (N,), of all but the last where their number is even."""
+        return self.vote(self.draws - 1 + self.draws % 2)
 
     def take(self, rows: NDArray[np.int64]) -> "Predictions":
         """Return the predictions of some rows."""
@@ -38,13 +67,38 @@ class Predictions:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, patches: PatchSet, device: torch.device) -> Iterator[NDArray[np.float64]]:
-    """Yield p1 of one batch of `patches` after another, in fp32."""
-    for start in range(0, len(patches), BATCH):
-        stop = min(start + BATCH, len(patches))
-        rows = np.minimum(np.arange(start, start + BATCH), stop - 1)  # the full batch shape: rows do not depend on N
-        logits = model(patches.read(rows).to(device)).cpu().double()
-        yield logits.softmax(1)[: stop - start, 1].numpy()
+def predict(
+    model: nn.Module, patches: PatchSet, device: torch.device, *,
+    draws: int = 1, seed: int = 0, precision: str = "fp32", first_draw: int = 0,
+) -> Iterator[NDArray[np.float64]]:  # fmt: skip
+    """Yield p1 (B, R) of one batch of `patches` after another; the classifier runs in fp32.
+
+    Args:
+        model: A classifier (R = 1), or a `DefendedClassifier`.
+        patches: What is judged.
+        device: Where to compute.
+        draws: R, draws of the defence's noise; each row's are the evaluation streams of `seed`, which no attack sees.
+        seed: Of those streams.
+        precision: Of the purifier.
+        first_draw: The first of the R draws.
+    """
+    size = DRAWN_BATCH if isinstance(model, DefendedClassifier) else BATCH
+    for start in range(0, len(patches), size):
+        stop = min(start + size, len(patches))
+        rows = np.minimum(np.arange(start, start + size), stop - 1)  # the full batch shape: rows do not depend on N
+        images = patches.read(rows).to(device)
+        if isinstance(model, DefendedClassifier):
+            keys = [patches.keys[i] for i in rows]
+            logits = []
+            for draw in range(first_draw, first_draw + draws):
+                noise = model.noise(images, rows=keys, seed=seed, purpose="evaluate", draw=draw)
+                with autocast(precision, device):
+                    purified = model.purified(images, noise).float()
+                logits.append(model.classifier(purified))
+        else:
+            logits = [model(images)]
+        p1 = torch.stack([z.cpu().double().softmax(1)[:, 1] for z in logits], 1)
+        yield p1[: stop - start].numpy()
 
 
 def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:
@@ -58,19 +112,38 @@ def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:
 
 
 def figures(p: Predictions) -> dict[str, Estimate]:
-    """Return accuracy, balanced accuracy, sensitivity, specificity and AUROC, each with its interval."""
-    hit = {k: (int((p.correct & (p.labels == k)).sum()), int((p.labels == k).sum())) for k in (0, 1)}
-    sensitivity, specificity = wilson(*hit[1]), wilson(*hit[0])
-    both = bool(hit[0][1] and hit[1][1])
+    """Return accuracy, balanced accuracy, sensitivity, specificity and AUROC, each with its interval.
+
+    Over several draws each but AUROC is the mean over draws, with a bootstrap over patches; AUROC is of the mean
+    probability.
+    """
+    classes = [np.flatnonzero(p.labels == k) for k in (0, 1)]
+    both = all(len(rows) for rows in classes)
     missing = Estimate(float("nan"), float("nan"), float("nan"))
     return {
-        "accuracy": wilson(int(p.correct.sum()), len(p.labels)),
-        "balanced_accuracy": bootstrap(lambda rows: _balanced(p.take(rows)), p.labels) if both else missing,
-        "sensitivity": sensitivity,
-        "specificity": specificity,
-        "auroc": bootstrap(lambda rows: auroc(p.labels[rows], p.p1[rows]), p.labels) if both else missing,
+        "accuracy": proportion(p.share, p.labels),
+        "balanced_accuracy": bootstrap(lambda rows: _balanced(p.share[rows], p.labels[rows]), p.labels)
+        if both
+        else missing,
+        "sensitivity": proportion(p.share[classes[1]], p.labels[classes[1]]),
+        "specificity": proportion(p.share[classes[0]], p.labels[classes[0]]),
+        "auroc": bootstrap(lambda rows: auroc(p.labels[rows], p.p1[rows].mean(1)), p.labels) if both else missing,
     }
 
 
-def _balanced(p: Predictions) -> float:
-    return float(np.mean([p.correct[p.labels == k].mean() for k in (0, 1)]))
+def votes(p: Predictions) -> dict[str, Estimate]:
+    """Return the accuracy of majority votes over the first 1, 5, 11, 21 draws, and of all draws being right."""
+    found = {f"vote_{k}": p.vote(k) for k in VOTES if k <= p.draws}
+    found["all_correct"] = p.share == 1
+    return {name: wilson(int(right.sum()), len(right)) for name, right in found.items()}
+
+
+def proportion(share: NDArray[np.float64], labels: NDArray[np.int64]) -> Estimate:
+    """Return the mean of (N,) shares: Wilson where each is 0 or 1, else a bootstrap over patches within labels."""
+    if np.isin(share, (0, 1)).all():
+        return wilson(int(share.sum()), len(share))
+    return bootstrap(lambda rows: float(share[rows].mean()), labels)
+
+
+def _balanced(share: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    return float(np.mean([share[labels == k].mean() for k in (0, 1)]))

@@ -13,9 +13,10 @@ from advdiff_cli.data.folder_writer import FolderWriter, output_names
 from advdiff_cli.data.image_folder import read_image
 from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.data.source import MIN_SIZE
-from advdiff_cli.data.streams import RowKey, RowStreams
+from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import autocast
+from advdiff_cli.purification.defended import row_noise
 from advdiff_cli.purification.purifier import Purifier
 
 _WAITING = 4  # batches' worth of images that may wait for company of their size
@@ -35,7 +36,7 @@ def purify_batch(
     purifier: Purifier, images: Tensor, keys: list[RowKey], seed: int, precision: str, device: torch.device
 ) -> Tensor:
     """Purify images (B, 3, H, W) in [0, 1], the noise of each drawn from the stream that its key names."""
-    noise = RowStreams(seed, "purify", keys).normal(*purifier.noise_shape(*images.shape[-2:]))
+    noise = row_noise(purifier, images, keys, seed=seed, purpose="purify")
     with autocast(precision, device):
         purified: Tensor = purifier(images.to(device), noise.to(device))
         return purified.float().cpu()

@@ -1,11 +1,13 @@
-"""The purifiers and the defended classifier, as modules that any attack library can run on.
+"""The purifiers, as modules.
 
-All noise is drawn beforehand and passed in, so that a recomputed forward sees the same noise and rows own theirs.
+All noise is drawn beforehand and passed in: rows own theirs, and a step computed again sees the same. For a gradient,
+each reverse step is a checkpoint, so that memory hardly grows with their number.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import Ddpm, SamplerName
@@ -45,8 +47,14 @@ class DiffusionPurifier(nn.Module):
         if sampler_steps is not None and sampler_steps > n:
             raise AdvdiffError(f"--sampler-steps {sampler_steps} is more than the {n} noise levels of t* = {t_star:g}")
         self.ddpm = ddpm
+        self.t_star = t_star
         self.sampler = sampler
+        self.checkpointed = True
         self.indices = step_indices(n, sampler_steps or n)
+
+    def with_steps(self, sampler_steps: int) -> "DiffusionPurifier":
+        """Return the purifier of the same noise level and sampler in another number of U-Net evaluations."""
+        return DiffusionPurifier(self.ddpm, self.t_star, self.sampler, sampler_steps)
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Return (draws, 3, H', W'): the normal numbers one image takes, H' and W' being what the U-Net needs."""
@@ -72,18 +80,29 @@ class DiffusionPurifier(nn.Module):
         return ((x_0 - low) / (high - low)).clamp(0, 1)[..., :height, :width]
 
     def _reverse(self, x_t: Tensor, noise: Tensor) -> Tensor:
-        alpha_bar = self.ddpm.alpha_bar
-        for k, t in enumerate(self.indices):
-            predicted = self.ddpm(x_t, torch.full((len(x_t),), t, device=x_t.device))
-            x_0 = estimate_x_0(x_t, predicted, alpha_bar[t])
-            if k + 1 == len(self.indices):
-                break
-            s = self.indices[k + 1]
-            if self.sampler == "ddpm":
-                x_t = ancestral_step(x_t, x_0, noise[:, k + 1], alpha_bar[t], alpha_bar[s])
+        """Walk down the indices to x_0; for a gradient, the activations of a step are computed again, not kept."""
+        graph = torch.is_grad_enabled() and x_t.requires_grad
+        again = self.checkpointed and graph and len(self.indices) > 1
+        for k in range(len(self.indices)):
+            drawn = noise[:, k + 1] if self.sampler == "ddpm" and k + 1 < len(self.indices) else None
+            if again:
+                x_t = checkpoint(self._step, x_t, drawn, k, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_t = ddim_step(x_0, predicted, alpha_bar[s])
-        return x_0
+                x_t = self._step(x_t, drawn, k)
+        return x_t
+
+    def _step(self, x_t: Tensor, drawn: Tensor | None, k: int) -> Tensor:
+        """Step from index k to k + 1, with the noise `drawn` where the sampler takes some; the last step is x_0."""
+        t = self.indices[k]
+        alpha_bar = self.ddpm.alpha_bar
+        predicted = self.ddpm(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        x_0 = estimate_x_0(x_t, predicted, alpha_bar[t])
+        if k + 1 == len(self.indices):
+            return x_0
+        s = self.indices[k + 1]
+        if drawn is None:
+            return ddim_step(x_0, predicted, alpha_bar[s])
+        return ancestral_step(x_t, x_0, drawn, alpha_bar[t], alpha_bar[s])
 
 
 class NoisePurifier(nn.Module):
@@ -108,21 +127,6 @@ class NoisePurifier(nn.Module):
 
 
 Purifier = DiffusionPurifier | NoisePurifier
-
-
-class DefendedClassifier(nn.Module):
-    """A purifier, then a classifier: images (B, 3, H, W) in [0, 1] to logits, differentiable."""
-
-    def __init__(self, purifier: Purifier, classifier: nn.Module) -> None:
-        """Put `purifier` before `classifier`."""
-        super().__init__()
-        self.purifier = purifier
-        self.classifier = classifier
-
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return logits (B, classes); noise as for the purifier."""
-        logits: Tensor = self.classifier(self.purifier(images, noise))
-        return logits
 
 
 def linear_alpha_bar(timesteps: int = 1000) -> Tensor:

@@ -121,6 +121,7 @@ def fit_classifier(
         model.config = replace(model.config, slope=slope, bias=bias)
     model.eval()
     accelerator.wait_for_everyone()
+    accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # mixed precision was the training's alone
 
 
 def _keep_best(model: Classifier, record: dict[str, Any], best: float, work: WorkFolder) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from advdiff_cli.attacks.balls import project, random_start, round_inside, surface_share
+from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.attacks.pgd import iterates, pgd
 from advdiff_cli.data.streams import RowStreams
 
@@ -31,6 +32,11 @@ def batch(model):
     generator = torch.Generator().manual_seed(0)
     images = (torch.rand(6, 3, 40, 40, generator=generator) * 255).round() / 255
     return images, model(images).argmax(1)
+
+
+def path(model, images, labels, eps, steps, step_size, norm):
+    objective = Objective(model, labels, rows=list(range(len(images))))
+    return iterates(objective, images, images, eps, steps, step_size, norm)
 
 
 class Linear(nn.Module):
@@ -68,7 +74,7 @@ def test_one_step_without_random_start_is_fgsm(model, batch):
     x = images.clone().requires_grad_()
     cross_entropy(model(x), labels, reduction="sum").backward()
     expected = (images + EPS * x.grad.sign()).clamp(0, 1)
-    *_, (adv, _) = iterates(model, images, labels, images, EPS, 1, EPS, "linf")
+    *_, (adv, _) = path(model, images, labels, EPS, 1, EPS, "linf")
     assert torch.equal(adv, expected)
 
 
@@ -79,7 +85,7 @@ def test_foolbox_takes_the_same_path(model, batch, norm):
     kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     peer = kind(abs_stepsize=step, steps=steps, random_start=False)
     theirs, _, _ = peer(foolbox.PyTorchModel(model, bounds=(0, 1)), images, labels, epsilons=eps)
-    *_, (ours, _) = iterates(model, images, labels, images, eps, steps, step, norm)
+    *_, (ours, _) = path(model, images, labels, eps, steps, step, norm)
     assert (ours - theirs).abs().max() <= (0 if norm == "linf" else 1e-6)
 
 
@@ -106,8 +112,9 @@ def test_the_best_iterate_is_kept_and_restarts_only_add(model, batch):
 
     one, three = (pgd(model, images, labels, eps=EPS, steps=5, restarts=r) for r in (1, 3))
     start = random_start(images, EPS, "linf", RowStreams(0, "attack-start", list(range(6))))
-    path = torch.stack([value for _, value in iterates(model, images, labels, start, EPS, 5, EPS / 4, "linf")])
-    assert torch.allclose(loss(one), path.amax(0), atol=1e-6)
+    objective = Objective(model, labels, rows=list(range(6)))
+    losses = torch.stack([value for _, value in iterates(objective, images, start, EPS, 5, EPS / 4, "linf")])
+    assert torch.allclose(loss(one), losses.amax(0), atol=1e-6)
     assert (loss(three) >= loss(one) - 1e-6).all()
 
 

@@ -1,0 +1,24 @@
+"""What an attack maximises, one value a patch; both are defined for two classes, where DLR (AutoAttack's) is not."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+LossName = Literal["ce", "margin"]
+
+
+def ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy (B,) of logits (B, classes)."""
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the best other logit less the true one (B,): above 0 is misclassified (Carlini & Wagner 2017)."""
+    true = one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(1) - logits.masked_fill(~true, -torch.inf).amax(1)
+
+
+LOSSES: dict[LossName, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce, "margin": margin}

@@ -1,0 +1,45 @@
+"""An attack over a patch set, its rows written as they are made."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from advdiff_cli.attacks.plan import Target, run
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.provenance import Provenance, recipe
+from advdiff_cli.data.writer import PatchWriter
+
+
+def attack_recipe(
+    settings: Mapping[str, Any], seed: int, batch_size: int, data: Provenance, classifier: str,
+    defence: Mapping[str, Any] | None, ddpm: str | None,
+) -> Provenance:  # fmt: skip
+    """Return the recipe of an attack.
+
+    Args:
+        settings: Of `attacks.plan.resolve`.
+        seed: Of every stream.
+        batch_size: Patches computed at once.
+        data: `PatchSet.recipe_input()` of the attacked rows.
+        classifier: Fingerprint of the classifier.
+        defence: Parameters of the defence, or None.
+        ddpm: Fingerprint of its diffusion model, or None.
+    """
+    parameters = {**settings, "seed": seed, "batch_size": batch_size, "precision": "fp32", **(defence or {})}
+    models = {"classifier": classifier} | ({} if defence is None else {"ddpm": ddpm})
+    return recipe("attack", parameters, data=data, **models)
+
+
+def attack_rows(
+    target: Target, parameters: Mapping[str, Any], patches: PatchSet, sink: PatchWriter, device: torch.device
+) -> Iterator[int]:
+    """Attack the rows of `patches` that `sink` has not got, yielding the number of rows after each batch."""
+    labels = patches.require_labels()
+    with sink:
+        for batch in sink.batches(parameters["batch_size"]):
+            keys = [patches.keys[i] for i in batch.rows]
+            truth = torch.from_numpy(labels[batch.rows]).to(device)
+            adv = run(target, parameters, patches.read(batch.rows).to(device), truth, keys, parameters["seed"])
+            sink.write(batch, adv.cpu().numpy())
+            yield batch.count

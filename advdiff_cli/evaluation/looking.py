@@ -1,0 +1,81 @@
+"""A look at a defence's gradients, and the attack's unit test, over a patch set."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from advdiff_cli.attacks.objective import Objective
+from advdiff_cli.attacks.plan import Target, run
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.streams import RowKey
+from advdiff_cli.evaluation.alarms import Gradients, UnitTest
+from advdiff_cli.evaluation.binarisation import Tested, binarisation_test
+from advdiff_cli.evaluation.intervals import bootstrap, wilson
+from advdiff_cli.purification.defended import DefendedClassifier
+
+BATCH = 32
+
+
+def look_at_gradients(model: nn.Module, patches: PatchSet, device: torch.device, *, eot: int, seed: int) -> Gradients:
+    """Return what the gradients at the clean patches look like, as means of `eot` draws, split in two halves."""
+    zeros, cosines, probabilities = [], [], True
+    for images, labels, keys in batches(patches, device):
+        objective = Objective(model, labels, loss="margin", eot=max(eot // 2, 1), seed=seed, rows=keys)
+        halves = [objective.gradient(images, step)[1].flatten(1) for step in range(2 if objective.random else 1)]
+        zeros.append(torch.stack([h.abs().amax(1) == 0 for h in halves]).all(0).cpu().numpy())
+        if objective.random:
+            cosines.append(cosine_similarity(halves[0], halves[1], dim=1).cpu().double().numpy())
+        probabilities &= _probabilities(model, images, keys, seed)
+    zero = np.concatenate(zeros)
+    values = np.concatenate(cosines) if cosines else None
+    return Gradients(
+        wilson(int(zero.sum()), len(zero)),
+        None if values is None else bootstrap(lambda rows: float(values[rows].mean()), patches.require_labels()),
+        probabilities,
+    )
+
+
+@torch.no_grad()
+def _probabilities(model: nn.Module, images: Tensor, keys: list[RowKey], seed: int) -> bool:
+    if isinstance(model, DefendedClassifier):
+        outputs = model(images, model.noise(images, rows=keys, seed=seed, purpose="attack"))
+    else:
+        outputs = model(images)
+    ones = outputs.new_ones(len(outputs))
+    return bool((outputs >= 0).all() and torch.allclose(outputs.sum(1), ones, atol=1e-4))
+
+
+def unit_test(
+    model: nn.Module, classifier: nn.Module, patches: PatchSet, device: torch.device,
+    settings: Mapping[str, Any], seed: int,
+) -> UnitTest | None:  # fmt: skip
+    """Run the binarisation test with an attack of `settings`; None where there is no linear head to replace."""
+    tested: list[Tested] = []
+    for images, _, keys in batches(patches, device):
+
+        def attack(readout: nn.Module, x: Tensor, y: Tensor, rows: list[RowKey] = keys) -> Tensor:
+            return run(Target(readout), settings, x, y, rows, seed)
+
+        one = binarisation_test(model, classifier, images, keys, eps=settings["eps"], seed=seed, attack=attack)
+        if one is None:
+            return None
+        tested.append(one)
+    exists, broken, chance = (
+        torch.cat([getattr(t, name) for t in tested])[: len(patches)].numpy()
+        for name in ("exists", "broken", "by_chance")
+    )
+    n = int(exists.sum())
+    return UnitTest(n, wilson(int(broken[exists].sum()), n), wilson(int(chance[exists].sum()), n))
+
+
+def batches(patches: PatchSet, device: torch.device) -> Iterator[tuple[Tensor, Tensor, list[RowKey]]]:
+    """Yield images, labels and keys of one batch after another, none padded."""
+    labels = patches.require_labels()
+    for start in range(0, len(patches), BATCH):
+        rows: NDArray[np.int64] = np.arange(start, min(start + BATCH, len(patches)))
+        yield patches.read(rows).to(device), torch.from_numpy(labels[rows]).to(device), [patches.keys[i] for i in rows]

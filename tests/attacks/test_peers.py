@@ -1,0 +1,79 @@
+"""The attacks against foolbox and pyautoattack from one start, on a classifier and on a defence of frozen noise."""
+
+import foolbox
+import pytest
+import torch
+from pyautoattack.autopgd_base import APGDAttack
+from torch import nn
+
+from advdiff_cli.attacks import apgd, pgd
+from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier
+
+EPS = 2 / 255
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(9), nn.Flatten(),
+            nn.Linear(8 * 81, 2),
+        )  # fmt: skip
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def batch(classifier):
+    images = torch.rand(6, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    return images, classifier(images).argmax(1)
+
+
+@pytest.fixture(scope="module")
+def frozen(classifier, ddpm):
+    """A defence of frozen noise, the same for any batch."""
+    defended = DefendedClassifier(DiffusionPurifier(load_ddpm(ddpm).requires_grad_(False), 0.1, "ddpm", 3), classifier)
+    noise = torch.randn(1, *defended.purifier.noise_shape(40, 40), generator=torch.Generator().manual_seed(3))
+    return defended.fixed(noise).eval()
+
+
+@pytest.fixture(params=["undefended", "frozen"])
+def model(request, classifier, frozen):
+    return {"undefended": classifier, "frozen": frozen}[request.param]
+
+
+def test_pgd_is_foolbox_step_for_step(model, batch):
+    images, labels = batch
+    for steps in (1, 4, 10):
+        peer = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=steps, random_start=False)
+        theirs, _, _ = peer(foolbox.PyTorchModel(model, bounds=(0, 1)), images, labels, epsilons=EPS)
+        ours = last_iterate(model, images, labels, steps)
+        assert torch.equal(ours, theirs), steps
+
+
+def last_iterate(model, images, labels, steps):
+    from advdiff_cli.attacks.objective import Objective
+    from advdiff_cli.attacks.pgd import iterates
+
+    objective = Objective(model, labels, rows=list(range(len(images))))
+    *_, (x, _) = iterates(objective, images, images, EPS, steps, EPS / 4, "linf")
+    return x
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("linf", 8 / 255), ("l2", 0.5)])
+def test_apgd_is_pyautoattack_s(model, batch, norm, eps):
+    images, labels = batch
+    peer = APGDAttack(model, n_iter=30, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, loss="ce", device="cpu")
+    peer.init_hyperparam(images)
+    theirs = peer.attack_single_run(images, labels, x_init=images.clone())[0]
+    ours = apgd(model, images, labels, eps=eps, steps=30, norm=norm, start=False)
+    assert torch.equal(ours, theirs)
+
+
+def test_attacks_beat_nothing_and_one_another_as_they_should(classifier, batch):
+    images, labels = batch
+    for loss in ("ce", "margin"):
+        for attack in (pgd, apgd):
+            adv = attack(classifier, images, labels, eps=8 / 255, steps=20, loss=loss)
+            assert (classifier(adv).argmax(1) != labels).all(), (loss, attack)

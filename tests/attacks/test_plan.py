@@ -1,0 +1,170 @@
+"""What is asked of an attack, resolved: defaults, what does not apply, and which gradient is followed."""
+
+import pytest
+import torch
+from torch import nn
+
+from advdiff_cli.attacks.fab import fab
+from advdiff_cli.attacks.plan import aim, resolve, run
+from advdiff_cli.data.streams import RowStreams
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier, StraightThrough
+from advdiff_cli.purification.purifier import linear_alpha_bar
+
+EPS = 4 / 255
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Conv2d(3, 8, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(288, 2))
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def purifier(ddpm):
+    return DiffusionPurifier(load_ddpm(ddpm).requires_grad_(False), 0.05, "ddpm", 2).eval()
+
+
+@pytest.fixture(scope="module")
+def batch(classifier):
+    images = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    return images, classifier(images).argmax(1)
+
+
+def resolved(method="pgd", defended=True, norm="linf", **asked):
+    return resolve(method, norm, EPS, asked, defended=defended)
+
+
+def test_defaults():
+    assert resolved(defended=False) == {
+        "method": "pgd", "norm": "linf", "eps": EPS, "loss": "ce", "steps": 40, "step_size": EPS / 4, "restarts": 1,
+    }  # fmt: skip
+    assert resolved("fgsm", defended=False)["step_size"] == EPS
+    assert {k: resolved()[k] for k in ("gradient", "eot", "fixed_draw")} == {
+        "gradient": "full", "eot": 8, "fixed_draw": False,
+    }  # fmt: skip
+    assert "eot" not in resolved(gradient="blind")
+    assert "gradient" not in resolved("square")
+    assert resolved("ensemble")["attacks"] == ["apgd-ce", "apgd-margin", "square"]
+    assert resolved("ensemble", norm="l2")["attacks"] == ["apgd-ce", "apgd-margin"]
+    assert resolved("ensemble", defended=False)["attacks"][-1] == "fab"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"defended": False, "eot": 4}, "--eot does not apply to --method pgd without a defence"),
+        ({"defended": False, "gradient": "bpda"}, "--gradient does not apply"),
+        ({"gradient": "blind", "eot": 4}, "--eot does not apply to --method pgd with --gradient blind"),
+        ({"gradient": "bpda", "fixed_draw": True}, "--fixed-draw does not apply"),
+        ({"gradient": "surrogate"}, "needs --attack-sampler-steps"),
+        ({"attack_sampler_steps": 1}, "--attack-sampler-steps does not apply"),
+        ({"method": "fgsm", "steps": 3}, "--steps does not apply to --method fgsm"),
+        ({"method": "apgd", "step_size": 0.1}, "--step-size does not apply to --method apgd"),
+        ({"method": "square", "steps": 3}, "--steps does not apply to --method square"),
+        ({"method": "square", "norm": "l2"}, "--norm linf"),
+        ({"method": "fab"}, "deterministic"),
+    ],
+)
+def test_what_does_not_apply_is_said(asked, message):
+    with pytest.raises(AdvdiffError, match=message):
+        resolved(**asked)
+
+
+def test_whose_gradient_is_followed(classifier, purifier):
+    assert aim(classifier, None, {}).model is classifier
+    assert aim(classifier, purifier, {"gradient": "blind"}).model is classifier
+    full = aim(classifier, purifier, {"gradient": "full"})
+    assert isinstance(full.model, DefendedClassifier)
+    assert full.follow is None
+    assert isinstance(aim(classifier, purifier, {"gradient": "bpda"}).follow, StraightThrough)
+    surrogate = aim(classifier, purifier, {"gradient": "surrogate", "attack_sampler_steps": 1})
+    assert surrogate.follow.purifier.indices == [49]
+    assert surrogate.model.purifier.indices == [49, 0]
+    with pytest.raises(AdvdiffError, match="NoiseDefense"):
+        noise = NoisePurifier(linear_alpha_bar(), 0.04)
+        aim(classifier, noise, {"gradient": "surrogate", "attack_sampler_steps": 1})
+
+
+SMALL = {
+    "pgd": {"steps": 3}, "fgsm": {}, "apgd": {"steps": 6}, "square": {"queries": 8},
+    "ensemble": {"steps": 3, "queries": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gradient", ["blind", "bpda", "surrogate", "full"])
+@pytest.mark.parametrize("method", SMALL)
+def test_every_method_and_gradient_stays_in_ball_and_box_by_row(classifier, purifier, batch, method, gradient):
+    images, labels = batch
+    own = {"gradient": gradient} if method != "square" else {}
+    own |= {"eot": 2} if gradient != "blind" or method == "square" else {}
+    own |= {"attack_sampler_steps": 1} if gradient == "surrogate" and method != "square" else {}
+    settings = resolved(method, **SMALL[method], **own)
+    target = aim(classifier, purifier, settings)
+    adv = run(target, settings, images, labels, ["a", "b", "c", "d"], seed=3)
+    assert (adv - images).abs().max() <= EPS + 1e-7
+    assert adv.min() >= 0
+    assert adv.max() <= 1
+    assert (adv != images).any()
+    if method != "ensemble":
+        back = run(target, settings, images.flip(0), labels.flip(0), ["d", "c", "b", "a"], seed=3).flip(0)
+        assert torch.equal(adv, back)
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_an_eps_of_zero_changes_nothing(classifier, purifier, batch, method):
+    images, labels = batch
+    settings = resolve(method, "linf", 0.0, SMALL[method] | {"eot": 2}, defended=True)
+    adv = run(aim(classifier, purifier, settings), settings, images, labels, list(range(4)), seed=0)
+    assert torch.equal(adv, images)
+
+
+def test_a_fixed_draw_is_the_evaluations_own(classifier, purifier, batch):
+    """The attack on the noise it knows beats, on that noise, the attack that does not know it."""
+    images, labels = batch
+    defended = DefendedClassifier(purifier, classifier)
+    noise = defended.noise(images, rows=[0, 1, 2, 3], seed=9, purpose="evaluate")
+
+    def margin(**asked):
+        settings = resolved("apgd", steps=20, loss="margin", **asked)
+        adv = run(aim(classifier, purifier, settings), settings, images, labels, [0, 1, 2, 3], seed=9)
+        logits = defended(adv, noise)
+        return logits.gather(1, 1 - labels[:, None]) - logits.gather(1, labels[:, None])
+
+    assert (margin(fixed_draw=True) >= margin(eot=1) - 1e-6).all()
+
+
+def test_the_ensemble_is_no_weaker_than_its_members(classifier, batch):
+    images, labels = batch
+
+    def margin(method, **asked):
+        settings = resolved(method, defended=False, **asked)
+        adv = run(aim(classifier, None, settings), settings, images, labels, [0, 1, 2, 3], seed=0)
+        logits = classifier(adv)
+        return (logits.gather(1, 1 - labels[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+
+    worst = margin("ensemble", steps=5, queries=20)
+    for members in (margin("apgd", steps=5), margin("apgd", steps=5, loss="margin"), margin("square", queries=20)):
+        assert (worst >= members - 1e-6).all()
+
+
+def test_square_climbs_without_gradients(classifier, batch):
+    images, labels = batch
+    settings = resolved("square", defended=False, queries=200)
+    adv = run(aim(classifier, None, settings), settings, images, labels, [0, 1, 2, 3], seed=0)
+    random = images + RowStreams(0, "x", [0, 1, 2, 3]).uniform(3, 40, 40).sign() * EPS
+    other = 1 - labels[:, None]
+    assert (classifier(adv).gather(1, other) > classifier(random.clamp(0, 1)).gather(1, other)).all()
+
+
+def test_fab_finds_what_apgd_finds_and_leaves_torch_alone(classifier, batch):
+    images, labels = batch
+    before = torch.random.get_rng_state()
+    adv = fab(classifier, images, labels, eps=0.1, steps=20)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert (classifier(adv).argmax(1) != labels).all()
+    assert (adv - images).abs().max() <= 0.1 + 1e-7
+    assert torch.equal(adv[2:3], fab(classifier, images[2:3], labels[2:3], eps=0.1, steps=20))

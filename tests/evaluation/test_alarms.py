@@ -1,0 +1,214 @@
+"""Alarms: silent about a sound evaluation, loud about planted weaknesses; and the attack's own unit test."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from advdiff_cli.attacks import pgd
+from advdiff_cli.data.patches import open_patches
+from advdiff_cli.evaluation.alarms import UnitTest, alarms, not_above
+from advdiff_cli.evaluation.binarisation import binarisation_test
+from advdiff_cli.evaluation.climbing import worst
+from advdiff_cli.evaluation.intervals import wilson
+from advdiff_cli.evaluation.ladder import PRESETS, Rung, ladder
+from advdiff_cli.evaluation.looking import look_at_gradients
+from advdiff_cli.evaluation.metrics import Predictions, figures, votes
+from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
+from advdiff_cli.purification.purifier import linear_alpha_bar
+
+EPS = 2 / 255
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """A small classifier with something planted before or after it."""
+
+    def __init__(self, before=None, after=None):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 16, 5, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(576, 2)
+            )
+        self.before, self.after = before, after
+        self.eval().requires_grad_(False)
+
+    def forward(self, x):
+        logits = self.body(x if self.before is None else self.before(x))
+        return logits if self.after is None else self.after(logits)
+
+
+@pytest.fixture
+def few(test_x):
+    return open_patches(test_x).first(12)
+
+
+def drawn(share, n=200, draws=4, seed=0):
+    """Predictions right with probability `share`, of labels 0 and 1 in turn."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    right = rng.random((n, draws)) < share
+    return Predictions(labels, np.where(right, labels[:, None], 1 - labels[:, None]).astype(float))
+
+
+def test_votes_and_means_of_a_known_table():
+    p1 = np.array([[0.9, 0.9, 0.1, 0.9, 0.1], [0.9, 0.1, 0.1, 0.1, 0.1], [0.1] * 5])
+    p = Predictions(np.array([1, 1, 0]), p1)
+    assert p.share.tolist() == [0.6, 0.2, 1.0]
+    found = votes(p)
+    assert {k: round(v.value, 6) for k, v in found.items()} == {
+        "vote_1": 1.0, "vote_5": round(2 / 3, 6), "all_correct": round(1 / 3, 6),
+    }  # fmt: skip
+    assert figures(p)["accuracy"].value == pytest.approx(0.6)
+    assert figures(p)["sensitivity"].value == pytest.approx(0.4)
+    assert figures(Predictions(p.labels, p1[:, 0]))["accuracy"] == wilson(3, 3)
+
+
+def test_one_draw_and_none_are_the_same_figures():
+    one = drawn(0.8, draws=1)
+    assert figures(one) == figures(Predictions(one.labels, one.p1[:, 0]))
+
+
+@pytest.mark.parametrize(("stronger", "weaker", "status"), [(0.5, 0.8, "pass"), (0.8, 0.5, "fail")])
+def test_an_alarm_follows_the_paired_difference(stronger, weaker, status):
+    alarm = not_above("x", "a", "b", {"a": drawn(stronger), "b": drawn(weaker, seed=1)})
+    assert alarm.status == status
+    assert not_above("x", "a", "missing", {"a": drawn(0.5)}) is None
+
+
+def test_a_wrong_point_estimate_alone_is_a_warning():
+    labels = np.arange(100) % 2
+    one = np.where(np.arange(100) < 50, labels, 1 - labels).astype(float)
+    other = one.copy()
+    other[[50]] = labels[[50]]
+    assert not_above("x", "a", "b", {"a": Predictions(labels, other), "b": Predictions(labels, one)}).status == "warn"
+
+
+SOUND = {
+    "clean": 0.9, "random": 0.89, "blind": 0.8, "transfer": 0.85, "bpda": 0.7, "square": 0.8, "fgsm": 0.75,
+    "pgd-short": 0.65, "pgd": 0.6, "apgd-ce": 0.58, "apgd-margin": 0.57, "pgd-one-draw": 0.72, "fixed-noise": 0.4,
+    "eps-0.5": 0.85, "eps-1": 0.78, "eps-4": 0.3, "eps-8": 0.1, "eps-64": 0.0,
+}  # fmt: skip
+
+
+def sound():
+    """Predictions of nested outcomes: a patch wrong under a weaker attack is wrong under a stronger one."""
+    rng = np.random.default_rng(0)
+    hard = rng.random((300, 3))
+    labels = np.arange(300) % 2
+    return {
+        name: Predictions(labels, np.where(hard < share, labels[:, None], 1 - labels[:, None]).astype(float))
+        for name, share in SOUND.items()
+    }
+
+
+def test_a_sound_evaluation_sounds_no_alarm():
+    rungs = ladder(PRESETS["quick"], EPS, defended=True)
+    assert {r.name for r in rungs} == set(SOUND)
+    tested = UnitTest(60, wilson(60, 60), wilson(0, 60))
+    assert {a.status for a in alarms(rungs, sound(), None, tested)} == {"pass"}
+
+
+@pytest.mark.parametrize(
+    ("planted", "alarm"),
+    [
+        ({"pgd": 0.8}, "iterative beats single-step"),
+        ({"pgd": 0.7}, "more steps do not help the defence"),
+        ({"pgd-short": 0.8}, "more draws do not help the defence"),
+        ({"square": 0.4}, "white-box beats black-box"),
+        ({"transfer": 0.4}, "white-box beats black-box"),
+        ({"eps-4": 0.7}, "a larger eps is worse"),
+        ({"eps-64": 0.8}, "a huge eps breaks anything"),
+        ({"fixed-noise": 0.8}, "knowing the noise helps the attack"),
+    ],
+)
+def test_a_planted_weakness_sounds_its_alarm(planted, alarm):
+    judged = sound()
+    labels = judged["clean"].labels
+    hard = np.random.default_rng(0).random((300, 3))
+    for name, share in planted.items():
+        judged[name] = Predictions(labels, np.where(hard < share, labels[:, None], 1 - labels[:, None]).astype(float))
+    failed = {
+        a.name for a in alarms(ladder(PRESETS["quick"], EPS, defended=True), judged, None, None) if a.status == "fail"
+    }
+    assert alarm in failed
+
+
+def round_to_8_bits(x):
+    return (x * 255).round() / 255
+
+
+def test_planted_gradient_masking_is_seen(few):
+    seen = look_at_gradients(Net(before=round_to_8_bits), few, CPU, eot=2, seed=0)
+    assert seen.zero.value == 1
+    seen = look_at_gradients(Net(after=lambda z: (z * 1e4).softmax(1)), few, CPU, eot=2, seed=0)
+    assert seen.probabilities
+    assert seen.zero.value > 0.5
+    failed = {a.name for a in alarms([], {}, seen, None) if a.status == "fail"}
+    assert failed == {"gradients are not zero", "outputs are logits"}
+
+
+def test_an_undefended_model_is_seen_to_be_sound(few):
+    seen = look_at_gradients(Net(), few, CPU, eot=2, seed=0)
+    assert {a.status for a in alarms([], {}, seen, None)} == {"pass"}
+    assert seen.cosine is None
+
+
+def test_halves_of_a_gradient_agree_where_noise_is_small(few):
+    net = Net()
+    little, much = (
+        look_at_gradients(DefendedClassifier(NoisePurifier(linear_alpha_bar(), t), net), few, CPU, eot=2, seed=0)
+        for t in (0.001, 0.9)
+    )
+    assert little.cosine.value > 0.9
+    assert much.cosine.value < little.cosine.value
+
+
+def binarised(model, classifier, few, attack):
+    images = few.read(range(4))
+    return binarisation_test(model, classifier, images, few.keys[:4], eps=8 / 255, seed=0, attack=attack)
+
+
+def test_the_unit_test_tells_an_attack_from_none(few, ddpm):
+    from advdiff_cli.models.ddpm import load_ddpm
+
+    net = Net()
+    defended = DefendedClassifier(DiffusionPurifier(load_ddpm(ddpm).requires_grad_(False), 0.02, "ddpm", 2), net)
+    for model in (net, defended.eval()):
+        tested = binarised(model, net, few, lambda m, x, y: pgd(m, x, y, eps=8 / 255, steps=20, loss="margin"))
+        assert tested.exists.float().mean() >= 0.75
+        assert tested.broken[tested.exists].float().mean() >= 0.9
+        idle = binarised(model, net, few, lambda m, x, y: x)
+        assert torch.equal(idle.exists, tested.exists)
+        assert not idle.broken[idle.exists].any()
+
+
+def test_masked_gradients_fail_the_unit_test(few):
+    net = Net(before=round_to_8_bits)
+    tested = binarised(net, net, few, lambda m, x, y: pgd(m, x, y, eps=8 / 255, steps=10, loss="margin", start=False))
+    assert tested.exists.any()
+    assert not tested.broken[tested.exists].any()
+
+
+def test_a_model_without_a_linear_head_has_no_unit_test(few):
+    net = Net()
+    net.body[-1] = nn.Identity()
+    assert binarised(net, net, few, lambda m, x, y: x) is None
+
+
+def test_the_worst_case_never_rises():
+    judged = sound()
+    rungs = ladder(PRESETS["quick"], EPS, defended=True)
+    few: list[Rung] = [r for r in rungs if r.name in ("clean", "blind")]
+    accuracies = [worst(few, judged, EPS)[1].share.mean()]
+    for r in rungs:
+        if r not in few:
+            few.append(r)
+            accuracies.append(worst(few, judged, EPS)[1].share.mean())
+    assert accuracies == sorted(accuracies, reverse=True)
+    names, _ = worst(rungs, judged, EPS)
+    assert "eps-1" in names
+    assert "eps-4" not in names
+    assert "fixed-noise" not in names
+    assert worst(rungs, judged, 4 / 255)[1].share.mean() <= worst(rungs, judged, EPS)[1].share.mean()

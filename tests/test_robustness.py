@@ -1,0 +1,148 @@
+"""`advdiff robustness` and `advdiff evaluate -m`: the whole ladder on a small set, resumed, judged on shared draws."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import pytest
+
+from advdiff_cli.evaluation import ladder
+from advdiff_cli.evaluation.ladder import Preset
+
+N, B = 6, 3
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(ladder.PRESETS, "quick", Preset(patches=N, steps=4, eot=2, queries=4, draws=5))
+
+
+@pytest.fixture
+def command(test_x, classifier, ddpm):
+    return ["robustness", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 2,
+            "--preset", "quick", "--batch-size", B]  # fmt: skip
+
+
+def test_the_whole_ladder(advdiff, command, tmp_path):
+    out = tmp_path / "ladder"
+    plan = advdiff(*command, "-o", out, "--dry-run", "--json").json
+    assert not out.exists()
+    names = [r["name"] for r in plan["rungs"]]
+    assert {"clean", "blind", "bpda", "pgd", "apgd-margin", "square", "transfer", "fixed-noise", "eps-64"} <= set(names)
+    assert next(r for r in plan["rungs"] if r["name"] == "pgd")["unet_backward"] == 5 * 2 * 2
+
+    result = advdiff(*command, "-o", out, "--json").json
+    json.dumps(result, allow_nan=False)
+    assert [r["name"] for r in result["rungs"]] == names
+    assert json.loads((out / "robustness.json").read_text()) == result
+    for r in result["rungs"]:
+        assert r["clean"]["value"] == pytest.approx(result["rungs"][0]["accuracy"]["value"]) or r["draws"] == 1
+        if r["name"] in result["worst"]["of"]:
+            assert result["worst"]["accuracy"]["value"] <= r["accuracy"]["value"]
+    assert {a["status"] for a in result["alarms"]} <= {"pass", "warn", "fail"}
+
+    again = advdiff(*command, "-o", out, "--json").json
+    assert again == result
+    (out / "pgd.safetensors").unlink()
+    (out / "bpda.predictions.safetensors").unlink()
+    assert advdiff(*command, "-o", out, "--json").json == result
+    assert "eps" in advdiff(*command, "-o", out, "--eps", "4/255", code=1).err
+    text = advdiff(*command, "-o", out).out
+    assert "worst" in text
+    assert "all draws right" in text
+
+
+def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, classifier, ddpm, tmp_path):
+    out = tmp_path / "ladder"
+    advdiff(*command, "-o", out, "--only", "pgd", "-q")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "clean.predictions.safetensors", "pgd.predictions.safetensors", "pgd.safetensors", "robustness.json",
+    ]  # fmt: skip
+    attack = [
+        "attack", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 2, "--steps", 4,
+        "--eot", 2, "--batch-size", B, "--shuffle-seed", 0, "--limit", N, "-o", out / "pgd.safetensors",
+    ]  # fmt: skip
+    assert "up to date" in advdiff(*attack).err
+    assert "--only nonsense: there is no such rung" in advdiff(*command, "-o", out, "--only", "nonsense", code=1).err
+
+
+def test_undefended(advdiff, test_x, classifier, tmp_path):
+    base = ["robustness", test_x, "-c", classifier, "--preset", "quick", "--batch-size", B, "-o", tmp_path / "ladder"]
+    result = advdiff(*base, "--json").json
+    assert result["defence"] is None
+    assert result["draws"] == 1
+    assert "bpda" not in {r["name"] for r in result["rungs"]}
+    assert all("vote_5" not in r for r in result["rungs"])
+
+
+def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = [*command, "--only", "pgd", "--only", "blind"]
+    expected = advdiff(*words, "-o", whole, "--json").json
+    code = (
+        "import sys; from advdiff_cli.evaluation import ladder; from advdiff_cli.main import main\n"
+        f"ladder.PRESETS['quick'] = ladder.Preset({N}, 4, 2, 4, 5)\n"
+        "main()"
+    )
+    run = [sys.executable, "-c", code, *map(str, words), "-o", str(killed)]
+    part = killed / "pgd.safetensors.part"
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not part.exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "pgd.safetensors").exists()
+    result = advdiff(*words, "-o", killed, "--json").json
+    assert {**result, "out": ""} == {**expected, "out": ""}
+
+
+def test_evaluate_judges_a_defence_over_draws(advdiff, test_x, classifier, ddpm, tmp_path):
+    adv, csv = tmp_path / "adv.h5", tmp_path / "p.csv"
+    defence = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1]
+    advdiff("attack", test_x, "--limit", 6, "-c", classifier, *defence, "--steps", 2, "--eot", 2, "-o", adv)
+    both = ["evaluate", test_x, adv, "-c", classifier, *defence, "--limit", 6, "--draws", 5, "--precision", "fp32"]
+    result = advdiff(*both, "--predictions", csv, "--json")
+    assert "control" not in result.err
+    clean, attacked = result.json["sets"]
+    assert clean["draws"] == attacked["draws"] == 5
+    assert {"vote_1", "vote_5", "all_correct"} <= clean.keys()
+    assert "vote_11" not in clean
+    assert result.json["defence"]["draws"] == 5
+    lines = [line.split(",") for line in csv.read_text().splitlines()[1:]]
+    assert len(lines) == 2 * 6 * 5
+    mean = sum((float(p) > 0.5) == (label == "1") for s, _, label, _, p in lines if s == str(test_x)) / 30
+    assert clean["accuracy"]["value"] == pytest.approx(mean)
+    alone = advdiff("evaluate", adv, "-c", classifier, *defence, "--draws", 1)
+    assert "clean control is not among the sets" in alone.err
+    noise = advdiff("evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 3, "--limit", 6, "--json")
+    assert noise.json["defence"]["defense"] == "noise"
+
+
+def test_images_unchanged_are_judged_the_same(advdiff, test_x, classifier, ddpm, tmp_path):
+    """An attack of no size: every figure equals the clean one on the shared draws."""
+    same = tmp_path / "same.h5"
+    advdiff("attack", test_x, "--limit", 6, "-c", classifier, "--steps", 1, "--eps", "1e-30", "-o", same)
+    defence = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1, "--draws", 5]
+    result = advdiff("evaluate", test_x, same, "-c", classifier, *defence, "--limit", 6, "--json").json
+    clean, adv = result["sets"]
+    assert {k: v for k, v in clean.items() if k not in ("data", "history")} == {
+        k: v for k, v in adv.items() if k not in ("data", "history")
+    }
+    assert result["comparisons"][0]["difference"]["value"] == 0
+    with h5py.File(same) as h5:
+        assert h5["images"].shape[0] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--draws", 3], "--draws is of a defence's noise"),
+        (["--t-star", "0.1"], "give -m, or --defense noise"),
+    ],
+)
+def test_settings_of_a_defence_need_one(advdiff, test_x, classifier, words, message):
+    assert message in advdiff("evaluate", test_x, "-c", classifier, *words, code=1).err
