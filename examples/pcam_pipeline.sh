@@ -55,7 +55,7 @@ for t in $ADAPT_T_STARS; do
     advdiff purify "$(split train)" -m "$OUT/ddpm" --t-star "$t" --sampler-steps 1 -o "$OUT/train-$t.h5" -q
 done
 advdiff train-classifier "$(split train)" "${lossless[@]}" "${purified[@]}" --valid "$(split valid)" \
-    --init "$OUT/classifier" -o "$OUT/adapted" --epochs "$ADAPT_EPOCHS" --learning-rate 3e-4 ${CLASSIFIER_OPTIONS:-}
+    --arch "$ARCH" --init "$OUT/classifier" -o "$OUT/adapted" --epochs "$ADAPT_EPOCHS" --learning-rate 3e-4 ${CLASSIFIER_OPTIONS:-}
 choose "$OUT/adapted"
 echo "chosen on valid: t* $chosen" >&2
 python - "$OUT/ddpm" "$chosen" "$SAMPLER_STEPS" <<'PY' # what `advdiff purify -m` takes as its default from here on

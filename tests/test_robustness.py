@@ -13,17 +13,17 @@ import pytest
 from advdiff_cli.evaluation import ladder
 from advdiff_cli.evaluation.ladder import Preset
 
-N, B = 6, 3
+N, B = 4, 2
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(ladder.PRESETS, "quick", Preset(patches=N, steps=4, eot=2, queries=4, draws=5))
+    monkeypatch.setitem(ladder.PRESETS, "quick", Preset(patches=N, steps=4, eot=2, queries=4, draws=3))
 
 
 @pytest.fixture
 def command(test_x, classifier, ddpm):
-    return ["robustness", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 2,
+    return ["robustness", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1,
             "--preset", "quick", "--batch-size", B]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     assert not out.exists()
     names = [r["name"] for r in plan["rungs"]]
     assert {"clean", "blind", "bpda", "pgd", "apgd-margin", "square", "transfer", "fixed-noise", "eps-64"} <= set(names)
-    assert next(r for r in plan["rungs"] if r["name"] == "pgd")["unet_backward"] == 5 * 2 * 2
+    assert next(r for r in plan["rungs"] if r["name"] == "pgd")["unet_backward"] == 5 * 2
 
     result = advdiff(*command, "-o", out, "--json").json
     json.dumps(result, allow_nan=False)
@@ -63,7 +63,7 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, class
         "clean.predictions.safetensors", "pgd.predictions.safetensors", "pgd.safetensors", "robustness.json",
     ]  # fmt: skip
     attack = [
-        "attack", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 2, "--steps", 4,
+        "attack", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1, "--steps", 4,
         "--eot", 2, "--batch-size", B, "--shuffle-seed", 0, "--limit", N, "-o", out / "pgd.safetensors",
     ]  # fmt: skip
     assert "up to date" in advdiff(*attack).err
@@ -85,7 +85,7 @@ def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
     expected = advdiff(*words, "-o", whole, "--json").json
     code = (
         "import sys; from advdiff_cli.evaluation import ladder; from advdiff_cli.main import main\n"
-        f"ladder.PRESETS['quick'] = ladder.Preset({N}, 4, 2, 4, 5)\n"
+        f"ladder.PRESETS['quick'] = ladder.Preset({N}, 4, 2, 4, 3)\n"
         "main()"
     )
     run = [sys.executable, "-c", code, *map(str, words), "-o", str(killed)]
