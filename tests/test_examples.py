@@ -24,7 +24,8 @@ def run(script, *arguments, **settings):
 @pytest.mark.slow
 def test_pcam_pipeline(patches, tmp_path):
     small = {
-        "EPOCHS": "1", "STEPS": "2", "VALID_N": "6", "T_STARS": "0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1", "TEST_N": "8",
+        "EPOCHS": "1", "STEPS": "2", "VALID_N": "6", "T_STARS": "0.05", "ADAPT_T_STARS": "0.1",
+        "ATTACK_STEPS": "1", "TEST_N": "8",
         "PRESET": "tiny", "ARCH": "shufflenet_v2_x0_5",
         "CLASSIFIER_OPTIONS": "--batch-size 16", "DDPM_OPTIONS": "--batch-size 4",
     }  # fmt: skip
