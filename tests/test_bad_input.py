@@ -119,7 +119,7 @@ def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):
     (["-c", "nonesuch"], "no classifier called nonesuch"),
     (["-o", "out.png"], r"written as \.safetensors or \.h5"),
     (["--limit", "2", "--range", "99:"], "no patches selected"),
-    (["--method", "fgsm", "--steps", "3"], "fgsm is one step"),
+    (["--method", "fgsm", "--steps", "3"], "does not apply to --method fgsm"),
     (["--eps", "0"], "--eps must be above 0"),
     (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),
     (["--shard", "7/9"], "--shard 7/9 is empty"),

@@ -60,7 +60,7 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, class
     out = tmp_path / "ladder"
     advdiff(*command, "-o", out, "--only", "pgd", "-q")
     assert sorted(p.name for p in out.iterdir()) == [
-        "clean.predictions.safetensors", "pgd.predictions.safetensors", "pgd.safetensors", "robustness.json",
+        "clean.predictions.safetensors", "pgd.predictions.safetensors", "pgd.safetensors",
     ]  # fmt: skip
     attack = [
         "attack", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1, "--steps", 4,
@@ -122,8 +122,10 @@ def test_evaluate_judges_a_defence_over_draws(advdiff, test_x, classifier, ddpm,
     assert noise.json["defence"]["defense"] == "noise"
 
 
-def test_images_unchanged_are_judged_the_same(advdiff, test_x, classifier, ddpm, tmp_path):
-    """An attack of no size: every figure equals the clean one on the shared draws."""
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_images_unchanged_are_judged_the_same(advdiff, patches, form, test_x, classifier, ddpm, tmp_path):
+    """An attack of no size: every figure equals the clean one on the shared draws, whatever the form of the set."""
+    test_x = test_x if form == "file" else patches / "images" / "test"
     same = tmp_path / "same.h5"
     advdiff("attack", test_x, "--limit", 6, "-c", classifier, "--steps", 1, "--eps", "1e-30", "-o", same)
     defence = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1, "--draws", 5]

@@ -44,35 +44,37 @@ class Achieved:
 @torch.inference_mode()
 def judge(
     model: nn.Module, clean: PatchSet, adv: PatchSet, first: int, eps: float, norm: Norm, device: torch.device,
-    seed: int = 0,
+    seed: int = 0, draws: int = DRAWS,
 ) -> Achieved:  # fmt: skip
     """Judge the stored rows of `adv`, which were made from the rows of `clean` from position `first` on, in fp32.
 
-    A defended classifier is judged over the first DRAWS evaluation draws of `seed`.
+    A defended classifier is judged over the first `draws` evaluation draws of `seed`.
     """
-    result = Achieved(draws=DRAWS if isinstance(model, DefendedClassifier) else 1)
+    result = Achieved(draws=draws if isinstance(model, DefendedClassifier) else 1)
     for start in range(0, len(adv), BATCH):
         rows = np.arange(start, min(start + BATCH, len(adv)))
         images, points = clean.read(rows + first).to(device), adv.read(rows).to(device)
         truth = torch.from_numpy(clean.require_labels()[rows + first]).to(device)
-        keys = [clean.keys[i] for i in rows + first]
+        keys = clean.index[rows + first].tolist()
         for kind, batch in (
             ("clean", images),
             ("attacked", points),
             ("rounded", round_inside(points, images, eps, norm)),
         ):
-            getattr(result, kind).extend(_share_right(model, batch, truth, keys, seed).tolist())
+            getattr(result, kind).extend(_share_right(model, batch, truth, keys, seed, draws).tolist())
         on_surface, perturbed = surface_share(points, images, eps, norm)
         result.on_surface += on_surface
         result.perturbed += perturbed
     return result
 
 
-def _share_right(model: nn.Module, images: Tensor, truth: Tensor, rows: list[RowKey], seed: int) -> NDArray[np.float64]:
+def _share_right(
+    model: nn.Module, images: Tensor, truth: Tensor, rows: list[RowKey], seed: int, draws: int
+) -> NDArray[np.float64]:
     if not isinstance(model, DefendedClassifier):
         logits = [model(images)]
     else:
-        noises = (model.noise(images, rows=rows, seed=seed, purpose="evaluate", draw=draw) for draw in range(DRAWS))
+        noises = (model.noise(images, rows=rows, seed=seed, purpose="evaluate", draw=draw) for draw in range(draws))
         logits = [model(images, noise) for noise in noises]
-    right = torch.stack([z.argmax(1) == truth for z in logits]).double().mean(0)
-    return right.cpu().numpy()
+    right = torch.stack([(z.argmax(1) == truth).cpu() for z in logits]).double().mean(0)
+    return right.numpy()

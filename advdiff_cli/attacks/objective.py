@@ -45,12 +45,14 @@ class Objective:
         self._loss = LOSSES[loss]
         self.random = isinstance(model, DefendedClassifier)
         self._eot = eot if self.random else 1
-        self._stream: dict[str, Any] = {"rows": rows, "seed": seed, "restart": restart}
+        self._stream: dict[str, Any] = {"rows": rows, "seed": seed}
+        self._restart = restart
 
     def _values(self, model: nn.Module, points: Tensor, purpose: str, draw: int) -> Tensor:
         if not isinstance(model, DefendedClassifier):
             return self._loss(model(points), self._labels)
-        noise = model.noise(points, purpose=purpose, draw=draw, **self._stream)
+        restart = self._restart if purpose == "attack" else 0  # restarts are compared on the same draws
+        noise = model.noise(points, purpose=purpose, draw=draw, restart=restart, **self._stream)
         return self._loss(model(points, noise), self._labels)
 
     def gradient(self, points: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -118,8 +118,9 @@ def aim(classifier: nn.Module, purifier: Purifier | None, settings: Mapping[str,
 
 
 def run(
-    target: Target, settings: Mapping[str, Any], images: Tensor, labels: Tensor, rows: Sequence[RowKey], seed: int
-) -> Tensor:
+    target: Target, settings: Mapping[str, Any], images: Tensor, labels: Tensor, rows: Sequence[RowKey], seed: int,
+    index: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
     """Return adversarial images (B, 3, H, W), in the ball and in [0, 1].
 
     Args:
@@ -129,10 +130,11 @@ def run(
         labels: (B,) int64.
         rows: What names each image; with `seed`, its streams.
         seed: Of every stream.
+        index: Each image's index in the origin set, which names the draws that judge it; a fixed draw is one of them.
     """
     model, follow = target.model, target.follow
     if settings.get("fixed_draw") and isinstance(model, DefendedClassifier):
-        noise = model.noise(images, rows=rows, seed=seed, purpose="evaluate")
+        noise = model.noise(images, rows=rows if index is None else index, seed=seed, purpose="evaluate")
         model, follow = model.fixed(noise), None
     s, eps = settings, settings["eps"]
     streams: dict[str, Any] = {"seed": seed, "rows": rows, "eot": s.get("eot", 1)}

@@ -40,6 +40,7 @@ def attack_rows(
         for batch in sink.batches(parameters["batch_size"]):
             keys = [patches.keys[i] for i in batch.rows]
             truth = torch.from_numpy(labels[batch.rows]).to(device)
-            adv = run(target, parameters, patches.read(batch.rows).to(device), truth, keys, parameters["seed"])
+            images, index = patches.read(batch.rows).to(device), patches.index[batch.rows].tolist()
+            adv = run(target, parameters, images, truth, keys, parameters["seed"], index)
             sink.write(batch, adv.cpu().numpy())
             yield batch.count

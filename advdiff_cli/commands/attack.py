@@ -92,7 +92,7 @@ def attack(
 
     Example: advdiff attack test.h5 -c classifier --eps 2/255 -o adv.safetensors
     """
-    from advdiff_cli.attacks.judged import judge
+    from advdiff_cli.attacks.judged import DRAWS, judge
     from advdiff_cli.attacks.plan import aim, resolve
     from advdiff_cli.attacks.stored import attack_recipe, attack_rows
     from advdiff_cli.data import writer
@@ -142,7 +142,9 @@ def attack(
         with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
             for count in attack_rows(target, parameters, patches, sink, chip):
                 advance(count)
-    summary = _summary(judge(judged, patches, open_patches(out), part.start, eps, norm, chip, seed), patches, part)
+    draws = 1 if settings.get("fixed_draw") else DRAWS  # the draw it knows, or ones it does not
+    achieved = judge(judged, patches, open_patches(out), part.start, eps, norm, chip, seed, draws)
+    summary = _summary(achieved, patches, part)
     status = "up to date" if sink.up_to_date else "done"
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)

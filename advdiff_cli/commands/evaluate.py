@@ -57,6 +57,8 @@ def evaluate(
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
+    if predictions is not None and not predictions.parent.is_dir():
+        raise AdvdiffError(f"--predictions {predictions}: there is no folder {predictions.parent}")
     chip = resolve_device(device)
     sets = [open_selected(path, split, labels, limit, rows, shuffle_seed) for path in data]
     for patches in sets:
@@ -91,6 +93,8 @@ def _ask_for_controls(evaluated: "list[Evaluated]") -> None:
     """Warn about attacked sets whose clean rows are not judged beside them."""
     clean = {e.origin for e in evaluated if not any(made["command"] == "attack" for made in e.history)}
     for e in evaluated:
+        if any(made["parameters"].get("fixed_draw") for made in e.history):
+            console.warn(f"{e.name} was attacked on the first of these draws: look at the vote of 1, not at the mean")
         if e.origin not in clean:
             console.warn(
                 f"{e.name} is attacked, and its clean control is not among the sets: name the set it was made from"

@@ -57,8 +57,8 @@ def robustness(
 
     From chance over attacks that do not know the defence to exact gradients through it, judged on draws of its noise
     that no attack has seen; then the signs of masked gradients, each pass, warn or fail. Every rung is a patch set in
-    the folder --out, made once and resumed; robustness.json holds the result. Without row options a shuffled selection
-    is judged, as large as the preset says.
+    the folder --out, made once and resumed; robustness.json holds the result of the whole ladder. Unless --range names
+    rows, a shuffled selection is judged, as large as the preset or --limit says.
 
     Example: advdiff robustness test.h5 -c classifier -m ddpm --preset quick -o ladder/
     """
@@ -73,11 +73,15 @@ def robustness(
     spend = PRESETS[preset]
     if limit is None and rows is None:
         limit = spend.patches
-    patches = open_selected(data, split, labels, limit, rows, _SHUFFLE_SEED if shuffle_seed is None else shuffle_seed)
+    if shuffle_seed is None and rows is None:
+        shuffle_seed = _SHUFFLE_SEED
+    patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
     patches.require_shape()
     subject = _subject(classifier, asked_defence(defense, ddpm, t_star, sampler, sampler_steps), chip)
-    rungs = _chosen(ladder(spend, eps, defended=subject.purifier is not None), only)
+    rungs = _chosen(
+        ladder(spend, eps, defended=subject.purifier is not None, substitute=bool(subject.sampler_steps)), only
+    )
     exact = resolve_precision(precision, chip)
     climb = Climb(subject, patches, spend, out, seed, exact, batch_size or _BATCH, chip, overwrite)
     plan = climb.costs(rungs)
@@ -92,7 +96,8 @@ def robustness(
         console.log(f"{rung.name}: {_cost_text(cost)}")
         judged[rung.name] = _climb_one(climb, rung, quiet)
     result: dict[str, Any] = {"out": str(out), **_summary(climb, rungs, plan, judged, eps, preset)}
-    _write_json(out / "robustness.json", result)
+    if only is None:
+        _write_json(out / "robustness.json", result)
     brief = result["worst"]["accuracy"]["value"]
     console.emit(result, f"{heading}\n{_text(result)}", brief, as_json=as_json, quiet=quiet)
 
@@ -124,7 +129,7 @@ def _summary(
     climb: "Climb", rungs: "list[Rung]", plan: list[dict[str, Any]], judged: "dict[str, Predictions]", eps: float,
     preset: str,
 ) -> dict[str, Any]:  # fmt: skip
-    from advdiff_cli.evaluation.alarms import alarms
+    from advdiff_cli.evaluation.alarms import NOT_TESTED, alarms
     from advdiff_cli.evaluation.climbing import row, worst
     from advdiff_cli.evaluation.looking import look_at_gradients, unit_test
 
@@ -134,6 +139,7 @@ def _summary(
     tested = None
     if settings is not None:
         tested = unit_test(climb.subject.model, climb.subject.classifier, few, climb.device, settings, climb.seed)
+    missing = [] if tested or settings is None else [NOT_TESTED.as_dict()]
     names, hardest = worst(rungs, judged, eps)
     costs = {c["name"]: {k: c[k] for k in ("unet_forward", "unet_backward")} for c in plan}
     clean = judged["clean"]
@@ -148,7 +154,7 @@ def _summary(
         "worst": {"of": names, **row(replace(rungs[0], name="worst"), hardest, clean)},
         "gradients": gradients.as_dict(),
         "unit_test": None if tested is None else tested.as_dict(),
-        "alarms": [a.as_dict() for a in alarms(rungs, judged, gradients, tested)],
+        "alarms": [a.as_dict() for a in alarms(rungs, judged, gradients, tested)] + missing,
     }
 
 
@@ -206,5 +212,5 @@ def _made(settings: Mapping[str, Any]) -> str:
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
     fresh = path.with_name(path.name + ".part")
-    fresh.write_text(json.dumps(result, indent=2) + "\n")
+    fresh.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     os.replace(fresh, path)

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from advdiff_cli.evaluation.comparing import difference_of_means
 from advdiff_cli.evaluation.intervals import Estimate
-from advdiff_cli.evaluation.ladder import Rung
+from advdiff_cli.evaluation.ladder import EPS_CURVE, Rung
 from advdiff_cli.evaluation.metrics import Predictions, proportion
 
 Status = Literal["pass", "warn", "fail"]
 
 _MASKED = 0.05  # the share of patches without a gradient above which an attack on it says nothing
+_STRONGEST = ("pgd", "apgd-ce", "apgd-margin")  # the rungs that white-box attacks are judged by
 _PASSED = 0.95  # the share of examples known to exist that an attack must find
 _AGREEING = 0.1  # the cosine of two halves of a gradient below which more draws are worth their price
 
@@ -60,12 +61,21 @@ class UnitTest:
         return asdict(self)
 
 
-def not_above(name: str, stronger: str, weaker: str, judged: Mapping[str, Predictions]) -> Alarm | None:
-    """Compare the accuracy under what should be the stronger attack with that under the weaker one."""
+NOT_TESTED = Alarm("the attack passes its unit test", "warn", "not tested: no example could be planted")
+
+
+def not_above(
+    name: str, stronger: str, weaker: str, judged: Mapping[str, Predictions], *, equal: bool = True
+) -> Alarm | None:
+    """Compare the accuracy under what should be the stronger attack with that under the weaker one.
+
+    Unless `equal`, the same accuracy is a warning too where there was any to lose.
+    """
     if stronger not in judged or weaker not in judged:
         return None
     d = difference_of_means(judged[weaker], judged[stronger])
-    status: Status = "fail" if d.low > 0 else "warn" if d.value > 0 else "pass"
+    wrong = d.value > 0 or (not equal and d.value == 0 and judged[weaker].share.mean() > 0)
+    status: Status = "fail" if d.low > 0 else "warn" if wrong else "pass"
     return Alarm(name, status, f"accuracy under {stronger} less under {weaker}: {d} points")
 
 
@@ -73,7 +83,7 @@ def alarms(
     rungs: Sequence[Rung], judged: Mapping[str, Predictions], gradients: Gradients | None, tested: UnitTest | None
 ) -> list[Alarm]:
     """Return every alarm that the judged rungs allow, in a fixed order."""
-    white = [r.name for r in rungs if r.kind == "white-box" and r.name in judged]
+    white = [name for name in _STRONGEST if name in judged]
     black = [r.name for r in rungs if r.kind == "black-box" and r.name in judged]
     best = min(white, key=lambda name: judged[name].share.mean()) if white else ""
     curve = sorted((r.settings["eps"], r.name) for r in rungs if r.kind == "curve" or r.name == "pgd-short")
@@ -84,12 +94,15 @@ def alarms(
         not_above(
             "knowing the noise helps the attack", "fixed-noise", "pgd", _first_draw(judged, "fixed-noise", "pgd")
         ),
-        *(not_above("a larger eps is worse", more, less, judged) for (_, less), (_, more) in pairwise(curve)),
+        *(
+            not_above("a larger eps is worse", more, less, judged, equal=False)
+            for (_, less), (_, more) in pairwise(curve)
+        ),
         *(not_above("white-box beats black-box", best, name, judged) for name in black),
-        not_above("white-box beats chance", best, "random", judged),
-        _breaks(curve[-1][1], judged) if curve else None,
+        not_above("white-box beats chance", best, "random", judged, equal=False),
+        _breaks(f"eps-{EPS_CURVE[-1]:g}", judged),
         *(_of_gradients(gradients) if gradients else []),
-        _of_test(tested) if tested and tested.n else None,
+        _of_test(tested) if tested else None,
     ]
     return [a for a in found if a is not None]
 
@@ -119,5 +132,7 @@ def _of_gradients(g: Gradients) -> list[Alarm]:
 
 def _of_test(t: UnitTest) -> Alarm:
     status: Status = "fail" if t.broken.high < _PASSED else "warn" if t.broken.value < _PASSED else "pass"
+    if t.by_chance.value > _MASKED and status == "pass":
+        status = "warn"
     text = f"examples known to exist that the attack found: {t.broken} %, chance {t.by_chance} %, n = {t.n}"
     return Alarm("the attack passes its unit test", status, text)

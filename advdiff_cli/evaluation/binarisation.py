@@ -109,10 +109,10 @@ def _separate(inner: Tensor, surface: Tensor) -> tuple[Tensor, Tensor]:
 
     The boundary lies halfway between the surface point and the nearest inner one.
     """
-    points = torch.cat([inner, surface[:, None]], 1).double()
+    points = torch.cat([inner, surface[:, None]], 1).cpu().double()
     centre = points.mean(1, keepdim=True)
     targets = torch.cat([-torch.ones(inner.shape[:2]), torch.ones(len(inner), 1)], 1).to(points)
     weight = torch.linalg.pinv(points - centre) @ (targets - targets.mean(1, keepdim=True))[..., None]
     scores = (points @ weight).squeeze(-1)
     bias = -(scores[:, :-1].amax(1) + scores[:, -1]) / 2
-    return weight.squeeze(-1).float(), bias.float()
+    return weight.squeeze(-1).float().to(surface.device), bias.float().to(surface.device)

@@ -47,10 +47,18 @@ class Rung:
     judged: Literal["all", "first"] = "all"
 
 
-def ladder(preset: Preset, eps: float, *, defended: bool) -> list[Rung]:
-    """Return the rungs, l-inf at eps in [0, 1] pixels; those about a defence's noise and gradient only with one."""
+def ladder(preset: Preset, eps: float, *, defended: bool, substitute: bool = True) -> list[Rung]:
+    """Return the rungs of the ladder, l-inf.
+
+    Args:
+        preset: What attacks may spend.
+        eps: Budget in [0, 1] pixels.
+        defended: Whether there is a defence, whose noise and gradient have rungs of their own.
+        substitute: Whether NoiseDefense is another model than the defence, from which examples can be transferred.
+    """
+    transfer = defended and substitute
     s, k = preset.steps, preset.eot
-    short = max(s // 4, 1)
+    short = min(s, max(s // 4, 8))  # eight steps of eps/4 reach any point of the ball
     through: dict[str, Any] = {"gradient": "full", "eot": k} if defended else {}
 
     def rung(name: str, kind: Kind, method: str, at: float = eps, **more: Any) -> Rung:
@@ -65,9 +73,10 @@ def ladder(preset: Preset, eps: float, *, defended: bool) -> list[Rung]:
     if defended:
         rungs += [
             rung("blind", "black-box", "pgd", steps=max(s, 40), gradient="blind"),
-            rung("transfer", "black-box", "apgd", steps=s, before="noise", **through),
             rung("bpda", "white-box", "pgd", steps=s, gradient="bpda", eot=k),
         ]
+    if transfer:
+        rungs.append(rung("transfer", "black-box", "apgd", steps=s, before="noise", **through))
     rungs += [
         rung("square", "black-box", "square", queries=preset.queries, **draws),
         rung("fgsm", "white-box", "fgsm", **through),

@@ -23,11 +23,14 @@ BATCH = 32
 
 def look_at_gradients(model: nn.Module, patches: PatchSet, device: torch.device, *, eot: int, seed: int) -> Gradients:
     """Return what the gradients at the clean patches look like, as means of `eot` draws, split in two halves."""
-    zeros, cosines, probabilities = [], [], True
+    zeros: list[NDArray[np.bool_]] = []
+    cosines, probabilities = [], True
     for images, labels, keys in batches(patches, device):
         objective = Objective(model, labels, loss="margin", eot=max(eot // 2, 1), seed=seed, rows=keys)
         halves = [objective.gradient(images, step)[1].flatten(1) for step in range(2 if objective.random else 1)]
-        zeros.append(torch.stack([h.abs().amax(1) == 0 for h in halves]).all(0).cpu().numpy())
+        entropy = Objective(model, labels, loss="ce", seed=seed, rows=keys).gradient(images, 0)[1].flatten(1)
+        dead = (entropy.abs().amax(1) == 0) | torch.stack([h.abs().amax(1) == 0 for h in halves]).all(0)
+        zeros.append(dead.cpu().numpy())
         if objective.random:
             cosines.append(cosine_similarity(halves[0], halves[1], dim=1).cpu().double().numpy())
         probabilities &= _probabilities(model, images, keys, seed)
@@ -54,7 +57,7 @@ def unit_test(
     model: nn.Module, classifier: nn.Module, patches: PatchSet, device: torch.device,
     settings: Mapping[str, Any], seed: int,
 ) -> UnitTest | None:  # fmt: skip
-    """Run the binarisation test with an attack of `settings`; None where there is no linear head to replace."""
+    """Run the binarisation test with an attack of `settings`; None where no example can be planted."""
     tested: list[Tested] = []
     for images, _, keys in batches(patches, device):
 
@@ -70,6 +73,8 @@ def unit_test(
         for name in ("exists", "broken", "by_chance")
     )
     n = int(exists.sum())
+    if n == 0:
+        return None
     return UnitTest(n, wilson(int(broken[exists].sum()), n), wilson(int(chance[exists].sum()), n))
 
 

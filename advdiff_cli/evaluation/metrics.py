@@ -77,7 +77,8 @@ def predict(
         model: A classifier (R = 1), or a `DefendedClassifier`.
         patches: What is judged.
         device: Where to compute.
-        draws: R, draws of the defence's noise; each row's are the evaluation streams of `seed`, which no attack sees.
+        draws: R, draws of the defence's noise, from the evaluation streams of `seed`, which no attack sees; a row's are
+            named by its index in the origin set.
         seed: Of those streams.
         precision: Of the purifier.
         first_draw: The first of the R draws.
@@ -88,7 +89,7 @@ def predict(
         rows = np.minimum(np.arange(start, start + size), stop - 1)  # the full batch shape: rows do not depend on N
         images = patches.read(rows).to(device)
         if isinstance(model, DefendedClassifier):
-            keys = [patches.keys[i] for i in rows]
+            keys = patches.index[rows].tolist()  # what every set made from these rows carries along
             logits = []
             for draw in range(first_draw, first_draw + draws):
                 noise = model.noise(images, rows=keys, seed=seed, purpose="evaluate", draw=draw)
