@@ -1,15 +1,13 @@
 """`advdiff attack`."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
 from advdiff_cli import console, options
 from advdiff_cli.commands.defending import asked_defence
 from advdiff_cli.commands.opening import open_selected
-
-if TYPE_CHECKING:
-    from advdiff_cli.attacks.judged import Achieved
 
 _BATCH = 32
 
@@ -92,11 +90,9 @@ def attack(
 
     Example: advdiff attack test.h5 -c classifier --eps 2/255 -o adv.safetensors
     """
-    from advdiff_cli.attacks.judged import DRAWS, judge
     from advdiff_cli.attacks.plan import aim, resolve
     from advdiff_cli.attacks.stored import attack_recipe, attack_rows
     from advdiff_cli.data import writer
-    from advdiff_cli.data.patches import open_patches
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
@@ -142,19 +138,24 @@ def attack(
         with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
             for count in attack_rows(target, parameters, patches, sink, chip):
                 advance(count)
-    draws = 1 if settings.get("fixed_draw") else DRAWS  # the draw it knows, or ones it does not
-    achieved = judge(judged, patches, open_patches(out), part.start, eps, norm, chip, seed, draws)
-    summary = _summary(achieved, patches, part)
+    summary = _summary(judged, patches, out, part, parameters, chip)
     status = "up to date" if sink.up_to_date else "done"
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
 
 
-def _summary(achieved: "Achieved", patches: Any, part: Any) -> dict[str, Any]:
+def _summary(
+    judged: Any, patches: Any, out: Path, part: Any, parameters: dict[str, Any], chip: Any
+) -> dict[str, Any]:  # fmt: skip
     import numpy as np
 
+    from advdiff_cli.attacks.judged import DRAWS, judge
+    from advdiff_cli.data.patches import open_patches
     from advdiff_cli.evaluation.metrics import proportion
 
+    eps, norm, seed = (parameters[k] for k in ("eps", "norm", "seed"))
+    draws = 1 if parameters.get("fixed_draw") else DRAWS  # the draw it knows, or ones it does not
+    achieved = judge(judged, patches, open_patches(out), part.start, eps, norm, chip, seed, draws)
     labels = patches.require_labels()[part.start : part.stop]
     accuracies = {
         kind: proportion(np.asarray(getattr(achieved, kind)), labels).as_dict()

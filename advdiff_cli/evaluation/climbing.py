@@ -147,10 +147,11 @@ class Climb:
         keys = [self.patches.keys[i] for i in rows]
         whole = Objective(self.subject.model, labels, seed=self.seed, rows=keys)
         alone = Objective(self.subject.classifier, labels, seed=self.seed, rows=keys)
-        tasks: list[Callable[[], Any]] = [
-            lambda: whole.at(images, 0), lambda: whole.gradient(images, 0), lambda: alone.gradient(images, 0)
-        ]  # fmt: skip
-        return tuple(_fastest(task) / len(rows) for task in tasks)  # type: ignore[return-value]  # three tasks
+        return (
+            _fastest(lambda: whole.at(images, 0)) / len(rows),
+            _fastest(lambda: whole.gradient(images, 0)) / len(rows),
+            _fastest(lambda: alone.gradient(images, 0)) / len(rows),
+        )
 
 
 def _fastest(task: Callable[[], Any]) -> float:
