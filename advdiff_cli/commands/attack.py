@@ -91,7 +91,7 @@ def attack(
     Example: advdiff attack test.h5 -c classifier --eps 2/255 -o adv.safetensors
     """
     from advdiff_cli.attacks.plan import aim, resolve
-    from advdiff_cli.attacks.stored import attack_recipe, attack_rows
+    from advdiff_cli.attacks.stored import attack_recipe
     from advdiff_cli.data import writer
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
@@ -134,14 +134,20 @@ def attack(
     if sink.up_to_date:
         console.log(f"{out} is up to date")
     else:
-        done = int(sink.finished.sum())
-        with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
-            for count in attack_rows(target, parameters, patches, sink, chip):
-                advance(count)
+        _run(target, patches, sink, parameters, chip, quiet)
     summary = _summary(judged, patches, out, part, parameters, chip)
     status = "up to date" if sink.up_to_date else "done"
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
+
+
+def _run(target: Any, patches: Any, sink: Any, parameters: dict[str, Any], chip: Any, quiet: bool) -> None:
+    from advdiff_cli.attacks.stored import attack_rows
+
+    done = int(sink.finished.sum())
+    with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
+        for count in attack_rows(target, parameters, patches, sink, chip):
+            advance(count)
 
 
 def _summary(
