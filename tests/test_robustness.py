@@ -18,22 +18,28 @@ N, B = 4, 2
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(ladder.PRESETS, "quick", Preset(patches=N, steps=4, eot=2, queries=4, draws=3))
+    monkeypatch.setitem(ladder.PRESETS, "quick", Preset(patches=N, steps=2, eot=2, queries=2, draws=3))
 
 
 @pytest.fixture
 def command(test_x, classifier, ddpm):
     return ["robustness", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1,
-            "--preset", "quick", "--batch-size", B]  # fmt: skip
+            "--preset", "quick", "--precision", "fp32", "--batch-size", B]  # fmt: skip
+
+
+def timeless(result):
+    assert all(r["seconds"] > 0 for r in result["rungs"])
+    return {**result, "out": "", "rungs": [{**r, "seconds": 0} for r in result["rungs"]]}
 
 
 def test_the_whole_ladder(advdiff, command, tmp_path):
-    out = tmp_path / "ladder"
+    out, command = tmp_path / "ladder", [*command[:-1], N]
     plan = advdiff(*command, "-o", out, "--dry-run", "--json").json
     assert not out.exists()
-    names = [r["name"] for r in plan["rungs"]]
+    *names, gradients, unit_test = (r["name"] for r in plan["rungs"])
+    assert (gradients, unit_test) == ("gradients", "unit-test")
     assert {"clean", "blind", "bpda", "pgd", "apgd-margin", "square", "transfer", "fixed-noise", "eps-64"} <= set(names)
-    assert next(r for r in plan["rungs"] if r["name"] == "pgd")["unet_backward"] == 5 * 2
+    assert next(r for r in plan["rungs"] if r["name"] == "pgd")["unet_backward"] == 3 * 2
 
     result = advdiff(*command, "-o", out, "--json").json
     json.dumps(result, allow_nan=False)
@@ -45,12 +51,17 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
             assert result["worst"]["accuracy"]["value"] <= r["accuracy"]["value"]
     assert {a["status"] for a in result["alarms"]} <= {"pass", "warn", "fail"}
 
-    again = advdiff(*command, "-o", out, "--json").json
-    assert again == result
+    assert result["recipe"]["parameters"]["seed"] == 0
+
+    again = advdiff(*command, "-o", out, "--overwrite", "--json").json
+    assert again == result  # the seconds too: nothing was done again
     (out / "pgd.safetensors").unlink()
     (out / "bpda.predictions.safetensors").unlink()
-    assert advdiff(*command, "-o", out, "--json").json == result
+    (out / "unit-test.json").unlink()
+    assert timeless(advdiff(*command, "-o", out, "--json").json) == timeless(result)
     assert "eps" in advdiff(*command, "-o", out, "--eps", "4/255", code=1).err
+    bf16 = advdiff(*command, "-o", out, "--precision", "bf16", code=1).err
+    assert "clean.predictions.safetensors was made otherwise (precision" in bf16
     text = advdiff(*command, "-o", out).out
     assert "worst" in text
     assert "all draws right" in text
@@ -60,10 +71,10 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, class
     out = tmp_path / "ladder"
     advdiff(*command, "-o", out, "--only", "pgd", "-q")
     assert sorted(p.name for p in out.iterdir()) == [
-        "clean.predictions.safetensors", "pgd.predictions.safetensors", "pgd.safetensors",
+        "clean.predictions.safetensors", "pgd.predictions.safetensors", "pgd.safetensors", "seconds.jsonl",
     ]  # fmt: skip
     attack = [
-        "attack", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1, "--steps", 4,
+        "attack", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1, "--steps", 2,
         "--eot", 2, "--batch-size", B, "--shuffle-seed", 0, "--limit", N, "-o", out / "pgd.safetensors",
     ]  # fmt: skip
     assert "up to date" in advdiff(*attack).err
@@ -85,7 +96,7 @@ def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
     expected = advdiff(*words, "-o", whole, "--json").json
     code = (
         "import sys; from advdiff_cli.evaluation import ladder; from advdiff_cli.main import main\n"
-        f"ladder.PRESETS['quick'] = ladder.Preset({N}, 4, 2, 4, 3)\n"
+        f"ladder.PRESETS['quick'] = ladder.Preset({N}, 2, 2, 2, 3)\n"
         "main()"
     )
     run = [sys.executable, "-c", code, *map(str, words), "-o", str(killed)]
@@ -97,7 +108,7 @@ def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
     process.wait()
     assert not (killed / "pgd.safetensors").exists()
     result = advdiff(*words, "-o", killed, "--json").json
-    assert {**result, "out": ""} == {**expected, "out": ""}
+    assert timeless(result) == timeless(expected)
 
 
 def test_evaluate_judges_a_defence_over_draws(advdiff, test_x, classifier, ddpm, tmp_path):

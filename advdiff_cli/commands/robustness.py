@@ -1,11 +1,7 @@
 """`advdiff robustness`."""
 
-import json
-import os
-import time
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,7 +18,6 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 _SHUFFLE_SEED = 0
-_LOOKED_AT = 64  # patches whose gradients are looked at, and that the attack's unit test is made of
 
 
 def robustness(
@@ -63,6 +58,7 @@ def robustness(
     Example: advdiff robustness test.h5 -c classifier -m ddpm --preset quick -o ladder/
     """
     from advdiff_cli.evaluation.climbing import Climb
+    from advdiff_cli.evaluation.judging import write_json
     from advdiff_cli.evaluation.ladder import PRESETS, ladder
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
@@ -84,20 +80,17 @@ def robustness(
     )
     exact = resolve_precision(precision, chip)
     climb = Climb(subject, patches, spend, out, seed, exact, batch_size or _BATCH, chip, overwrite)
-    plan = climb.costs(rungs)
+    tested = next(r.settings for r in rungs if r.name == "pgd") if only is None else None
+    plan = climb.costs(rungs, tested)
     heading = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {preset}, {spend.draws} judging draws"
     if dry_run:
         what = {"out": str(out), "status": "would climb", "n": len(patches), "rungs": plan}
         console.emit(what, f"{heading}\n{_plan_text(plan)}", out, as_json=as_json, quiet=quiet)
         return
     out.mkdir(parents=True, exist_ok=True)
-    judged = {}
-    for rung, cost in zip(rungs, plan, strict=True):
-        console.log(f"{rung.name}: {_cost_text(cost)}")
-        judged[rung.name] = _climb_one(climb, rung, quiet)
-    result: dict[str, Any] = {"out": str(out), **_summary(climb, rungs, plan, judged, eps, preset)}
+    result = _climbed(climb, rungs, {c["name"]: c for c in plan}, tested, eps, quiet)
     if only is None:
-        _write_json(out / "robustness.json", result)
+        write_json(out / "robustness.json", result)
     brief = result["worst"]["accuracy"]["value"]
     console.emit(result, f"{heading}\n{_text(result)}", brief, as_json=as_json, quiet=quiet)
 
@@ -113,49 +106,54 @@ def _subject(classifier: str, defence: Defence | None, chip: Any) -> "Subject":
     return Subject(model, fingerprint, defence.before(model, chip).purifier, defence.parameters, defence.model)
 
 
+def _climbed(
+    climb: "Climb", rungs: "list[Rung]", plan: Mapping[str, dict[str, Any]], tested: Mapping[str, Any] | None,
+    eps: float, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Climb every rung, make the checks of a whole ladder, and return what robustness.json holds."""
+    from advdiff_cli.data.provenance import recipe
+    from advdiff_cli.evaluation.conclusions import conclusions
+
+    judged, gradients, found = {}, None, None
+    for rung in rungs:
+        console.log(f"{rung.name}: {_cost_text(plan[rung.name])}")
+        judged[rung.name] = _climb_one(climb, rung, quiet)
+    if tested is not None:
+        for name in ("gradients", "unit-test"):
+            console.log(f"{name}: {_cost_text(plan[name])}")
+            with console.progress(plan[name]["n"], name, quiet=quiet) as advance:
+                if name == "gradients":
+                    gradients = climb.gradients(advance)
+                else:
+                    found = climb.unit_test(tested, advance)
+    subject = climb.subject
+    settings = {"eps": eps, **asdict(climb.spend), "seed": climb.seed, "precision": climb.precision}
+    result = {
+        "out": str(climb.out),
+        "recipe": recipe(
+            "robustness", {**settings, "batch_size": climb.batch_size, **(subject.defence or {})},
+            data=climb.patches.recipe_input(), classifier=subject.fingerprint, ddpm=subject.ddpm,
+        ),
+        "eps": eps,
+        "defence": subject.defence and dict(subject.defence),
+        **conclusions(rungs, judged, eps, gradients, found),
+    }  # fmt: skip
+    for rung, row in zip(rungs, result["rungs"], strict=True):
+        row |= {k: plan[rung.name][k] for k in ("unet_forward", "unet_backward")}
+        row["seconds"] = climb.seconds(rung)
+    return result
+
+
 def _climb_one(climb: "Climb", rung: "Rung", quiet: bool) -> "Predictions":
-    n, started = len(climb.patches), time.monotonic()
+    n = len(climb.patches)
     if rung.settings:
         with console.progress(n, f"{rung.name}: attack", quiet=quiet) as advance:
             for count in climb.attack(rung):
                 advance(count)
     with console.progress(n, f"{rung.name}: judge", quiet=quiet) as advance:
         found = climb.judge(rung, advance)
-    console.log(f"{rung.name}: accuracy {100 * found.share.mean():.1f} %, {time.monotonic() - started:.0f} s")
+    console.log(f"{rung.name}: accuracy {100 * found.share.mean():.1f} %, {_duration(climb.seconds(rung))}")
     return found
-
-
-def _summary(
-    climb: "Climb", rungs: "list[Rung]", plan: list[dict[str, Any]], judged: "dict[str, Predictions]", eps: float,
-    preset: str,
-) -> dict[str, Any]:  # fmt: skip
-    from advdiff_cli.evaluation.alarms import NOT_TESTED, alarms
-    from advdiff_cli.evaluation.climbing import row, worst
-    from advdiff_cli.evaluation.looking import look_at_gradients, unit_test
-
-    few = climb.patches.first(_LOOKED_AT)
-    gradients = look_at_gradients(climb.subject.model, few, climb.device, eot=climb.spend.eot, seed=climb.seed)
-    settings = next((r.settings for r in rungs if r.name == "pgd"), None)
-    tested = None
-    if settings is not None:
-        tested = unit_test(climb.subject.model, climb.subject.classifier, few, climb.device, settings, climb.seed)
-    missing = [] if tested or settings is None else [NOT_TESTED.as_dict()]
-    names, hardest = worst(rungs, judged, eps)
-    costs = {c["name"]: {k: c[k] for k in ("unet_forward", "unet_backward")} for c in plan}
-    clean = judged["clean"]
-    return {
-        "n": len(climb.patches),
-        "positive": int(clean.labels.sum()),
-        "eps": eps,
-        "preset": preset,
-        "draws": clean.draws,
-        "defence": None if climb.subject.defence is None else dict(climb.subject.defence),
-        "rungs": [row(r, judged[r.name], clean) | costs[r.name] for r in rungs],
-        "worst": {"of": names, **row(replace(rungs[0], name="worst"), hardest, clean)},
-        "gradients": gradients.as_dict(),
-        "unit_test": None if tested is None else tested.as_dict(),
-        "alarms": [a.as_dict() for a in alarms(rungs, judged, gradients, tested)] + missing,
-    }
 
 
 def _chosen(rungs: "list[Rung]", only: list[str] | None) -> "list[Rung]":
@@ -192,11 +190,21 @@ def _text(result: dict[str, Any]) -> str:
     odd = [k for k in result["rungs"][0] if k.startswith("vote_")][-1:] if result["draws"] > 1 else []
     many = [*odd, "all_correct"] if odd else []
     rows = [
-        (r["name"], _made(r["attack"]), cell(r["accuracy"]), *(cell(r.get(k)) for k in many), cell(r["difference"]))
+        (
+            r["name"], _made(r["attack"]), cell(r["accuracy"]), *(cell(r.get(k)) for k in many), cell(r["difference"]),
+            _duration(r["seconds"]) if "seconds" in r else "",
+        )
         for r in [*result["rungs"], result["worst"]]
-    ]
+    ]  # fmt: skip
     names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws right") for k in many]
-    head = ("% [95 %]", "attack", "accuracy" + (", mean of draws" if many else ""), *names, "less clean, points")
+    head = (
+        "% [95 %]",
+        "attack",
+        "accuracy" + (", mean of draws" if many else ""),
+        *names,
+        "less clean, points",
+        "time",
+    )
     text = console.table(head, rows)
     signs = [(a["status"], f"{a['name']}: {a['reason']}") for a in result["alarms"]]
     return text + "\n\n" + "\n".join(f"{status:4}  {line}" for status, line in signs)
@@ -208,9 +216,3 @@ def _made(settings: Mapping[str, Any]) -> str:
     shown = ("steps", "queries", "gradient", "eot", "loss")
     text = ", ".join(f"{k} {settings[k]}" for k in shown if settings.get(k) is not None)
     return f"{settings['method']} {settings['eps'] * 255:g}/255{', ' if text else ''}{text}"
-
-
-def _write_json(path: Path, result: dict[str, Any]) -> None:
-    fresh = path.with_name(path.name + ".part")
-    fresh.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    os.replace(fresh, path)

@@ -78,6 +78,12 @@ def recorded(out: Path) -> Provenance | None:
         return None
 
 
+def is_made(out: Path, recipe: Provenance) -> bool:
+    """Tell whether the whole result of `recipe` stands at `out`."""
+    have = recorded(out) if out.is_file() else None
+    return have is not None and same_recipe(_identity(have), {**recipe, "part": None})
+
+
 def check_suffix(out: Path) -> None:
     """Check that `out` names a form that can be written; AdvdiffError when not."""
     if out.suffix not in _TARGETS:

@@ -7,7 +7,7 @@ the point estimate is wrong.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from advdiff_cli.evaluation.comparing import difference_of_means
 from advdiff_cli.evaluation.intervals import Estimate
@@ -47,6 +47,12 @@ class Gradients:
         """Return the fields."""
         return asdict(self)
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Return what `as_dict` gave the fields of."""
+        cosine = fields["cosine"]
+        return cls(Estimate(**fields["zero"]), cosine and Estimate(**cosine), fields["probabilities"])
+
 
 @dataclass(frozen=True)
 class UnitTest:
@@ -59,6 +65,11 @@ class UnitTest:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Return what `as_dict` gave the fields of."""
+        return cls(fields["n"], Estimate(**fields["broken"]), Estimate(**fields["by_chance"]))
 
 
 NOT_TESTED = Alarm("the attack passes its unit test", "warn", "not tested: no example could be planted")

@@ -18,6 +18,7 @@ from advdiff_cli.purification.defended import DefendedClassifier, FixedNoise
 
 INNER = 63  # points inside the ball, the patch among them
 _TRIED = 64  # random points an attack must beat
+PROBES = INNER + _TRIED + 4  # passes forward beside the attack's: the surface point's, thrice judged
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Climb the ladder: make each rung's patch set, judge it, and draw the conclusions."""
+"""Climb the ladder: make each rung's patch set and judge it, and look at what the attacks are made of."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +17,19 @@ from advdiff_cli.attacks.plan import aim
 from advdiff_cli.attacks.stored import attack_recipe, attack_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, recipe
-from advdiff_cli.data.writer import PatchWriter, shard_rows
-from advdiff_cli.evaluation.comparing import difference_of_means
-from advdiff_cli.evaluation.judging import judged
+from advdiff_cli.data.writer import PatchWriter, is_made, shard_rows
+from advdiff_cli.evaluation.alarms import Gradients, UnitTest
+from advdiff_cli.evaluation.binarisation import PROBES
+from advdiff_cli.evaluation.judging import keep_result, kept_predictions, kept_result, predict_and_keep
 from advdiff_cli.evaluation.ladder import Preset, Rung
-from advdiff_cli.evaluation.metrics import Predictions, proportion, votes
+from advdiff_cli.evaluation.looking import look_at_gradients, unit_test
+from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.evaluation.stopwatch import Stopwatch
 from advdiff_cli.purification.defended import DefendedClassifier
 from advdiff_cli.purification.purifier import NoisePurifier, Purifier, linear_alpha_bar
 
 Advance = Callable[[int], None]
+LOOKED_AT = 64  # patches whose gradients are looked at, and that the attack's unit test is made of
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,13 @@ class Climb:
         subject: What is evaluated.
         patches: The rows, with labels, of one size.
         spend: The preset: what attacks may spend, and how many draws judge.
-        out: Folder of the rungs, NAME.safetensors and NAME.predictions.safetensors each.
+        out: Folder of the rungs, NAME.safetensors and NAME.predictions.safetensors each, of checks, NAME.json, and
+            of the seconds all that took.
         seed: Of attacks and judging draws.
         precision: Of the purifier when it is judged.
         batch_size: Patches attacked at once.
         device: Where to compute.
-        overwrite: Whether rungs of another recipe may be replaced.
+        overwrite: Whether what another recipe made may be replaced.
     """
 
     subject: Subject
@@ -92,11 +97,11 @@ class Climb:
 
     def attack(self, rung: Rung) -> Iterator[int]:
         """Make the patch set of a rung, yielding rows as they are done; those of an earlier run come first."""
-        made_by = self.recipe(rung)
+        made_by, out = self.recipe(rung), self.out / f"{rung.name}.safetensors"
         sink = PatchWriter(
-            self.out / f"{rung.name}.safetensors", made_by, self.patches,
-            shard_rows(len(self.patches), self.batch_size, None),
-            shape=self.patches.require_shape(), device=self.device.type, overwrite=self.overwrite,
+            out, made_by, self.patches, shard_rows(len(self.patches), self.batch_size, None),
+            shape=self.patches.require_shape(), device=self.device.type,
+            overwrite=self.overwrite and not is_made(out, made_by),
         )  # fmt: skip
         if sink.up_to_date:
             yield len(self.patches)
@@ -104,40 +109,102 @@ class Climb:
         yield int(sink.finished.sum())
         purifier = self.subject.purifier if rung.before == "defence" else self._substitute()[0]
         target = aim(self.subject.classifier, purifier, rung.settings)
-        yield from attack_rows(target, made_by["parameters"], self.patches, sink, self.device)
+        with self._watch(made_by, anew=not sink.finished.any()) as watch:
+            for count in attack_rows(target, made_by["parameters"], self.patches, sink, self.device):
+                watch.lap()
+                yield count
 
-    def judge(self, rung: Rung, advance: Advance) -> Predictions:
-        """Return the predictions on a rung, over the draws that judge every rung alike."""
+    def _judging(self, rung: Rung) -> tuple[dict[str, Any], Provenance]:
+        """Return how a rung is judged, and the recipe of that."""
         defended = isinstance(self.subject.model, DefendedClassifier)
-        draws = self.spend.draws if defended and rung.judged == "all" else 1
-        judging: dict[str, Any] = {"draws": draws, "seed": self.seed, "precision": self.precision} if defended else {}
+        judging: dict[str, Any] = {}
+        if defended:
+            draws = self.spend.draws if rung.judged == "all" else 1
+            judging = {"draws": draws, "seed": self.seed, "precision": self.precision}
         made_by = recipe(
             "judge", {**judging, **(self.subject.defence or {})},
             data=self.recipe(rung) if rung.settings else self._data,
             classifier=self.subject.fingerprint, ddpm=self.subject.ddpm,
         )  # fmt: skip
-        patches = open_patches(self.out / f"{rung.name}.safetensors") if rung.settings else self.patches
-        kept = self.out / f"{rung.name}.predictions.safetensors"
-        return judged(self.subject.model, patches, kept, made_by, self.device, advance, **judging)
+        return judging, made_by
 
-    def costs(self, rungs: Sequence[Rung]) -> list[dict[str, Any]]:
-        """Return for each rung its U-Net evaluations a patch and the seconds all patches will take, measured here."""
-        seconds = self._measure()
-        found = []
-        for rung in rungs:
-            defended = self.subject.purifier is not None and rung.before == "defence"
-            cost = attack_cost(rung.settings, defended=defended) if rung.settings else Cost()
-            if rung.before == "noise":
-                cost = Cost(classifier=attack_cost(rung.settings, defended=True).gradient)
-            draws = self.spend.draws if self.subject.purifier is not None and rung.judged == "all" else 1
-            total = cost + Cost(forward=draws)
-            forward, backward = total.unet(self.subject.sampler_steps)
-            each = total.forward * seconds[0] + total.gradient * seconds[1] + total.classifier * seconds[2]
-            found.append(
-                {"name": rung.name, "unet_forward": forward, "unet_backward": backward,
-                 "seconds": round(each * len(self.patches), 1)}
-            )  # fmt: skip
+    def judge(self, rung: Rung, advance: Advance) -> Predictions:
+        """Return the predictions on a rung, over the draws that judge every rung alike."""
+        judging, made_by = self._judging(rung)
+        kept = self.out / f"{rung.name}.predictions.safetensors"
+        if found := kept_predictions(kept, made_by, overwrite=self.overwrite):
+            advance(len(found.labels))
+            return found
+        patches = open_patches(self.out / f"{rung.name}.safetensors") if rung.settings else self.patches
+        with self._watch(made_by, anew=True):
+            return predict_and_keep(self.subject.model, patches, kept, made_by, self.device, advance, **judging)
+
+    def gradients(self, advance: Advance) -> Gradients:
+        """Return what the gradients at the first clean patches look like."""
+        settings = {"eot": self.spend.eot, "seed": self.seed, "rows": LOOKED_AT}
+
+        def look() -> dict[str, Any]:
+            few = self.patches.first(LOOKED_AT)
+            found = look_at_gradients(
+                self.subject.model, few, self.device, eot=self.spend.eot, seed=self.seed, advance=advance
+            )
+            return found.as_dict()
+
+        return Gradients.of(self._check("gradients", settings, look))
+
+    def unit_test(self, settings: Mapping[str, Any], advance: Advance) -> UnitTest | None:
+        """Return what an attack of `settings` finds of examples known to exist; None where none can be planted."""
+
+        def test() -> dict[str, Any]:
+            few, s = self.patches.first(LOOKED_AT), self.subject
+            found = unit_test(s.model, s.classifier, few, self.device, settings, self.seed, advance)
+            return {} if found is None else found.as_dict()
+
+        made = self._check("unit-test", {**settings, "seed": self.seed, "rows": LOOKED_AT}, test)
+        return UnitTest.of(made) if made else None
+
+    def _check(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        s, kept = self.subject, self.out / f"{name}.json"
+        made_by = recipe(
+            name, {**settings, **(s.defence or {})}, data=self._data, classifier=s.fingerprint, ddpm=s.ddpm
+        )
+        found = kept_result(kept, made_by, overwrite=self.overwrite)
+        if found is None:
+            found = make()
+            keep_result(kept, made_by, found)
         return found
+
+    def seconds(self, rung: Rung) -> float:
+        """Return how long a rung took to make and to judge, over every run it took."""
+        watches = [self._watch(self._judging(rung)[1])] + ([self._watch(self.recipe(rung))] if rung.settings else [])
+        return round(sum(w.spent() for w in watches), 1)
+
+    def _watch(self, made_by: Provenance, *, anew: bool = False) -> Stopwatch:
+        return Stopwatch(self.out / "seconds.jsonl", made_by, anew=anew)
+
+    def costs(self, rungs: Sequence[Rung], tested: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Return what making and judging each rung costs, and the checks after them where an attack is `tested`.
+
+        Each is its U-Net evaluations a patch, on how many patches n, and the seconds for all of them, measured here.
+        """
+        measured, n = self._measure(), len(self.patches)
+        found = [_cost(r.name, n, self._passes(r), self.subject.sampler_steps, measured) for r in rungs]
+        if tested is None:
+            return found
+        few, halves = min(LOOKED_AT, n), max(self.spend.eot // 2, 1)
+        checks = {
+            "gradients": Cost(forward=1, gradient=3 * halves if self.subject.purifier else 2),
+            "unit-test": Cost(forward=PROBES, gradient=tested["steps"] + 1),
+        }
+        return found + [_cost(k, few, v, self.subject.sampler_steps, measured) for k, v in checks.items()]
+
+    def _passes(self, rung: Rung) -> Cost:
+        defended = self.subject.purifier is not None and rung.before == "defence"
+        cost = attack_cost(rung.settings, defended=defended) if rung.settings else Cost()
+        if rung.before == "noise":
+            cost = Cost(classifier=attack_cost(rung.settings, defended=True).gradient)
+        draws = self.spend.draws if self.subject.purifier is not None and rung.judged == "all" else 1
+        return cost + Cost(forward=draws)
 
     def _measure(self) -> tuple[float, float, float]:
         """Return the seconds a patch of a forward and a gradient of the subject, and a gradient of the classifier."""
@@ -148,48 +215,26 @@ class Climb:
         whole = Objective(self.subject.model, labels, seed=self.seed, rows=keys)
         alone = Objective(self.subject.classifier, labels, seed=self.seed, rows=keys)
         return (
-            _fastest(lambda: whole.at(images, 0)) / len(rows),
-            _fastest(lambda: whole.gradient(images, 0)) / len(rows),
-            _fastest(lambda: alone.gradient(images, 0)) / len(rows),
+            _fastest(lambda: whole.at(images, 0), self.device) / len(rows),
+            _fastest(lambda: whole.gradient(images, 0), self.device) / len(rows),
+            _fastest(lambda: alone.gradient(images, 0), self.device) / len(rows),
         )
 
 
-def _fastest(task: Callable[[], Any]) -> float:
+def _cost(
+    name: str, n: int, passes: Cost, sampler_steps: int, measured: tuple[float, float, float]
+) -> dict[str, Any]:  # fmt: skip
+    forward, backward = passes.unet(sampler_steps)
+    each = passes.forward * measured[0] + passes.gradient * measured[1] + passes.classifier * measured[2]
+    return {"name": name, "n": n, "unet_forward": forward, "unet_backward": backward, "seconds": round(each * n, 1)}
+
+
+def _fastest(task: Callable[[], Any], device: torch.device) -> float:
     times = []
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
         task()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def worst(rungs: Sequence[Rung], judged: Mapping[str, Predictions], eps: float) -> tuple[list[str], Predictions]:
-    """Return each patch's worst rung at no more than eps, by the share of draws right, as predictions, and the rungs.
-
-    A patch's worst is chosen on the draws that judge it, so that it errs, if at all, against the defence.
-    """
-    names = [
-        r.name for r in rungs
-        if r.name in judged and r.judged == "all" and r.settings.get("eps", 0) <= eps * (1 + 1e-9)
-    ]  # fmt: skip
-    shares = np.stack([judged[name].share for name in names])
-    chosen = shares.argmin(0)
-    p1 = np.stack([judged[name].p1 for name in names])[chosen, np.arange(shares.shape[1])]
-    return names, Predictions(judged[names[0]].labels, p1)
-
-
-def row(rung: Rung, found: Predictions, clean: Predictions) -> dict[str, Any]:
-    """Return what the table says of a rung: accuracy, votes, and the paired difference from the clean control."""
-    control = clean.take(np.arange(len(clean.labels))) if found.draws == clean.draws else Predictions(
-        clean.labels, clean.p1[:, : found.draws]
-    )  # fmt: skip
-    return {
-        "name": rung.name,
-        "kind": rung.kind,
-        "attack": dict(rung.settings),
-        "draws": found.draws,
-        "accuracy": proportion(found.share, found.labels).as_dict(),
-        **{k: v.as_dict() for k, v in votes(found).items()},
-        "clean": proportion(control.share, control.labels).as_dict(),
-        "difference": difference_of_means(control, found).as_dict(),
-    }

@@ -3,15 +3,17 @@
 Wilson 1927 for one 0/1 a patch; percentile bootstrap stratified by label for the rest; exact McNemar; Holm 1979.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 RESAMPLES = 2000
+_Z = float(norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,18 @@ class Estimate:
         return asdict(self)
 
 
-def wilson(successes: int, n: int) -> Estimate:
-    """Return a proportion with its Wilson interval; NaN throughout where n is 0."""
+def wilson(successes: float, n: int) -> Estimate:
+    """Return a proportion with its Wilson interval; NaN throughout where n is 0.
+
+    A patch may count as a fraction, its share of draws: that varies no more than a coin of the same mean, so that the
+    interval errs to the wide side.
+    """
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    interval = binomtest(successes, n).proportion_ci(method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high))
+    p = successes / n
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    return Estimate(p, 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half)
 
 
 def bootstrap(
@@ -68,21 +76,27 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
-def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Estimate:
-    """Return mean(second) - mean(first) of paired outcomes (N,), with Newcombe's score interval (1998, method 10)."""
+def paired_difference(first: NDArray[np.float64], second: NDArray[np.float64]) -> Estimate:
+    """Return mean(second) - mean(first) of paired outcomes, with Newcombe's score interval (1998, method 10).
+
+    Args:
+        first: (N,) outcomes, 0 or 1, or shares of draws between them, which enter the table as fractions of a patch.
+        second: (N,) of the same patches.
+    """
     n = len(first)
-    a, b = int((first & second).sum()), int((first & ~second).sum())
-    c, d = int((~first & second).sum()), int((~first & ~second).sum())
+    first, second = first.astype(float), second.astype(float)
+    a, d = float(np.minimum(first, second).sum()), float((1 - np.maximum(first, second)).sum())
+    b, c = float(np.maximum(first - second, 0).sum()), float(np.maximum(second - first, 0).sum())
     one, two = wilson(a + b, n), wilson(a + c, n)
     product = (a + b) * (c + d) * (a + c) * (b + d)
-    excess = float(a * d - b * c)
+    excess = a * d - b * c
     if excess > 0:  # continuity correction of the correlation
         excess = max(excess - n / 2, 0.0)
-    phi = excess / np.sqrt(product) if product else 0.0
-    difference = two.value - one.value
+    phi = excess / math.sqrt(product) if product > 0 else 0.0
+    difference = (c - b) / n
 
     def half(up: float, down: float) -> float:
-        return float(np.sqrt(max(up**2 - 2 * phi * up * down + down**2, 0.0)))
+        return math.sqrt(max(up**2 - 2 * phi * up * down + down**2, 0.0))
 
     low = difference - half(two.value - two.low, one.high - one.value)
     high = difference + half(two.high - two.value, one.value - one.low)

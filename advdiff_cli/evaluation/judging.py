@@ -1,7 +1,8 @@
-"""Predictions of a model on a patch set, kept in a file by their recipe."""
+"""What is derived from patch sets and kept beside them by its recipe: predictions, and small results as JSON."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,41 @@ from safetensors.torch import save_file
 from torch import nn
 
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.provenance import KEY, Provenance, canonical
+from advdiff_cli.data.provenance import KEY, Provenance, canonical, difference, same_recipe
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.metrics import Predictions, predict
 
 
-def judged(
+def kept_predictions(kept: Path, recipe: Provenance, *, overwrite: bool = False) -> Predictions | None:
+    """Return the predictions that `recipe` left at `kept`, a .safetensors file: p1 (N, R), labels (N,), index (N,).
+
+    None where there are none; AdvdiffError where others stand there that may not be replaced.
+    """
+    try:
+        with safe_open(kept, "numpy") as file:
+            standing = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            found = Predictions(file.get_tensor("labels"), file.get_tensor("p1"))
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return found if _is_of(kept, standing, recipe, overwrite) else None
+
+
+def predict_and_keep(
     model: nn.Module, patches: PatchSet, kept: Path, recipe: Provenance, device: torch.device,
     advance: Callable[[int], None], **judging: Any,
 ) -> Predictions:  # fmt: skip
-    """Return the predictions on `patches`, from `kept` where it holds those of `recipe`, and kept there else.
+    """Return the predictions on `patches`, which have labels, and keep them.
 
     Args:
         model: A classifier or a defended one.
-        patches: What is judged, with labels.
-        kept: A .safetensors file: p1 (N, R), labels (N,), index (N,).
-        recipe: Decides whether what is kept is up to date.
+        patches: What is judged.
+        kept: Where `kept_predictions` finds them.
+        recipe: What made them.
         device: Where to compute.
         advance: Called with the number of patches done.
         judging: As for `predict`.
     """
-    labels = patches.require_labels()
-    if (p1 := _load(kept, recipe)) is not None:
-        advance(len(labels))
-        return Predictions(labels, p1)
-    done = []
+    labels, done = patches.require_labels(), []
     for batch in predict(model, patches, device, **judging):
         done.append(batch)
         advance(len(batch))
@@ -49,9 +61,30 @@ def judged(
     return Predictions(labels, p1)
 
 
-def _load(kept: Path, recipe: Provenance) -> Any:
+def kept_result(kept: Path, recipe: Provenance, *, overwrite: bool = False) -> dict[str, Any] | None:
+    """Return the result that `recipe` left at `kept`, a JSON file; as `kept_predictions`."""
     try:
-        with safe_open(kept, "numpy") as file:
-            return file.get_tensor("p1") if (file.metadata() or {}).get(KEY) == canonical(recipe) else None
-    except (OSError, SafetensorError):
+        standing = json.loads(kept.read_text())
+    except (OSError, ValueError):
         return None
+    result: dict[str, Any] = standing["result"]
+    return result if _is_of(kept, standing["recipe"], recipe, overwrite) else None
+
+
+def keep_result(kept: Path, recipe: Provenance, result: Mapping[str, Any]) -> None:
+    """Keep a result where `kept_result` finds it."""
+    write_json(kept, {"recipe": recipe, "result": result})
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file by atomic rename; NaN is an error."""
+    fresh = path.with_name(path.name + ".part")
+    fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(fresh, path)
+
+
+def _is_of(kept: Path, standing: Provenance, recipe: Provenance, overwrite: bool) -> bool:
+    if not same_recipe(standing, recipe) and not overwrite:
+        what = difference(standing, recipe)
+        raise AdvdiffError(f"{kept} was made otherwise ({what}); give --overwrite or another --out")
+    return same_recipe(standing, recipe)

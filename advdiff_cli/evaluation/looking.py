@@ -1,6 +1,6 @@
 """A look at a defence's gradients, and the attack's unit test, over a patch set."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,10 @@ from advdiff_cli.purification.defended import DefendedClassifier
 BATCH = 32
 
 
-def look_at_gradients(model: nn.Module, patches: PatchSet, device: torch.device, *, eot: int, seed: int) -> Gradients:
+def look_at_gradients(
+    model: nn.Module, patches: PatchSet, device: torch.device, *,
+    eot: int, seed: int, advance: Callable[[int], None] = lambda count: None,
+) -> Gradients:  # fmt: skip
     """Return what the gradients at the clean patches look like, as means of `eot` draws, split in two halves."""
     zeros: list[NDArray[np.bool_]] = []
     cosines, probabilities = [], True
@@ -34,6 +37,7 @@ def look_at_gradients(model: nn.Module, patches: PatchSet, device: torch.device,
         if objective.random:
             cosines.append(cosine_similarity(halves[0], halves[1], dim=1).cpu().double().numpy())
         probabilities &= _probabilities(model, images, keys, seed)
+        advance(len(keys))
     zero = np.concatenate(zeros)
     values = np.concatenate(cosines) if cosines else None
     return Gradients(
@@ -55,7 +59,7 @@ def _probabilities(model: nn.Module, images: Tensor, keys: list[RowKey], seed: i
 
 def unit_test(
     model: nn.Module, classifier: nn.Module, patches: PatchSet, device: torch.device,
-    settings: Mapping[str, Any], seed: int,
+    settings: Mapping[str, Any], seed: int, advance: Callable[[int], None] = lambda count: None,
 ) -> UnitTest | None:  # fmt: skip
     """Run the binarisation test with an attack of `settings`; None where no example can be planted."""
     tested: list[Tested] = []
@@ -68,9 +72,9 @@ def unit_test(
         if one is None:
             return None
         tested.append(one)
+        advance(len(keys))
     exists, broken, chance = (
-        torch.cat([getattr(t, name) for t in tested])[: len(patches)].numpy()
-        for name in ("exists", "broken", "by_chance")
+        torch.cat([getattr(t, name) for t in tested]).numpy() for name in ("exists", "broken", "by_chance")
     )
     n = int(exists.sum())
     if n == 0:

@@ -9,9 +9,10 @@ from advdiff_cli.attacks import pgd
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.alarms import UnitTest, alarms, not_above
 from advdiff_cli.evaluation.binarisation import binarisation_test
-from advdiff_cli.evaluation.climbing import worst
+from advdiff_cli.evaluation.climbing import Climb, Subject
+from advdiff_cli.evaluation.conclusions import conclusions, worst
 from advdiff_cli.evaluation.intervals import wilson
-from advdiff_cli.evaluation.ladder import PRESETS, Rung, ladder
+from advdiff_cli.evaluation.ladder import PRESETS, Preset, Rung, ladder
 from advdiff_cli.evaluation.looking import look_at_gradients
 from advdiff_cli.evaluation.metrics import Predictions, figures, votes
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
@@ -50,6 +51,15 @@ def drawn(share, n=200, draws=4, seed=0):
     labels = np.arange(n) % 2
     right = rng.random((n, draws)) < share
     return Predictions(labels, np.where(right, labels[:, None], 1 - labels[:, None]).astype(float))
+
+
+def test_a_few_patches_alone_never_fail_an_alarm():
+    """Four of 100 changed in one direction: McNemar's p is 0.125; over many draws it is no more certain."""
+    for draws in (1, 21):
+        p1 = np.ones((100, draws))
+        p1[:4] = 0
+        worse, better = Predictions(np.ones(100, int), p1), Predictions(np.ones(100, int), np.ones((100, draws)))
+        assert not_above("x", "a", "b", {"a": better, "b": worse}).status == "warn"
 
 
 def test_votes_and_means_of_a_known_table():
@@ -147,6 +157,42 @@ def test_planted_gradient_masking_is_seen(few):
     assert seen.zero.value > 0.5
     failed = {a.name for a in alarms([], {}, seen, None) if a.status == "fail"}
     assert failed == {"gradients are not zero", "outputs are logits"}
+
+
+SPEND = Preset(patches=40, steps=12, eot=1, queries=60, draws=1)
+
+
+def climbed(model, test_x, folder):
+    """The alarms of the whole ladder on a model, by status."""
+    folder.mkdir()
+    climb = Climb(Subject(model, "planted"), open_patches(test_x), SPEND, folder, 0, "fp32", 40, CPU)
+    rungs, judged = ladder(SPEND, EPS, defended=False), {}
+    for rung in rungs:
+        list(climb.attack(rung) if rung.settings else ())
+        judged[rung.name] = climb.judge(rung, lambda count: None)
+    settings = next(r.settings for r in rungs if r.name == "pgd")
+    found = conclusions(
+        rungs, judged, EPS, climb.gradients(lambda count: None), climb.unit_test(settings, lambda count: None)
+    )
+    assert len(found["alarms"]) > 12
+    return {
+        status: {a["name"] for a in found["alarms"] if a["status"] == status} for status in ("pass", "warn", "fail")
+    }
+
+
+def test_an_undefended_model_trips_no_alarm(test_x, tmp_path):
+    found = climbed(Net(), test_x, tmp_path / "ladder")
+    assert not found["warn"] | found["fail"]
+
+
+def test_rounding_inside_the_model_trips_alarms(test_x, tmp_path):
+    found = climbed(Net(before=round_to_8_bits), test_x, tmp_path / "ladder")
+    assert {"gradients are not zero", "the attack passes its unit test"} <= found["fail"]
+
+
+def test_a_saturating_softmax_trips_alarms(test_x, tmp_path):
+    found = climbed(Net(after=lambda z: (z * 1e4).softmax(1)), test_x, tmp_path / "ladder")
+    assert {"gradients are not zero", "outputs are logits"} <= found["fail"]
 
 
 def test_an_undefended_model_is_seen_to_be_sound(few):
