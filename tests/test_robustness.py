@@ -77,7 +77,9 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, class
         "attack", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1, "--steps", 2,
         "--eot", 2, "--batch-size", B, "--shuffle-seed", 0, "--limit", N, "-o", out / "pgd.safetensors",
     ]  # fmt: skip
-    assert "up to date" in advdiff(*attack).err
+    assert "up to date" in advdiff(*attack).err  # at the precision it was begun with
+    assert "precision" in advdiff(*attack, "--precision", "bf16", code=1).err
+    assert "gradients underflow" in advdiff(*command, "-o", out, "--precision", "fp16", code=1).err
     assert "--only nonsense: there is no such rung" in advdiff(*command, "-o", out, "--only", "nonsense", code=1).err
 
 

@@ -100,20 +100,21 @@ class Target:
     follow: DefendedClassifier | None = None
 
 
-def aim(classifier: nn.Module, purifier: Purifier | None, settings: Mapping[str, Any]) -> Target:
+def aim(
+    classifier: nn.Module, purifier: Purifier | None, settings: Mapping[str, Any], precision: str = "fp32"
+) -> Target:
     """Return the target of an attack with these settings on a classifier behind a purifier, or on it alone."""
     gradient = settings.get("gradient", "full")
     if purifier is None or gradient == "blind":
         return Target(classifier)
-    defended = DefendedClassifier(purifier, classifier).eval()
+    defended = DefendedClassifier(purifier, classifier, precision).eval()
     if gradient == "bpda":
-        return Target(defended, StraightThrough(purifier, classifier).eval())
+        return Target(defended, StraightThrough(purifier, classifier, precision).eval())
     if gradient == "surrogate":
         if not isinstance(purifier, DiffusionPurifier):
             raise AdvdiffError("--gradient surrogate is of a diffusion model's sampler; NoiseDefense has none")
-        return Target(
-            defended, DefendedClassifier(purifier.with_steps(settings["attack_sampler_steps"]), classifier).eval()
-        )
+        fewer = purifier.with_steps(settings["attack_sampler_steps"])
+        return Target(defended, DefendedClassifier(fewer, classifier, precision).eval())
     return Target(defended)
 
 

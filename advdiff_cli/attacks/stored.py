@@ -13,7 +13,7 @@ from advdiff_cli.data.writer import PatchWriter
 
 def attack_recipe(
     settings: Mapping[str, Any], seed: int, batch_size: int, data: Provenance, classifier: str,
-    defence: Mapping[str, Any] | None, ddpm: str | None,
+    defence: Mapping[str, Any] | None, ddpm: str | None, precision: str = "fp32",
 ) -> Provenance:  # fmt: skip
     """Return the recipe of an attack.
 
@@ -25,8 +25,11 @@ def attack_recipe(
         classifier: Fingerprint of the classifier.
         defence: Parameters of the defence, or None.
         ddpm: Fingerprint of its diffusion model, or None.
+        precision: Of the purifier, where the attack goes through it.
     """
-    parameters = {**settings, "seed": seed, "batch_size": batch_size, "precision": "fp32", **(defence or {})}
+    through = defence is not None and settings["method"] != "random" and settings.get("gradient") != "blind"
+    exact = precision if through else "fp32"
+    parameters = {**settings, "seed": seed, "batch_size": batch_size, "precision": exact, **(defence or {})}
     models = {"classifier": classifier} | ({} if defence is None else {"ddpm": ddpm})
     return recipe("attack", parameters, data=data, **models)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import asked_defence
+from advdiff_cli.commands.defending import asked_defence, attack_precision
 from advdiff_cli.commands.opening import open_selected
 
 _BATCH = 32
@@ -77,13 +77,14 @@ def attack(
     shuffle_seed: options.ShuffleSeed = None,
     shard: options.Shard = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     batch_size: options.BatchSize = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Attack a classifier, or the defence before it (-m or --defense) by a gradient through it; in fp32.
+    """Attack a classifier, or the defence before it (-m or --defense) by a gradient through it.
 
     Prints what the stored attack achieves: accuracy before and after, the share on the ball's surface, and the accuracy
     that is left after rounding to 8 bits inside the ball. Run again, it goes on where it was stopped.
@@ -110,14 +111,16 @@ def attack(
         "gradient": gradient, "eot": eot, "attack_sampler_steps": attack_sampler_steps, "fixed_draw": fixed_draw,
     }  # fmt: skip
     settings = resolve(method, norm, eps, asked, defended=defence is not None)
-    judged = model if defence is None else defence.before(model, chip)
-    target = aim(model, None if defence is None else defence.purifier, settings)
-    batch = batch_size or writer.begun(out).get("batch_size", _BATCH)
+    begun = writer.begun(out)
+    batch = batch_size or begun.get("batch_size", _BATCH)
+    exact = attack_precision(begun.get("precision", "auto") if precision == "auto" else precision, chip)
     made_by = attack_recipe(
         settings, seed, batch, patches.recipe_input(), zoo.fingerprint(folder),
-        None if defence is None else defence.parameters, None if defence is None else defence.model,
+        None if defence is None else defence.parameters, None if defence is None else defence.model, exact,
     )  # fmt: skip
     parameters = made_by["parameters"]
+    judged = model if defence is None else defence.before(model, chip, exact)
+    target = aim(model, None if defence is None else defence.purifier, settings, exact)
     part = writer.shard_rows(len(patches), batch, cast("Any", shard))
     if dry_run:
         plan = {

@@ -24,11 +24,11 @@ class Defence:
     parameters: dict[str, Any]
     model: str | None
 
-    def before(self, classifier: "nn.Module", chip: "Chip") -> "DefendedClassifier":
-        """Return the defended classifier on the device, its parameters frozen."""
+    def before(self, classifier: "nn.Module", chip: "Chip", precision: str) -> "DefendedClassifier":
+        """Return the defended classifier on the device, purifying at a precision, its parameters frozen."""
         from advdiff_cli.purification.defended import DefendedClassifier
 
-        return DefendedClassifier(self.purifier, classifier).to(chip).requires_grad_(False).eval()
+        return DefendedClassifier(self.purifier, classifier, precision).to(chip).requires_grad_(False).eval()
 
 
 def asked_defence(
@@ -82,3 +82,12 @@ def build_defence(
     return Defence(
         DiffusionPurifier(model, **settings).eval(), {"defense": "ddpm", **settings}, zoo.fingerprint(folder)
     )
+
+
+def attack_precision(asked: str, chip: "Chip") -> str:
+    """Return the precision at which a purifier is attacked; AdvdiffError where gradients underflow in it."""
+    from advdiff_cli.models.device import resolve_precision
+
+    if asked == "fp16":
+        raise AdvdiffError("--precision fp16: gradients underflow in it; attack in bf16 or fp32")
+    return resolve_precision(asked, chip)

@@ -70,8 +70,9 @@ def evaluate(
         raise AdvdiffError("--draws is of a defence's noise: give -m, or --defense noise")
     judging: dict[str, Any] = {}
     if defence is not None:
-        judging = {"draws": draws or _DRAWS, "seed": seed, "precision": resolve_precision(precision, chip)}
-        model = defence.before(model, chip)
+        judging = {"draws": draws or _DRAWS, "seed": seed}
+        exact = resolve_precision(precision, chip)
+        model = defence.before(model, chip, exact)
     evaluated = []
     with console.progress(sum(map(len, sets)), "evaluate", quiet=quiet) as advance:
         for name, patches in zip(data, sets, strict=True):
@@ -79,7 +80,7 @@ def evaluate(
     if predictions is not None:
         _write_predictions(predictions, evaluated, sets)
     result: dict[str, Any] = {
-        "defence": None if defence is None else defence.parameters | judging,
+        "defence": None if defence is None else {**defence.parameters, **judging, "precision": exact},
         "sets": [_plain(e.as_dict()) for e in evaluated],
         "comparisons": compare(evaluated),
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import Defence, asked_defence
+from advdiff_cli.commands.defending import Defence, asked_defence, attack_precision
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
 
@@ -60,7 +60,7 @@ def robustness(
     from advdiff_cli.evaluation.climbing import Climb
     from advdiff_cli.evaluation.judging import write_json
     from advdiff_cli.evaluation.ladder import PRESETS, ladder
-    from advdiff_cli.models.device import resolve_device, resolve_precision
+    from advdiff_cli.models.device import resolve_device
 
     options.need_positive(eps=eps)
     if out.exists() and not out.is_dir():
@@ -74,12 +74,12 @@ def robustness(
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
     patches.require_shape()
-    subject = _subject(classifier, asked_defence(defense, ddpm, t_star, sampler, sampler_steps), chip)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps)
+    subject = _subject(classifier, defence, attack_precision(precision, chip), chip)
     rungs = _chosen(
         ladder(spend, eps, defended=subject.purifier is not None, substitute=bool(subject.sampler_steps)), only
     )
-    exact = resolve_precision(precision, chip)
-    climb = Climb(subject, patches, spend, out, seed, exact, batch_size or _BATCH, chip, overwrite)
+    climb = Climb(subject, patches, spend, out, seed, batch_size or _BATCH, chip, overwrite)
     tested = next(r.settings for r in rungs if r.name == "pgd") if only is None else None
     plan = climb.costs(rungs, tested)
     heading = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {preset}, {spend.draws} judging draws"
@@ -95,7 +95,7 @@ def robustness(
     console.emit(result, f"{heading}\n{_text(result)}", brief, as_json=as_json, quiet=quiet)
 
 
-def _subject(classifier: str, defence: Defence | None, chip: Any) -> "Subject":
+def _subject(classifier: str, defence: Defence | None, precision: str, chip: Any) -> "Subject":
     from advdiff_cli.evaluation.climbing import Subject
     from advdiff_cli.models import zoo
 
@@ -103,7 +103,8 @@ def _subject(classifier: str, defence: Defence | None, chip: Any) -> "Subject":
     model, fingerprint = zoo.frozen_classifier(folder, chip), zoo.fingerprint(folder)
     if defence is None:
         return Subject(model, fingerprint)
-    return Subject(model, fingerprint, defence.before(model, chip).purifier, defence.parameters, defence.model)
+    purifier = defence.before(model, chip, precision).purifier
+    return Subject(model, fingerprint, purifier, defence.parameters, defence.model, precision)
 
 
 def _climbed(
@@ -127,11 +128,11 @@ def _climbed(
                 else:
                     found = climb.unit_test(tested, advance)
     subject = climb.subject
-    settings = {"eps": eps, **asdict(climb.spend), "seed": climb.seed, "precision": climb.precision}
+    settings = {"eps": eps, **asdict(climb.spend), "seed": climb.seed, "batch_size": climb.batch_size}
     result = {
         "out": str(climb.out),
         "recipe": recipe(
-            "robustness", {**settings, "batch_size": climb.batch_size, **(subject.defence or {})},
+            "robustness", {**settings, **subject.settings},
             data=climb.patches.recipe_input(), classifier=subject.fingerprint, ddpm=subject.ddpm,
         ),
         "eps": eps,

@@ -34,18 +34,26 @@ LOOKED_AT = 64  # patches whose gradients are looked at, and that the attack's u
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a classifier, alone or behind a purifier, with what names each in a recipe."""
+    """What is evaluated: a classifier, alone or behind a purifier, and what names each in a recipe."""
 
     classifier: nn.Module
     fingerprint: str
     purifier: Purifier | None = None
     defence: Mapping[str, Any] | None = None
     ddpm: str | None = None
+    precision: str = "fp32"
 
     @cached_property
     def model(self) -> nn.Module:
         """The classifier, or the defended one."""
-        return self.classifier if self.purifier is None else DefendedClassifier(self.purifier, self.classifier).eval()
+        if self.purifier is None:
+            return self.classifier
+        return DefendedClassifier(self.purifier, self.classifier, self.precision).eval()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the defence enters a recipe; nothing where there is none."""
+        return {} if self.defence is None else {**self.defence, "precision": self.precision}
 
     @property
     def sampler_steps(self) -> int:
@@ -64,7 +72,6 @@ class Climb:
         out: Folder of the rungs, NAME.safetensors and NAME.predictions.safetensors each, of checks, NAME.json, and
             of the seconds all that took.
         seed: Of attacks and judging draws.
-        precision: Of the purifier when it is judged.
         batch_size: Patches attacked at once.
         device: Where to compute.
         overwrite: Whether what another recipe made may be replaced.
@@ -75,7 +82,6 @@ class Climb:
     spend: Preset
     out: Path
     seed: int
-    precision: str
     batch_size: int
     device: torch.device
     overwrite: bool = False
@@ -88,7 +94,9 @@ class Climb:
         """Return the recipe of a rung's attack: that of the attack command where the defence itself is attacked."""
         s = self.subject
         defence, ddpm = (s.defence, s.ddpm) if rung.before == "defence" else (self._substitute()[1], None)
-        return attack_recipe(rung.settings, self.seed, self.batch_size, self._data, s.fingerprint, defence, ddpm)
+        return attack_recipe(
+            rung.settings, self.seed, self.batch_size, self._data, s.fingerprint, defence, ddpm, s.precision
+        )
 
     def _substitute(self) -> tuple[Purifier, dict[str, Any]]:
         """Return NoiseDefense at the defence's t*: a model like it that has no diffusion model in it."""
@@ -108,7 +116,7 @@ class Climb:
             return
         yield int(sink.finished.sum())
         purifier = self.subject.purifier if rung.before == "defence" else self._substitute()[0]
-        target = aim(self.subject.classifier, purifier, rung.settings)
+        target = aim(self.subject.classifier, purifier, rung.settings, self.subject.precision)
         with self._watch(made_by, anew=not sink.finished.any()) as watch:
             for count in attack_rows(target, made_by["parameters"], self.patches, sink, self.device):
                 watch.lap()
@@ -120,9 +128,9 @@ class Climb:
         judging: dict[str, Any] = {}
         if defended:
             draws = self.spend.draws if rung.judged == "all" else 1
-            judging = {"draws": draws, "seed": self.seed, "precision": self.precision}
+            judging = {"draws": draws, "seed": self.seed}
         made_by = recipe(
-            "judge", {**judging, **(self.subject.defence or {})},
+            "judge", {**judging, **self.subject.settings},
             data=self.recipe(rung) if rung.settings else self._data,
             classifier=self.subject.fingerprint, ddpm=self.subject.ddpm,
         )  # fmt: skip
@@ -165,9 +173,7 @@ class Climb:
 
     def _check(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         s, kept = self.subject, self.out / f"{name}.json"
-        made_by = recipe(
-            name, {**settings, **(s.defence or {})}, data=self._data, classifier=s.fingerprint, ddpm=s.ddpm
-        )
+        made_by = recipe(name, {**settings, **s.settings}, data=self._data, classifier=s.fingerprint, ddpm=s.ddpm)
         found = kept_result(kept, made_by, overwrite=self.overwrite)
         if found is None:
             found = make()

@@ -11,7 +11,6 @@ from torch import nn
 
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.evaluation.intervals import Estimate, bootstrap, wilson
-from advdiff_cli.models.device import autocast
 from advdiff_cli.purification.defended import DefendedClassifier
 
 BATCH = 64
@@ -69,9 +68,9 @@ class Predictions:
 @torch.inference_mode()
 def predict(
     model: nn.Module, patches: PatchSet, device: torch.device, *,
-    draws: int = 1, seed: int = 0, precision: str = "fp32", first_draw: int = 0,
+    draws: int = 1, seed: int = 0, first_draw: int = 0,
 ) -> Iterator[NDArray[np.float64]]:  # fmt: skip
-    """Yield p1 (B, R) of one batch of `patches` after another; the classifier runs in fp32.
+    """Yield p1 (B, R) of one batch of `patches` after another.
 
     Args:
         model: A classifier (R = 1), or a `DefendedClassifier`.
@@ -80,7 +79,6 @@ def predict(
         draws: R, draws of the defence's noise, from the evaluation streams of `seed`, which no attack sees; a row's are
             named by its index in the origin set.
         seed: Of those streams.
-        precision: Of the purifier.
         first_draw: The first of the R draws.
     """
     size = DRAWN_BATCH if isinstance(model, DefendedClassifier) else BATCH
@@ -93,9 +91,7 @@ def predict(
             logits = []
             for draw in range(first_draw, first_draw + draws):
                 noise = model.noise(images, rows=keys, seed=seed, purpose="evaluate", draw=draw)
-                with autocast(precision, device):
-                    purified = model.purified(images, noise).float()
-                logits.append(model.classifier(purified))
+                logits.append(model(images, noise))
         else:
             logits = [model(images)]
         p1 = torch.stack([z.cpu().double().softmax(1)[:, 1] for z in logits], 1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from advdiff_cli.data.streams import RowKey, RowStreams
+from advdiff_cli.models.device import autocast
 from advdiff_cli.purification.purifier import Purifier
 
 
@@ -26,9 +27,10 @@ class DefendedClassifier(nn.Module):
     freezes the noise, for tools that take a model to be a function.
     """
 
-    def __init__(self, purifier: Purifier, classifier: nn.Module) -> None:
-        """Put `purifier` before `classifier`."""
+    def __init__(self, purifier: Purifier, classifier: nn.Module, precision: str = "fp32") -> None:
+        """Put `purifier`, which computes at `precision` (fp32, bf16 or fp16), before `classifier`."""
         super().__init__()
+        self.precision = precision
         self.purifier = purifier
         self.classifier = classifier
 
@@ -39,8 +41,9 @@ class DefendedClassifier(nn.Module):
 
     def purified(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return what the classifier sees (B, 3, H, W)."""
-        images = self.purifier(images, noise)
-        return images
+        with autocast(self.precision, images.device):
+            purified: Tensor = self.purifier(images, noise)
+        return purified.to(images.dtype)
 
     def noise(
         self, images: Tensor, *, rows: Sequence[RowKey], seed: int, purpose: str, draw: int = 0, restart: int = 0
@@ -77,7 +80,7 @@ class StraightThrough(DefendedClassifier):
     def purified(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return what the classifier sees, with the gradient of the images themselves."""
         with torch.no_grad():
-            purified = self.purifier(images, noise)
+            purified = super().purified(images, noise)
         passed: Tensor = _Identity.apply(images, purified)
         return passed
 

@@ -165,7 +165,7 @@ SPEND = Preset(patches=40, steps=12, eot=1, queries=60, draws=1)
 def climbed(model, test_x, folder):
     """The alarms of the whole ladder on a model, by status."""
     folder.mkdir()
-    climb = Climb(Subject(model, "planted"), open_patches(test_x), SPEND, folder, 0, "fp32", 40, CPU)
+    climb = Climb(Subject(model, "planted"), open_patches(test_x), SPEND, folder, 0, 40, CPU)
     rungs, judged = ladder(SPEND, EPS, defended=False), {}
     for rung in rungs:
         list(climb.attack(rung) if rung.settings else ())

@@ -48,6 +48,17 @@ def test_checkpointing_changes_nothing(model, classifier, images, sampler, steps
     assert checkpointed.abs().sum() > 0
 
 
+def test_bf16_bends_the_gradient_a_little(model, classifier, images):
+    """The classifier and the pixels stay in fp32, forward and backward, through checkpoints too."""
+    purifier = DiffusionPurifier(model, 0.1, "ddpm", 2)
+    full, half = (DefendedClassifier(purifier, classifier, precision) for precision in ("fp32", "bf16"))
+    noise = full.noise(images, rows=ROWS, seed=0, purpose="x")
+    assert half.purified(images, noise).dtype == half(images, noise).dtype == torch.float32
+    one, other = gradient(full, images, noise), gradient(half, images, noise)
+    assert not torch.equal(one, other)
+    assert torch.cosine_similarity(one.flatten(1), other.flatten(1)).min() > 0.99
+
+
 class Network(nn.Module):
     """A smooth noise predictor that stands where the U-Net does."""
 
