@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Peak memory of purify and attack over the number of patches, for every form of patch set.
+"""Peak memory of purify and attack over the number of patches, and of a gradient over draws and sampler steps.
 
     python benchmarks/memory.py WORK_DIR [--sizes 1000 10000]
 
 Random patches of 96x96 in each form; `purify` with one step of the bundled synthetic-ddpm, `attack` with one on the
 bundled synthetic-classifier, each in a process of its own, whose peak resident memory (VmHWM) is reported. Memory that
 grew with N would show: 10,000 patches are 1.1 GB as float32.
+
+Then `attack -m` on 8 patches of synthetic tissue, in one step of exact gradients: over the draws that one averages, and
+over the reverse steps it goes back through.
 """
 
 import argparse
@@ -63,12 +66,32 @@ def peak(*arguments: object) -> float:
     return int(done.stderr.split()[-1]) / 1024
 
 
+def gradients(work: Path, ddpm: str) -> None:
+    """Print the peak memory of exact gradients over draws, and over sampler steps."""
+    tissue, models = work / "tissue.safetensors", ["-c", "synthetic-classifier", "-m", ddpm, "--t-star", "0.1"]
+    peak("synthesize", "-n", 8, "-o", tissue, "-q")
+    for name, cases in (
+        ("draws", [(1, 1), (4, 1), (16, 1)]),
+        ("sampler steps", [(1, 1), (1, 4), (1, 16)]),
+    ):
+        for eot, steps in cases:
+            how = [*models, "--steps", 1, "--eot", eot, "--sampler-steps", steps, "--batch-size", 8]
+            used = peak("attack", tissue, *how, "-o", work / "adv.safetensors", "-q", "--overwrite")
+            print(f"exact gradient, {name:13} {eot if name == 'draws' else steps:2}  {used:6.0f} MB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[1000, 10_000], help="numbers of patches; none: gradients alone"
+    )
+    parser.add_argument("-m", dest="ddpm", default="pcam-ddpm", help="diffusion model of the gradients")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    gradients(args.work, args.ddpm)
+    if not args.sizes:
+        return
     print(f"peak memory, MB: {'  '.join(f'n = {n}' for n in args.sizes)}")
     for form in ("safetensors", "hdf5", "pcam", "folder"):
         sets = [make(form, n, args.work) for n in args.sizes]

@@ -89,7 +89,7 @@ def attack(
     Prints what the stored attack achieves: accuracy before and after, the share on the ball's surface, and the accuracy
     that is left after rounding to 8 bits inside the ball. Run again, it goes on where it was stopped.
 
-    Example: advdiff attack test.h5 -c classifier --eps 2/255 -o adv.safetensors
+    Example: advdiff attack test.h5 -c pcam-resnet18 --eps 2/255 -o adv.safetensors
     """
     from advdiff_cli.attacks.plan import aim, resolve
     from advdiff_cli.attacks.stored import attack_recipe

@@ -51,7 +51,7 @@ def evaluate(
     draws right. Name the clean set beside an attacked one, as its control. Sets of the same rows are compared in pairs.
     Patches of one slide resemble each other, so intervals over patches are too narrow where slides are not known.
 
-    Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c classifier
+    Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
     from advdiff_cli.evaluation.comparing import compare
     from advdiff_cli.models import zoo

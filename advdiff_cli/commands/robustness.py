@@ -55,7 +55,7 @@ def robustness(
     the folder --out, made once and resumed; robustness.json holds the result of the whole ladder. Unless --range names
     rows, a shuffled selection is judged, as large as the preset or --limit says.
 
-    Example: advdiff robustness test.h5 -c classifier -m ddpm --preset quick -o ladder/
+    Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o ladder/
     """
     from advdiff_cli.evaluation.climbing import Climb
     from advdiff_cli.evaluation.judging import write_json
