@@ -10,10 +10,10 @@
 set -euo pipefail
 PCAM=$1 OUT=$2
 : "${EPOCHS:=12}" "${STEPS:=4500}"         # classifier epochs, DDPM optimiser steps
-: "${ADAPT_EPOCHS:=1}"                     # more epochs on train patches and on the same ones purified
-: "${ADAPT_T_STARS:=0.1 0.2}"              # to these fractions of T
+: "${ADAPT_EPOCHS:=4}"                     # more epochs on train patches and on the same ones purified
+: "${ADAPT_T_STARS:=0.2 0.25}"             # to these fractions of T
 : "${VALID_N:=640}"                        # valid patches that choose t*
-: "${T_STARS:=0.07 0.1 0.15 0.2}"          # fractions of T to choose from
+: "${T_STARS:=0.1 0.15 0.2 0.25}"          # fractions of T to choose from
 : "${SAMPLER_STEPS:=1}"                    # U-Net evaluations a patch
 : "${PRESET:=s2d2}" "${ARCH:=resnet18}" "${ATTACK_STEPS:=40}" "${TEST_N:=1000000}"
 mkdir -p "$OUT"
@@ -55,7 +55,7 @@ for t in $ADAPT_T_STARS; do
     advdiff purify "$(split train)" -m "$OUT/ddpm" --t-star "$t" --sampler-steps 1 -o "$OUT/train-$t.h5" -q
 done
 advdiff train-classifier "$(split train)" "${lossless[@]}" "${purified[@]}" --valid "$(split valid)" \
-    --arch "$ARCH" --init "$OUT/classifier" -o "$OUT/adapted" --epochs "$ADAPT_EPOCHS" --learning-rate 3e-4 ${CLASSIFIER_OPTIONS:-}
+    --arch "$ARCH" --init "$OUT/classifier" -o "$OUT/adapted" --epochs "$ADAPT_EPOCHS" --learning-rate 5e-4 ${CLASSIFIER_OPTIONS:-}
 choose "$OUT/adapted"
 echo "chosen on valid: t* $chosen" >&2
 python - "$OUT/ddpm" "$chosen" "$SAMPLER_STEPS" <<'PY' # what `advdiff purify -m` takes as its default from here on
