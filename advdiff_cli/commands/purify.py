@@ -44,7 +44,7 @@ def purify(
     Run again, it goes on where it was stopped; a folder gets new, changed and failed files only (exit 3 while any
     fails).
 
-    Example: advdiff purify patches/ -m ddpm -o purified/
+    Example: advdiff purify patches/ -o purified/
     """
     from advdiff_cli.data import folder_writer, writer
     from advdiff_cli.data.provenance import recipe
