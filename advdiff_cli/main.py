@@ -68,7 +68,10 @@ def main() -> None:
         signal.signal(signum, _stop)
     debug = os.environ.get("ADVDIFF_DEBUG") == "1"
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a closed pipe shows here, not while the interpreter ends
     except AdvdiffError as e:
         if debug:
             raise
