@@ -70,8 +70,10 @@ def main() -> None:
     try:
         try:
             app()
-        finally:
-            sys.stdout.flush()  # a closed pipe shows here, not while the interpreter ends
+        except SystemExit:
+            if sys.stdout:
+                sys.stdout.flush()  # a closed pipe shows here, not while the interpreter ends
+            raise
     except AdvdiffError as e:
         if debug:
             raise

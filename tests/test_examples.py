@@ -25,13 +25,14 @@ def run(script, *arguments, **settings):
 def test_pcam_pipeline(patches, tmp_path):
     small = {
         "EPOCHS": "1", "STEPS": "2", "VALID_N": "6", "T_STARS": "0.05", "ADAPT_T_STARS": "0.1",
+        "NOISE_T_STARS": "0.04",
         "ATTACK_STEPS": "1", "TEST_N": "8",
         "PRESET": "tiny", "ARCH": "shufflenet_v2_x0_5",
         "CLASSIFIER_OPTIONS": "--batch-size 16", "DDPM_OPTIONS": "--batch-size 4",
     }  # fmt: skip
     done = run("pcam_pipeline.sh", patches, tmp_path, **small)
     assert done.returncode == 0, done.stderr
-    chosen = re.search(r"chosen on valid: t\* (0\.\d+)", done.stderr)[1]
+    chosen = re.search(r"^chosen on valid: t\* (0\.\d+)", done.stderr, re.M)[1]
     assert load_card(tmp_path / "ddpm").recommended == Purification(float(chosen), "ddpm", 1)
     for name in ("test", "lossless"):
         assert (tmp_path / f"{name}.json").is_file()

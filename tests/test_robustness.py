@@ -12,6 +12,7 @@ import pytest
 
 from advdiff_cli.evaluation import ladder
 from advdiff_cli.evaluation.ladder import Preset
+from advdiff_cli.evaluation.stopwatch import Stopwatch
 
 N, B = 4, 2
 
@@ -28,7 +29,7 @@ def command(test_x, classifier, ddpm):
 
 
 def timeless(result):
-    assert all(r["seconds"] > 0 for r in result["rungs"])
+    assert all(r["seconds"] >= 0 for r in result["rungs"])
     return {**result, "out": "", "rungs": [{**r, "seconds": 0} for r in result["rungs"]]}
 
 
@@ -80,7 +81,36 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, class
     assert "up to date" in advdiff(*attack).err  # at the precision it was begun with
     assert "precision" in advdiff(*attack, "--precision", "bf16", code=1).err
     assert "gradients underflow" in advdiff(*command, "-o", out, "--precision", "fp16", code=1).err
+    words = [w for w in command if w not in ("--precision", "fp32", "--batch-size", B)]
+    again = advdiff(*words, "-o", out, "--only", "pgd", "--json").json  # precision and batch size of what is there
+    assert (again["recipe"]["parameters"]["precision"], again["recipe"]["parameters"]["batch_size"]) == ("fp32", B)
     assert "--only nonsense: there is no such rung" in advdiff(*command, "-o", out, "--only", "nonsense", code=1).err
+
+
+def test_precision_of_attack_and_judging(advdiff, test_x, classifier, ddpm, tmp_path):
+    defence = ["-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1]
+    attack = ["attack", test_x, "--limit", 2, "-c", classifier, *defence, "--steps", 1, "--batch-size", 2]
+    blind = advdiff(*attack, "--gradient", "blind", "--precision", "bf16", "-o", tmp_path / "a.h5", "--json").json
+    assert (blind["parameters"]["precision"], blind["precision"]) == ("fp32", "bf16")
+    words = ["--gradient", "full", "--eot", 1, "--overwrite", "--precision", "bf16", "-o", tmp_path / "a.h5"]
+    assert advdiff(*attack, *words, "--json").json["parameters"]["precision"] == "bf16"
+    judge = ["evaluate", test_x, tmp_path / "a.h5", "--limit", 2, "-c", classifier, *defence, "--draws", 1]
+    assert "in bf16 and is judged in fp32" in advdiff(*judge, "--precision", "fp32").err
+    assert "is judged" not in advdiff(*judge, "--precision", "bf16").err
+
+
+def test_seconds_add_up_over_runs(tmp_path):
+    watches = [Stopwatch(tmp_path / "s.jsonl", {"a": 1}, anew=anew) for anew in (True, True, False)]
+    for watch in watches:
+        with watch:
+            time.sleep(0.02)
+    with (tmp_path / "s.jsonl").open("a") as file:
+        file.write('{"of": "half a li')
+    with Stopwatch(tmp_path / "s.jsonl", {"a": 2}):
+        pass
+    laps = [json.loads(line)["seconds"] for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert watches[0].spent() == pytest.approx(laps[1] + laps[2])  # what came before it was begun anew is forgotten
+    assert min(laps[:3]) > 0.01
 
 
 def test_undefended(advdiff, test_x, classifier, tmp_path):
@@ -97,18 +127,20 @@ def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
     words = [*command, "--only", "pgd", "--only", "blind"]
     expected = advdiff(*words, "-o", whole, "--json").json
     code = (
-        "import sys; from advdiff_cli.evaluation import ladder; from advdiff_cli.main import main\n"
+        "from advdiff_cli.data import writer; from advdiff_cli.evaluation import ladder\n"
+        "from advdiff_cli.main import main; writer._FLUSH_SECONDS = 0\n"
         f"ladder.PRESETS['quick'] = ladder.Preset({N}, 2, 2, 2, 3)\n"
         "main()"
     )
     run = [sys.executable, "-c", code, *map(str, words), "-o", str(killed)]
-    part = killed / "pgd.safetensors.part"
+    rows = killed / "pgd.safetensors.part.rows"
     process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not part.exists():
+    while process.poll() is None and not (rows.exists() and rows.read_text().count("\n") > 1):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (killed / "pgd.safetensors").exists()
+    assert rows.exists()
     result = advdiff(*words, "-o", killed, "--json").json
     assert timeless(result) == timeless(expected)
 

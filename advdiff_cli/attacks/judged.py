@@ -46,7 +46,7 @@ def judge(
     model: nn.Module, clean: PatchSet, adv: PatchSet, first: int, eps: float, norm: Norm, device: torch.device,
     seed: int = 0, draws: int = DRAWS,
 ) -> Achieved:  # fmt: skip
-    """Judge the stored rows of `adv`, which were made from the rows of `clean` from position `first` on, in fp32.
+    """Judge the stored rows of `adv`, which were made from the rows of `clean` from position `first` on.
 
     A defended classifier is judged over the first `draws` evaluation draws of `seed`.
     """

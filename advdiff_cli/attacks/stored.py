@@ -27,11 +27,20 @@ def attack_recipe(
         ddpm: Fingerprint of its diffusion model, or None.
         precision: Of the purifier, where the attack goes through it.
     """
-    through = defence is not None and settings["method"] != "random" and settings.get("gradient") != "blind"
-    exact = precision if through else "fp32"
-    parameters = {**settings, "seed": seed, "batch_size": batch_size, "precision": exact, **(defence or {})}
+    whole = {**settings, **(defence or {})}
+    exact = precision if goes_through(whole) else "fp32"
+    parameters = {**whole, "seed": seed, "batch_size": batch_size, "precision": exact}
     models = {"classifier": classifier} | ({} if defence is None else {"ddpm": ddpm})
     return recipe("attack", parameters, data=data, **models)
+
+
+def goes_through(parameters: Mapping[str, Any]) -> bool:
+    """Tell whether these are of an attack, with its defence's, that computes the purifier."""
+    return (
+        "t_star" in parameters
+        and parameters.get("method", "random") != "random"
+        and parameters.get("gradient") != "blind"
+    )
 
 
 def attack_rows(

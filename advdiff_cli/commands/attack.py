@@ -113,7 +113,7 @@ def attack(
     settings = resolve(method, norm, eps, asked, defended=defence is not None)
     begun = writer.begun(out)
     batch = batch_size or begun.get("batch_size", _BATCH)
-    exact = attack_precision(begun.get("precision", "auto") if precision == "auto" else precision, chip)
+    exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
     made_by = attack_recipe(
         settings, seed, batch, patches.recipe_input(), zoo.fingerprint(folder),
         None if defence is None else defence.parameters, None if defence is None else defence.model, exact,
@@ -138,7 +138,7 @@ def attack(
         console.log(f"{out} is up to date")
     else:
         _run(target, patches, sink, parameters, chip, quiet)
-    summary = _summary(judged, patches, out, part, parameters, chip)
+    summary = _summary(judged, patches, out, part, parameters, chip) | {"precision": exact}
     status = "up to date" if sink.up_to_date else "done"
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
@@ -160,15 +160,14 @@ def _summary(
 
     from advdiff_cli.attacks.judged import DRAWS, judge
     from advdiff_cli.data.patches import open_patches
-    from advdiff_cli.evaluation.metrics import proportion
+    from advdiff_cli.evaluation.intervals import mean_share
 
     eps, norm, seed = (parameters[k] for k in ("eps", "norm", "seed"))
     draws = 1 if parameters.get("fixed_draw") else DRAWS  # the draw it knows, or ones it does not
     achieved = judge(judged, patches, open_patches(out), part.start, eps, norm, chip, seed, draws)
     labels = patches.require_labels()[part.start : part.stop]
     accuracies = {
-        kind: proportion(np.asarray(getattr(achieved, kind)), labels).as_dict()
-        for kind in ("clean", "attacked", "rounded")
+        kind: mean_share(np.asarray(getattr(achieved, kind))).as_dict() for kind in ("clean", "attacked", "rounded")
     }
     return {
         "n": len(labels),

@@ -1,5 +1,6 @@
 """The defence that the flags --defense, -m, --t-star, --sampler and --sampler-steps ask for."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,17 @@ def build_defence(
     )
 
 
-def attack_precision(asked: str, chip: "Chip") -> str:
-    """Return the precision at which a purifier is attacked; AdvdiffError where gradients underflow in it."""
+def attack_precision(asked: str, begun: Mapping[str, Any], chip: "Chip") -> str:
+    """Return the precision at which a purifier is attacked and judged; `auto` is that of the attack begun, if any.
+
+    Raises:
+        AdvdiffError: gradients underflow in it.
+    """
+    from advdiff_cli.attacks.stored import goes_through
     from advdiff_cli.models.device import resolve_precision
+
+    if asked == "auto" and goes_through(begun):
+        asked = begun["precision"]
 
     if asked == "fp16":
         raise AdvdiffError("--precision fp16: gradients underflow in it; attack in bf16 or fp32")

@@ -85,15 +85,22 @@ def evaluate(
         "comparisons": compare(evaluated),
     }
     if defence is not None:
-        _ask_for_controls(evaluated)
+        _ask_for_controls(evaluated, exact)
     brief = "\n".join(str(s["accuracy"]["value"]) for s in result["sets"])
     console.emit(result, _text(result), brief, as_json=as_json, quiet=quiet)
 
 
-def _ask_for_controls(evaluated: "list[Evaluated]") -> None:
-    """Warn about attacked sets whose clean rows are not judged beside them."""
+def _ask_for_controls(evaluated: "list[Evaluated]", precision: str) -> None:
+    """Warn about attacked sets whose clean rows are not judged beside them, or not at the precision of the attack."""
+    from advdiff_cli.attacks.stored import goes_through
+
     clean = {e.origin for e in evaluated if not any(made["command"] == "attack" for made in e.history)}
     for e in evaluated:
+        attacked = {made["parameters"]["precision"] for made in e.history if goes_through(made["parameters"])}
+        if attacked - {precision}:
+            console.warn(
+                f"{e.name} was attacked through the defence in {', '.join(attacked)} and is judged in {precision}"
+            )
         if any(made["parameters"].get("fixed_draw") for made in e.history):
             console.warn(f"{e.name} was attacked on the first of these draws: look at the vote of 1, not at the mean")
         if e.origin not in clean:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -75,11 +76,12 @@ def robustness(
     patches.require_labels()
     patches.require_shape()
     defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps)
-    subject = _subject(classifier, defence, attack_precision(precision, chip), chip)
-    rungs = _chosen(
-        ladder(spend, eps, defended=subject.purifier is not None, substitute=bool(subject.sampler_steps)), only
-    )
-    climb = Climb(subject, patches, spend, out, seed, batch_size or _BATCH, chip, overwrite)
+    substitute = defence is not None and defence.parameters["defense"] == "ddpm"
+    whole = ladder(spend, eps, defended=defence is not None, substitute=substitute)
+    rungs, begun = _chosen(whole, only), _begun(out, whole)
+    exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
+    subject = _subject(classifier, defence, exact, chip)
+    climb = Climb(subject, patches, spend, out, seed, batch_size or begun.get("batch_size", _BATCH), chip, overwrite)
     tested = next(r.settings for r in rungs if r.name == "pgd") if only is None else None
     plan = climb.costs(rungs, tested)
     heading = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {preset}, {spend.draws} judging draws"
@@ -93,6 +95,15 @@ def robustness(
         write_json(out / "robustness.json", result)
     brief = result["worst"]["accuracy"]["value"]
     console.emit(result, f"{heading}\n{_text(result)}", brief, as_json=as_json, quiet=quiet)
+
+
+def _begun(out: Path, rungs: "list[Rung]") -> Mapping[str, Any]:
+    """Return the parameters of a rung that is there or begun, one through the defence if there is one."""
+    from advdiff_cli.attacks.stored import goes_through
+    from advdiff_cli.data.writer import begun
+
+    found = [p for r in rungs if r.settings and (p := begun(out / f"{r.name}.safetensors"))]
+    return next((p for p in found if goes_through(p)), found[0] if found else {})
 
 
 def _subject(classifier: str, defence: Defence | None, precision: str, chip: Any) -> "Subject":

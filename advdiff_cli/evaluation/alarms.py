@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any, Literal, Self
 
 from advdiff_cli.evaluation.comparing import difference_of_means
-from advdiff_cli.evaluation.intervals import Estimate
+from advdiff_cli.evaluation.intervals import Estimate, mean_share
 from advdiff_cli.evaluation.ladder import EPS_CURVE, Rung
-from advdiff_cli.evaluation.metrics import Predictions, proportion
+from advdiff_cli.evaluation.metrics import Predictions
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -125,7 +125,7 @@ def _first_draw(judged: Mapping[str, Predictions], *names: str) -> dict[str, Pre
 def _breaks(name: str, judged: Mapping[str, Predictions]) -> Alarm | None:
     if name not in judged:
         return None
-    accuracy = proportion(judged[name].share, judged[name].labels)
+    accuracy = mean_share(judged[name].share)
     status: Status = "fail" if accuracy.low > 0.5 else "warn" if accuracy.value > 0.1 else "pass"
     return Alarm("a huge eps breaks anything", status, f"accuracy under {name}: {accuracy} %")
 

@@ -199,7 +199,7 @@ class Climb:
             return found
         few, halves = min(LOOKED_AT, n), max(self.spend.eot // 2, 1)
         checks = {
-            "gradients": Cost(forward=1, gradient=3 * halves if self.subject.purifier else 2),
+            "gradients": Cost(forward=1, gradient=2 * halves + 1 if self.subject.purifier else 2),
             "unit-test": Cost(forward=PROBES, gradient=tested["steps"] + 1),
         }
         return found + [_cost(k, few, v, self.subject.sampler_steps, measured) for k, v in checks.items()]
@@ -208,7 +208,8 @@ class Climb:
         defended = self.subject.purifier is not None and rung.before == "defence"
         cost = attack_cost(rung.settings, defended=defended) if rung.settings else Cost()
         if rung.before == "noise":
-            cost = Cost(classifier=attack_cost(rung.settings, defended=True).gradient)
+            through = attack_cost(rung.settings, defended=True)  # noise costs nothing beside the classifier
+            cost = Cost(classifier=through.gradient + through.forward)
         draws = self.spend.draws if self.subject.purifier is not None and rung.judged == "all" else 1
         return cost + Cost(forward=draws)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advdiff_cli.evaluation.intervals import Estimate, holm, mcnemar, paired_difference
+from advdiff_cli.evaluation.intervals import Estimate, holm, mcnemar, shares_difference
 from advdiff_cli.evaluation.metrics import Predictions, figures, votes
 
 
@@ -55,8 +55,8 @@ def compare(sets: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 
 def difference_of_means(first: Predictions, second: Predictions) -> Estimate:
-    """Return mean(second) - mean(first) over draws of paired patches, with Newcombe's interval."""
-    return paired_difference(first.share, second.share)
+    """Return mean(second) - mean(first) over draws of paired patches, with its interval."""
+    return shares_difference(first.share, second.share)
 
 
 def _paired(first: Evaluated, second: Evaluated, a: NDArray[np.int64], b: NDArray[np.int64]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import numpy as np
 
 from advdiff_cli.evaluation.alarms import NOT_TESTED, Gradients, UnitTest, alarms
 from advdiff_cli.evaluation.comparing import difference_of_means
+from advdiff_cli.evaluation.intervals import mean_share
 from advdiff_cli.evaluation.ladder import Rung
-from advdiff_cli.evaluation.metrics import Predictions, proportion, votes
+from advdiff_cli.evaluation.metrics import Predictions, votes
 
 
 def conclusions(
@@ -59,8 +60,8 @@ def row(rung: Rung, found: Predictions, clean: Predictions) -> dict[str, Any]:
         "kind": rung.kind,
         "attack": dict(rung.settings),
         "draws": found.draws,
-        "accuracy": proportion(found.share, found.labels).as_dict(),
+        "accuracy": mean_share(found.share).as_dict(),
         **{k: v.as_dict() for k, v in votes(found).items()},
-        "clean": proportion(control.share, control.labels).as_dict(),
+        "clean": mean_share(control.share).as_dict(),
         "difference": difference_of_means(control, found).as_dict(),
     }

@@ -1,6 +1,7 @@
 """Intervals and paired tests; every level is 95 %.
 
-Wilson 1927 for one 0/1 a patch; percentile bootstrap stratified by label for the rest; exact McNemar; Holm 1979.
+Wilson 1927 for one 0/1 a patch, Newcombe 1998 for the difference of two; over several draws Agresti & Coull 1998 and
+Bonett & Price 2012; percentile bootstrap stratified by label for the rest; exact McNemar; Holm 1979.
 """
 
 import math
@@ -33,18 +34,33 @@ class Estimate:
         return asdict(self)
 
 
-def wilson(successes: float, n: int) -> Estimate:
-    """Return a proportion with its Wilson interval; NaN throughout where n is 0.
-
-    A patch may count as a fraction, its share of draws: that varies no more than a coin of the same mean, so that the
-    interval errs to the wide side.
-    """
+def wilson(successes: int, n: int) -> Estimate:
+    """Return a proportion with its Wilson interval; NaN throughout where n is 0."""
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    p = successes / n
-    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    return Estimate(p, 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half)
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high))
+
+
+def mean_share(shares: NDArray[np.float64]) -> Estimate:
+    """Return the mean of (N,) shares of draws, each patch's in [0, 1].
+
+    The interval is Wilson's where every share is 0 or 1, else Agresti and Coull's (1998), which adds 1.96^2 / 2
+    successes and as many failures, of the variance that shares have.
+    """
+    n = len(shares)
+    if np.isin(shares, (0, 1)).all():
+        return wilson(int(shares.sum()), n)
+    added = _Z**2 / 2
+    low, high = _around(float(shares.sum()) + added, float((shares**2).sum()) + added, n + 2 * added)
+    return Estimate(float(shares.mean()), max(low, 0.0), min(high, 1.0))
+
+
+def _around(total: float, squares: float, n: float) -> tuple[float, float]:
+    """Return Wald's interval of a mean from the sums of n values and of their squares."""
+    mean = total / n
+    half = _Z * math.sqrt(max(squares / n - mean**2, 0.0) / n)
+    return mean - half, mean + half
 
 
 def bootstrap(
@@ -76,24 +92,18 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
-def paired_difference(first: NDArray[np.float64], second: NDArray[np.float64]) -> Estimate:
-    """Return mean(second) - mean(first) of paired outcomes, with Newcombe's score interval (1998, method 10).
-
-    Args:
-        first: (N,) outcomes, 0 or 1, or shares of draws between them, which enter the table as fractions of a patch.
-        second: (N,) of the same patches.
-    """
+def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Estimate:
+    """Return mean(second) - mean(first) of paired outcomes (N,), with Newcombe's score interval (1998, method 10)."""
     n = len(first)
-    first, second = first.astype(float), second.astype(float)
-    a, d = float(np.minimum(first, second).sum()), float((1 - np.maximum(first, second)).sum())
-    b, c = float(np.maximum(first - second, 0).sum()), float(np.maximum(second - first, 0).sum())
+    a, b = int((first & second).sum()), int((first & ~second).sum())
+    c, d = int((~first & second).sum()), int((~first & ~second).sum())
     one, two = wilson(a + b, n), wilson(a + c, n)
     product = (a + b) * (c + d) * (a + c) * (b + d)
-    excess = a * d - b * c
+    excess = float(a * d - b * c)
     if excess > 0:  # continuity correction of the correlation
         excess = max(excess - n / 2, 0.0)
-    phi = excess / math.sqrt(product) if product > 0 else 0.0
-    difference = (c - b) / n
+    phi = excess / math.sqrt(product) if product else 0.0
+    difference = two.value - one.value
 
     def half(up: float, down: float) -> float:
         return math.sqrt(max(up**2 - 2 * phi * up * down + down**2, 0.0))
@@ -101,6 +111,19 @@ def paired_difference(first: NDArray[np.float64], second: NDArray[np.float64]) -
     low = difference - half(two.value - two.low, one.high - one.value)
     high = difference + half(two.high - two.value, one.value - one.low)
     return Estimate(difference, low, high)
+
+
+def shares_difference(first: NDArray[np.float64], second: NDArray[np.float64]) -> Estimate:
+    """Return mean(second) - mean(first) of paired shares of draws (N,).
+
+    The interval is Newcombe's where every share is 0 or 1, else Bonett and Price's (2012), which adds a patch changed
+    each way, of the variance that the changes have.
+    """
+    if np.isin([first, second], (0, 1)).all():
+        return paired_difference(first == 1, second == 1)
+    change = second - first
+    low, high = _around(float(change.sum()), float((change**2).sum()) + 2, len(change) + 2)
+    return Estimate(float(change.mean()), max(low, -1.0), min(high, 1.0))
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.evaluation.intervals import Estimate, bootstrap, wilson
+from advdiff_cli.evaluation.intervals import Estimate, bootstrap, mean_share, wilson
 from advdiff_cli.purification.defended import DefendedClassifier
 
 BATCH = 64
@@ -111,19 +111,18 @@ def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:
 def figures(p: Predictions) -> dict[str, Estimate]:
     """Return accuracy, balanced accuracy, sensitivity, specificity and AUROC, each with its interval.
 
-    Over several draws each but AUROC is the mean over draws, with a bootstrap over patches; AUROC is of the mean
-    probability.
+    Over several draws each but AUROC is the mean over draws; AUROC is of the mean probability.
     """
     classes = [np.flatnonzero(p.labels == k) for k in (0, 1)]
     both = all(len(rows) for rows in classes)
     missing = Estimate(float("nan"), float("nan"), float("nan"))
     return {
-        "accuracy": proportion(p.share, p.labels),
+        "accuracy": mean_share(p.share),
         "balanced_accuracy": bootstrap(lambda rows: _balanced(p.share[rows], p.labels[rows]), p.labels)
         if both
         else missing,
-        "sensitivity": proportion(p.share[classes[1]], p.labels[classes[1]]),
-        "specificity": proportion(p.share[classes[0]], p.labels[classes[0]]),
+        "sensitivity": mean_share(p.share[classes[1]]),
+        "specificity": mean_share(p.share[classes[0]]),
         "auroc": bootstrap(lambda rows: auroc(p.labels[rows], p.p1[rows].mean(1)), p.labels) if both else missing,
     }
 
@@ -133,13 +132,6 @@ def votes(p: Predictions) -> dict[str, Estimate]:
     found = {f"vote_{k}": p.vote(k) for k in VOTES if k <= p.draws}
     found["all_correct"] = p.share == 1
     return {name: wilson(int(right.sum()), len(right)) for name, right in found.items()}
-
-
-def proportion(share: NDArray[np.float64], labels: NDArray[np.int64]) -> Estimate:
-    """Return the mean of (N,) shares: Wilson where each is 0 or 1, else a bootstrap over patches within labels."""
-    if np.isin(share, (0, 1)).all():
-        return wilson(int(share.sum()), len(share))
-    return bootstrap(lambda rows: float(share[rows].mean()), labels)
 
 
 def _balanced(share: NDArray[np.float64], labels: NDArray[np.int64]) -> float:

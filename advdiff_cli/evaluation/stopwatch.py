@@ -16,6 +16,8 @@ class Stopwatch:
         """Time work on `recipe`; `anew` when nothing of it is there yet, so that earlier seconds do not count."""
         self._journal, self._of, self._anew = journal, digest([canonical(recipe).encode()]), anew
         self._since = time.monotonic()
+        if journal.is_file():
+            whole_lines(journal)  # half a line at its end would spoil the next
 
     def __enter__(self) -> Self:
         """Start."""

@@ -8,6 +8,7 @@ from advdiff_cli.attacks.fab import fab
 from advdiff_cli.attacks.plan import aim, resolve, run
 from advdiff_cli.data.streams import RowStreams
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.evaluation.climbing import Subject
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier, StraightThrough
 from advdiff_cli.purification.purifier import linear_alpha_bar
@@ -72,6 +73,13 @@ def test_defaults():
 def test_what_does_not_apply_is_said(asked, message):
     with pytest.raises(AdvdiffError, match=message):
         resolved(**asked)
+
+
+@pytest.mark.parametrize("gradient", ["full", "bpda"])
+def test_the_purifier_computes_at_the_precision_asked_for(classifier, purifier, gradient):
+    target = aim(classifier, purifier, {"gradient": gradient}, "bf16")
+    assert (target.follow or target.model).precision == target.model.precision == "bf16"
+    assert Subject(classifier, "name", purifier, {}, None, "bf16").model.precision == "bf16"
 
 
 def test_whose_gradient_is_followed(classifier, purifier):

@@ -7,7 +7,15 @@ import pytest
 from scipy.stats import contingency, mannwhitneyu
 
 from advdiff_cli.evaluation.comparing import Evaluated, compare
-from advdiff_cli.evaluation.intervals import bootstrap, holm, mcnemar, paired_difference, wilson
+from advdiff_cli.evaluation.intervals import (
+    bootstrap,
+    holm,
+    mcnemar,
+    mean_share,
+    paired_difference,
+    shares_difference,
+    wilson,
+)
 from advdiff_cli.evaluation.metrics import Predictions, auroc, figures
 
 
@@ -26,6 +34,44 @@ def test_newcombe_gives_his_published_example():
     found = paired_difference(second, first)
     assert found.value == pytest.approx(0.2)
     assert (round(found.low, 4), round(found.high, 4)) == (0.0569, 0.3404)
+
+
+def test_shares_of_draws_have_the_intervals_of_what_they_stand_for():
+    """Agresti & Coull and Bonett & Price at 0/1 outcomes, beside Wilson and Newcombe."""
+    outcomes = np.repeat([1.0, 0.0], [87, 13])
+    nearly = outcomes * (1 - 1e-9)
+    assert mean_share(outcomes) == wilson(87, 100)
+    coull = binomial_wald(87 + 1.959964**2 / 2, 100 + 1.959964**2)
+    assert (mean_share(nearly).low, mean_share(nearly).high) == pytest.approx(coull, abs=1e-6)
+    assert mean_share(np.full(100, 0.87)).high - 0.87 < (wilson(87, 100).high - 0.87) / 2
+    assert mean_share(np.append(np.ones(63), 10 / 11)).low < 0.95  # one draw of one patch is no certainty
+
+    first, second = np.repeat([1.0, 0.0, 1.0], [3, 12, 40]), np.repeat([0.0, 1.0, 1.0], [3, 12, 40])
+    assert shares_difference(first, second) == paired_difference(first == 1, second == 1)
+    close, exact = shares_difference(first, second * (1 - 1e-9)), paired_difference(first == 1, second == 1)
+    assert close.value == pytest.approx(9 / 55)
+    p, q, n = 4 / 57, 13 / 57, 57
+    half = 1.959964 * ((p + q - (p - q) ** 2) / n) ** 0.5
+    assert (close.low, close.high) == pytest.approx((q - p - half, q - p + half), abs=1e-6)
+    assert (close.low, close.high) == pytest.approx((exact.low, exact.high), abs=0.03)
+
+
+def test_intervals_of_shares_cover_what_they_should():
+    """Of 400 samples of 100 patches with 11 draws each, at least 92 % of the 95 % intervals hold the truth."""
+    rng = np.random.default_rng(0)
+    hits = np.zeros(2)
+    for _ in range(400):
+        p = rng.beta(2, 0.5, 100)
+        one, two = (rng.binomial(11, x) / 11 for x in (p, p * 0.95))
+        mean, change = mean_share(one), shares_difference(one, two)
+        hits += [mean.low <= 0.8 <= mean.high, change.low <= -0.04 <= change.high]
+    assert (hits / 400 > 0.92).all()
+
+
+def binomial_wald(successes, n):
+    p = successes / n
+    half = 1.959964 * (p * (1 - p) / n) ** 0.5
+    return p - half, p + half
 
 
 def test_identical_outcomes_differ_by_nothing():
