@@ -123,13 +123,9 @@ def attack(
     target = aim(model, None if defence is None else defence.purifier, settings, exact)
     part = writer.shard_rows(len(patches), batch, cast("Any", shard))
     if dry_run:
-        plan = {
-            "out": str(out),
-            "status": "would attack",
-            "patches": part.stop - part.start,
-            "parameters": parameters,
-        }
-        console.emit(plan, f"{out}: would attack {plan['patches']} patches", out, as_json=as_json, quiet=quiet)
+        count = part.stop - part.start
+        plan = {"out": str(out), "status": "would attack", "patches": count, "parameters": parameters}
+        console.emit(plan, f"{out}: would attack {count} patches", out, as_json=as_json, quiet=quiet)
         return
     sink = writer.PatchWriter(
         out, made_by, patches, part, shape=patches.require_shape(), device=chip.type, overwrite=overwrite
