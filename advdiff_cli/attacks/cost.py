@@ -37,6 +37,8 @@ def attack_cost(settings: Mapping[str, Any], *, defended: bool) -> Cost:
         members = {"apgd-ce": "apgd", "apgd-margin": "apgd", "square": "square", "fab": "fab"}
         parts = [attack_cost({**settings, "method": members[m]}, defended=defended) for m in settings["attacks"]]
         return sum(parts, Cost(forward=len(parts) * CHOOSING_DRAWS))
+    if method == "square" and not defended:
+        return Cost(forward=settings["queries"]).times(settings["restarts"])
     if not defended or gradient == "blind":
         return Cost(classifier=_steps(settings, draws=1) * settings.get("restarts", 1))
     fixed = bool(settings.get("fixed_draw"))
@@ -53,5 +55,5 @@ def attack_cost(settings: Mapping[str, Any], *, defended: bool) -> Cost:
 
 
 def _steps(settings: Mapping[str, Any], draws: int) -> int:
-    tried: int = settings["queries"] if settings["method"] == "square" else settings["steps"] + 1
+    tried: int = settings["steps"] + 1
     return tried * draws
