@@ -7,8 +7,8 @@ Random patches of 96x96 in each form; `purify` with one step of the bundled synt
 bundled synthetic-classifier, each in a process of its own, whose peak resident memory (VmHWM) is reported. Memory that
 grew with N would show: 10,000 patches are 1.1 GB as float32.
 
-Then `attack -m` through the bundled pcam-ddpm on 8 patches of synthetic tissue, in one step of exact gradients: over the
-draws that one averages, and over the reverse steps it goes back through.
+Then `attack -m` through the bundled pcam-ddpm on 8 patches of synthetic tissue, in one step of exact gradients:
+over the draws that one averages, and over the reverse steps it goes back through.
 """
 
 import argparse
