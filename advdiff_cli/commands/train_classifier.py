@@ -1,14 +1,23 @@
 """`advdiff train-classifier`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.training import fit_precision, follow, open_sets
+from advdiff_cli.commands.training import asked_regime, fit_precision, follow, open_sets
+from advdiff_cli.errors import AdvdiffError
+
+if TYPE_CHECKING:
+    from advdiff_cli.training.checkpoints import WorkFolder
+    from advdiff_cli.training.fit_classifier import OnValid
+    from advdiff_cli.training.regime import Adversary
 
 _BATCH = 64
+_ATTACK_STEPS = 7
+_BETA = 6.0
+_REGIME = "Regime"
 
 
 def train_classifier(
@@ -21,6 +30,46 @@ def train_classifier(
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's weight decay.")] = 0.05,
     stain: Annotated[float, typer.Option(min=0.0, help="Strength of stain variation; 0 for none.")] = 0.2,
+    augment: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="none, noise:T, purify:MODEL or purify:MODEL:T: patches pass one of those named, at random.",
+            show_default="none",
+            rich_help_panel=_REGIME,
+        ),
+    ] = None,
+    adversarial: Annotated[
+        bool,
+        typer.Option(
+            "--adversarial", help="Learn from patches attacked by PGD, through --augment.", rich_help_panel=_REGIME
+        ),
+    ] = False,
+    eps: Annotated[
+        float | None,
+        typer.Option(
+            parser=options.fraction,
+            metavar="EPS",
+            help="Its l-inf budget in [0, 1] pixels.",
+            show_default="2/255",
+            rich_help_panel=_REGIME,
+        ),
+    ] = None,
+    attack_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Its steps, of eps/4.", show_default=str(_ATTACK_STEPS), rich_help_panel=_REGIME),
+    ] = None,
+    loss: Annotated[
+        Literal["madry", "trades"] | None,
+        typer.Option(
+            help="Cross-entropy on attacked patches; trades: on clean ones, and the divergence of the two.",
+            show_default="madry",
+            rich_help_panel=_REGIME,
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Weight of that divergence.", show_default=str(_BETA), rich_help_panel=_REGIME),
+    ] = None,
     split: options.Split = None,
     batch_size: options.BatchSize = _BATCH,
     seed: options.Seed = 0,
@@ -32,7 +81,9 @@ def train_classifier(
 ) -> None:
     """Train a classifier on labelled patches, with flips, quarter turns and stain variation.
 
-    The weights of the epoch that does best on --valid are kept, and its log-odds calibrated there (Platt).
+    The weights of the epoch that does best on --valid are kept, and its log-odds calibrated there (Platt). --augment
+    trains the classifier for use behind a defence, --adversarial against an attack on it and on the defence; --valid is
+    then seen the same way, and attacked patches choose the epoch.
 
     Run again after an interruption, it ends in the same weights as an uninterrupted run.
 
@@ -43,7 +94,7 @@ def train_classifier(
     from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.training.checkpoints import WorkFolder
-    from advdiff_cli.training.fit_classifier import BEST, ClassifierPlan, channel_statistics, fit_classifier
+    from advdiff_cli.training.fit_classifier import BEST, ClassifierPlan, OnValid, channel_statistics, fit_classifier
     from advdiff_cli.training.rows import TrainingRows
 
     options.need_positive(learning_rate=learning_rate)
@@ -53,10 +104,11 @@ def train_classifier(
     if valid_set is not None:
         valid_set.require_labels()
     exact = fit_precision(precision, out, recorded, chip)
+    asked = asked_regime(augment, _adversary(adversarial, eps, attack_steps, loss, beta))
     plan = ClassifierPlan(epochs, batch_size or _BATCH, learning_rate, weight_decay, stain, seed, exact)
     made_by = recipe(
         "train-classifier",
-        plan.parameters() | {"arch": arch},
+        plan.parameters() | {"arch": arch} | asked.parameters(),
         data=[s.recipe_input() for s in sets],
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_classifier(init)),
@@ -68,14 +120,32 @@ def train_classifier(
         rows = TrainingRows(sets, labelled=True)
         mean, std = channel_statistics(rows, seed)
         model = zoo.initial_classifier(init, ClassifierConfig(arch, mean, std), seed, rows.shape)
-        records = fit_classifier(model, rows, valid_set, plan, work, chip)
-        follow(records, rows.steps(plan.batch_size) * epochs, "train-classifier", quiet=quiet)
+        regime, steps = asked.build(exact, seed, chip), rows.steps(plan.batch_size) * epochs
+        records = fit_classifier(model, rows, valid_set, plan, work, chip, regime)
+        follow(records, steps, "train-classifier", quiet=quiet)
         if valid_set is not None:
-            work.log({"step": rows.steps(plan.batch_size) * epochs, "published": _judge(model, valid_set, work, chip)})
+            found = OnValid(model, valid_set, plan.batch_size, regime, chip)
+            work.log({"step": steps, "published": _judge(found, work)})
         made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
         save_classifier(model, work.part, made)
         work.publish(BEST)
     _report(out, arch, epochs, zoo.training_log(out), as_json, quiet)
+
+
+def _adversary(
+    adversarial: bool, eps: float | None, steps: int | None, loss: Literal["madry", "trades"] | None, beta: float | None
+) -> "Adversary | None":  # fmt: skip
+    from advdiff_cli.training.regime import Adversary
+
+    if not adversarial:
+        if (eps, steps, loss, beta) != (None,) * 4:
+            raise AdvdiffError("--eps, --attack-steps, --loss and --beta are of --adversarial")
+        return None
+    if beta is not None and loss != "trades":
+        raise AdvdiffError("--beta is of --loss trades")
+    asked = {"eps": 2 / 255 if eps is None else eps, "beta": _BETA if beta is None else beta}
+    options.need_positive(**asked)
+    return Adversary(asked["eps"], steps or _ATTACK_STEPS, loss or "madry", asked["beta"])
 
 
 def _report(out: Path, arch: str, epochs: int, log: list[dict[str, Any]], as_json: bool, quiet: bool) -> None:
@@ -86,21 +156,21 @@ def _report(out: Path, arch: str, epochs: int, log: list[dict[str, Any]], as_jso
     if published is not None:
         accuracy = Estimate(**published["valid_accuracy"])
         text += f"; epoch {published['epoch']} published, valid accuracy {accuracy} %, n = {published['n']}"
+        if "valid_robust_accuracy" in published:
+            text += f", attacked as in training {Estimate(**published['valid_robust_accuracy'])} %"
     console.emit({"out": str(out), "published": published, "log": log}, text, out, as_json=as_json, quiet=quiet)
 
 
-def _judge(model: Any, valid: Any, work: Any, chip: Any) -> dict[str, Any]:
+def _judge(found: "OnValid", work: "WorkFolder") -> dict[str, Any]:
     """Return which epoch is published and what it makes of the valid rows, calibrated, in fp32."""
-    import numpy as np
-
     from advdiff_cli.evaluation.intervals import wilson
-    from advdiff_cli.evaluation.metrics import Predictions, predict
     from advdiff_cli.training.fit_classifier import BEST
 
-    judged = Predictions(valid.require_labels(), np.concatenate(list(predict(model, valid, chip))))
-    right = int(judged.correct.sum())
-    return {
-        "epoch": work.load(BEST)[1]["epoch"],
-        "n": len(valid),
-        "valid_accuracy": wilson(right, len(valid)).as_dict(),
-    }
+    kept, n = work.load(BEST), len(found.valid)
+
+    def accuracy(*, attacked: bool) -> dict[str, float]:
+        logits, labels = found.logits(attacked=attacked)
+        return wilson(int((logits.argmax(1) == labels).sum()), n).as_dict()
+
+    robust = {} if found.regime.adversary is None else {"valid_robust_accuracy": accuracy(attacked=True)}
+    return {"epoch": kept and kept[1]["epoch"], "n": n, "valid_accuracy": accuracy(attacked=False), **robust}

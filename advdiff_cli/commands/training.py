@@ -1,16 +1,20 @@
 """What the two commands that train have in common: their data, their precision, and progress on the terminal."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advdiff_cli import console
+from advdiff_cli.commands.defending import Defence, build_defence
+from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from torch import device as Chip
 
     from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.training.regime import Adversary, Regime
 
 
 def open_sets(data: list[str], valid: str | None, split: str | None) -> "tuple[list[PatchSet], PatchSet | None]":
@@ -51,3 +55,53 @@ def _short(value: object) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{k}:{_short(v)}" for k, v in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class AskedRegime:
+    """What --augment and --adversarial ask for: the regime, and what of it enters the recipe."""
+
+    augment: list[Defence | None]
+    adversary: "Adversary | None"
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters that are not a plain training's."""
+        plain = self.augment == [None]
+        found = {} if plain else {"augment": [d and {**d.parameters, "ddpm": d.model} for d in self.augment]}
+        return found | ({} if self.adversary is None else {"adversary": asdict(self.adversary)})
+
+    def build(self, precision: str, seed: int, chip: "Chip") -> "Regime":
+        """Return the regime, its purifiers frozen on the device."""
+        from advdiff_cli.training.regime import Regime
+
+        purifiers = [None if d is None else d.purifier.to(chip).requires_grad_(False).eval() for d in self.augment]
+        return Regime(purifiers, self.adversary, precision, seed)
+
+
+def asked_regime(augment: list[str] | None, adversary: "Adversary | None") -> AskedRegime:
+    """Read the specifications of --augment: none, noise:T, purify:MODEL or purify:MODEL:T."""
+    return AskedRegime([_augmentation(text) for text in augment or ["none"]], adversary)
+
+
+def _augmentation(text: str) -> Defence | None:
+    kind, _, rest = text.partition(":")
+    model, _, level = rest.rpartition(":")
+    if text == "none":
+        return None
+    if kind == "noise" and _is_number(rest):
+        return build_defence("noise", None, float(rest), None, None)
+    if kind == "purify" and model and _is_number(level):
+        return build_defence("ddpm", model, float(level), None, None)
+    if kind == "purify" and rest:
+        return build_defence("ddpm", rest, None, None, None)
+    raise AdvdiffError(
+        f"--augment {text}: give none, noise:T, purify:MODEL or purify:MODEL:T, T a noise level in (0, 1]"
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,7 @@
-"""Fit a classifier: cross-entropy, AdamW, one cosine cycle; the best epoch on valid is kept, then calibrated there."""
+"""Fit a classifier: AdamW, one cosine cycle; the best epoch on valid is kept, then calibrated there.
+
+What it is shown, as it is, behind a defence or attacked, is its regime's.
+"""
 
 import time
 from collections.abc import Iterator
@@ -8,21 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.source import Rows
 from advdiff_cli.data.streams import stream
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
 from advdiff_cli.training.descent import cosine, descend
+from advdiff_cli.training.regime import Regime
 from advdiff_cli.training.rows import TrainingRows
 
 Channels = tuple[float, float, float]
 
 BEST = "best.safetensors"
+PLAIN = Regime()
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Ch
 
 def fit_classifier(
     model: Classifier, train: TrainingRows, valid: PatchSet | None, plan: ClassifierPlan, work: WorkFolder,
-    device: torch.device, *, checkpoint_seconds: float = 120,
+    device: torch.device, regime: Regime = PLAIN, *, checkpoint_seconds: float = 120,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Fit `model` in place, yielding a record after each step; it holds the best epoch's weights at the end.
 
@@ -67,10 +73,12 @@ def fit_classifier(
         plan: Recipe of the fit.
         work: Where checkpoints are written and found again.
         device: Where to compute; processes of torch.distributed share each batch.
+        regime: What the classifier is shown of a batch, and its loss; its purifiers are on `device`.
         checkpoint_seconds: Seconds between checkpoints within an epoch.
 
     Yields:
-        {"step", "of", "loss"} after each step; an epoch's record has "epoch" and the valid figures too.
+        {"step", "of", "loss"} after each step; an epoch's record has "epoch" and the valid figures too, the accuracy
+        on attacked patches among them where the regime has an adversary. That accuracy then chooses the epoch.
     """
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=plan.precision.replace("fp32", "no"))
     optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
@@ -99,14 +107,16 @@ def fit_classifier(
         images = turn(images.to(accelerator.device, non_blocking=True), rng)
         if plan.stain:
             images = vary_stain(images, plan.stain, rng)
-        loss = cross_entropy(network(_channels_last(images)), labels.to(accelerator.device))
+        first = step * plan.batch_size + part[0] * len(images)
+        names = range(first, first + len(images))
+        loss = regime.loss(network, model, _channels_last(images), labels.to(accelerator.device), names)
         losses.append(descend(accelerator, optimizer, loss, cosine(step, total, plan.learning_rate)))
         step += 1
         record: dict[str, Any] = {"step": step, "of": total, "loss": losses[-1]}
         if step % per_epoch == 0 and accelerator.is_main_process:
             record |= {"epoch": step // per_epoch, "loss": float(np.mean(losses[-per_epoch:]))}
             if valid is not None:
-                record |= _figures(*_judge(accelerator, model, valid, plan.batch_size))
+                record |= _figures(OnValid(model, valid, plan.batch_size, regime, accelerator.device))
                 best = _keep_best(model, record, best, work)
             work.log(record)
         if step % per_epoch == 0 or time.monotonic() - last > checkpoint_seconds:
@@ -117,7 +127,7 @@ def fit_classifier(
         model.load_state_dict(kept[0])
     if valid is not None:
         model.config = replace(model.config, slope=1.0, bias=0.0)
-        slope, bias = platt(*_judge(accelerator, model, valid, plan.batch_size))
+        slope, bias = platt(*OnValid(model, valid, plan.batch_size, regime, accelerator.device).logits())
         model.config = replace(model.config, slope=slope, bias=bias)
     model.eval()
     accelerator.wait_for_everyone()
@@ -126,25 +136,50 @@ def fit_classifier(
 
 def _keep_best(model: Classifier, record: dict[str, Any], best: float, work: WorkFolder) -> float:
     """Keep the weights of an epoch that does better on valid than all before; return the best accuracy."""
-    if record["valid_accuracy"] > best:
+    accuracy = float(record.get("valid_robust_accuracy", record["valid_accuracy"]))
+    if accuracy > best:
         work.save(model.state_dict(), {"epoch": record["epoch"]}, BEST)
-    return max(best, float(record["valid_accuracy"]))
+    return max(best, accuracy)
 
 
-@torch.inference_mode()
-def _judge(accelerator: Accelerator, model: nn.Module, valid: PatchSet, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return logits (N, 2) and labels (N,) of the valid rows."""
-    model.eval()
-    rows = np.arange(len(valid))
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    with accelerator.autocast():
-        logits = torch.cat([model(_channels_last(valid.read(b).to(accelerator.device))).float().cpu() for b in batches])
-    return logits, torch.from_numpy(valid.require_labels())
+@dataclass(frozen=True)
+class OnValid:
+    """A classifier on the valid rows, which it is shown as in training."""
+
+    model: Classifier
+    valid: PatchSet
+    batch_size: int
+    regime: Regime
+    device: torch.device
+
+    def logits(self, *, attacked: bool = False) -> tuple[Tensor, Tensor]:
+        """Return logits (N, 2) and labels (N,)."""
+        self.model.eval()
+        labels = torch.from_numpy(self.valid.require_labels())
+        starts = range(0, len(self.valid), self.batch_size)
+        batches = [np.arange(i, min(i + self.batch_size, len(self.valid))) for i in starts]
+        return torch.cat([self._batch(rows, labels[rows], attacked) for rows in batches]), labels
+
+    def _batch(self, rows: Rows, labels: Tensor, attacked: bool) -> Tensor:
+        names = [f"valid {i}" for i in rows]
+        images = _channels_last(self.valid.read(rows).to(self.device))
+        if attacked:
+            images = self.regime.attacked(self.model, images, labels.to(self.device), names)
+        with torch.inference_mode():
+            logits: Tensor = self.model(_channels_last(self.regime.shown(images, names)))
+        return logits.float().cpu()
 
 
-def _figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    accuracy = (logits.argmax(1) == labels).float().mean().item()
-    return {"valid_loss": cross_entropy(logits, labels).item(), "valid_accuracy": accuracy}
+def _figures(judge: OnValid) -> dict[str, float]:
+    logits, labels = judge.logits()
+    found = {"valid_loss": cross_entropy(logits, labels).item(), "valid_accuracy": _accuracy(logits, labels)}
+    if judge.regime.adversary is not None:
+        found["valid_robust_accuracy"] = _accuracy(*judge.logits(attacked=True))
+    return found
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).float().mean().item()
 
 
 def _channels_last(images: Tensor) -> Tensor:

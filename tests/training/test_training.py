@@ -13,12 +13,14 @@ from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import build_ddpm
+from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt
 from advdiff_cli.training.checkpoints import WorkFolder
 from advdiff_cli.training.descent import cosine
-from advdiff_cli.training.fit_classifier import ClassifierPlan, channel_statistics, fit_classifier
+from advdiff_cli.training.fit_classifier import PLAIN, ClassifierPlan, channel_statistics, fit_classifier
 from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
+from advdiff_cli.training.regime import Adversary, Regime
 from advdiff_cli.training.rows import TrainingRows
 
 CPU = torch.device("cpu")
@@ -33,14 +35,19 @@ def work(folder, name="m"):
     return WorkFolder(folder / name, recipe("test", {}), None, overwrite=False)
 
 
-def classifier_fit(rows, valid, folder, steps=None, name="m"):
+def classifier_fit(rows, valid, folder, steps=None, name="m", regime=PLAIN):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Classifier(ClassifierConfig("shufflenet_v2_x0_5", (0.7, 0.5, 0.7), (0.2, 0.2, 0.2)))
     plan = ClassifierPlan(2, 8, 1e-3, 0.01, 0.05, 0, "fp32")
-    records = fit_classifier(model, rows, valid, plan, work(folder, name), CPU, checkpoint_seconds=0)
+    records = fit_classifier(model, rows, valid, plan, work(folder, name), CPU, regime, checkpoint_seconds=0)
     made = list(itertools.islice(records, steps))
     return model, made
+
+
+def adversarial_fit(*args, **named):
+    regime = Regime((None, NoisePurifier(linear_alpha_bar(), 0.1)), Adversary(2 / 255, 1, "trades"))
+    return classifier_fit(*args, **named, regime=regime)
 
 
 def ddpm_fit(rows, valid, folder, steps=None, name="m"):
@@ -55,7 +62,7 @@ def valid(test_x):
     return open_patches(test_x, selection=Selection(limit=8, shuffle_seed=0))
 
 
-@pytest.mark.parametrize("fit", [classifier_fit, ddpm_fit])
+@pytest.mark.parametrize("fit", [classifier_fit, adversarial_fit, ddpm_fit])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path):
     whole, records = fit(rows, valid, tmp_path, name="whole")
