@@ -45,7 +45,15 @@ DEFENCE = "Defence"
 Data = Annotated[str, typer.Argument(help="Patch set: .safetensors, .h5, PCam's folder (with --split), or images.")]
 DataSets = Annotated[list[str], typer.Argument(help="Patch sets; one named twice counts twice.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where the result goes.")]
-ClassifierName = Annotated[str, typer.Option("-c", "--classifier", help="Classifier: folder or bundled name.")]
+ClassifierName = Annotated[
+    str,
+    typer.Option(
+        "-c", "--classifier", help="Classifier: folder, bundled name, Hub id, TIAToolbox's .pth, or module:callable."
+    ),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled weights, of a source you trust.", rich_help_panel="Models")
+]
 DdpmName = Annotated[str | None, typer.Option("-m", "--ddpm", help="Diffusion model: folder, bundled name or Hub id.")]
 Split = Annotated[
     str | None, typer.Option(help="train, valid or test, in a folder of PCam's files.", rich_help_panel=ROWS)

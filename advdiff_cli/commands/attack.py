@@ -76,6 +76,7 @@ def attack(
     rows: options.Range = None,
     shuffle_seed: options.ShuffleSeed = None,
     shard: options.Shard = None,
+    allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     batch_size: options.BatchSize = None,
@@ -103,9 +104,8 @@ def attack(
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
     patches.require_shape()
-    folder = zoo.find_classifier(classifier)
-    model = zoo.frozen_classifier(folder, chip)
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps)
+    model, fingerprint = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     asked = {
         "loss": loss, "steps": steps, "step_size": step_size, "queries": queries, "restarts": restarts,
         "gradient": gradient, "eot": eot, "attack_sampler_steps": attack_sampler_steps, "fixed_draw": fixed_draw,
@@ -115,7 +115,7 @@ def attack(
     batch = batch_size or begun.get("batch_size", _BATCH)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
     made_by = attack_recipe(
-        settings, seed, batch, patches.recipe_input(), zoo.fingerprint(folder),
+        settings, seed, batch, patches.recipe_input(), fingerprint,
         None if defence is None else defence.parameters, None if defence is None else defence.model, exact,
     )  # fmt: skip
     parameters = made_by["parameters"]

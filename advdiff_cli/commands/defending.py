@@ -33,8 +33,9 @@ class Defence:
 
 
 def asked_defence(
-    defense: str | None, ddpm: str | None, t_star: float | None, sampler: str | None, sampler_steps: int | None
-) -> Defence | None:
+    defense: str | None, ddpm: str | None, t_star: float | None, sampler: str | None, sampler_steps: int | None,
+    *, allow_pickle: bool = False,
+) -> Defence | None:  # fmt: skip
     """Build the defence that stands before a classifier: by default a DDPM where one is named, and none otherwise.
 
     Raises:
@@ -42,15 +43,16 @@ def asked_defence(
     """
     kind = defense or ("ddpm" if ddpm else "none")
     if kind != "none":
-        return build_defence(kind, ddpm, t_star, sampler, sampler_steps)
+        return build_defence(kind, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     if (ddpm, t_star, sampler, sampler_steps) != (None,) * 4:
         raise AdvdiffError("--t-star, --sampler, --sampler-steps and -m are a defence's: give -m, or --defense noise")
     return None
 
 
 def build_defence(
-    defense: str, ddpm: str | None, t_star: float | None, sampler: str | None, sampler_steps: int | None
-) -> Defence:
+    defense: str, ddpm: str | None, t_star: float | None, sampler: str | None, sampler_steps: int | None,
+    *, allow_pickle: bool = False,
+) -> Defence:  # fmt: skip
     """Build the purifier; what is not asked for is the model's recommendation, said on stderr.
 
     Raises:
@@ -70,8 +72,8 @@ def build_defence(
             )
         level = PAPER.t_star if t_star is None else t_star
         return Defence(NoisePurifier(linear_alpha_bar(), level), {"defense": "noise", "t_star": level}, None)
-    folder = zoo.find_ddpm(ddpm or DEFAULT_DDPM)
-    model = load_ddpm(folder)
+    folder = zoo.find_ddpm(ddpm or DEFAULT_DDPM, allow_pickle=allow_pickle)
+    model = load_ddpm(folder, allow_pickle=allow_pickle)
     settings = asdict(model.card.recommended)
     if t_star is not None and sampler_steps is None and settings["sampler_steps"] is not None:
         settings["sampler_steps"] = min(settings["sampler_steps"], noise_levels(t_star, model.timesteps))

@@ -92,7 +92,7 @@ def _picture(files: dict[str, Path], path: Path, device: str) -> None:
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.options import fraction
 
-    model = zoo.frozen_classifier(zoo.find_classifier(CLASSIFIER), resolve_device(device)).cpu()
+    model = zoo.frozen_classifier(CLASSIFIER, resolve_device(device))[0].cpu()
     sets = {k: open_patches(v) for k, v in files.items()}
     labels = torch.from_numpy(sets["clean"].require_labels())
     everything = np.arange(len(labels))

@@ -40,6 +40,7 @@ def evaluate(
     limit: options.Limit = None,
     rows: options.Range = None,
     shuffle_seed: options.ShuffleSeed = None,
+    allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     as_json: options.Json = False,
@@ -64,8 +65,8 @@ def evaluate(
     for patches in sets:
         patches.require_labels()
         patches.require_shape()
-    model: Any = zoo.frozen_classifier(zoo.find_classifier(classifier), chip)
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps)
+    model, _ = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     if defence is None and draws is not None:
         raise AdvdiffError("--draws is of a defence's noise: give -m, or --defense noise")
     judging: dict[str, Any] = {}

@@ -31,6 +31,7 @@ def purify(
     rows: options.Range = None,
     shuffle_seed: options.ShuffleSeed = None,
     shard: options.Shard = None,
+    allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     batch_size: options.BatchSize = None,
@@ -65,7 +66,7 @@ def purify(
         raise AdvdiffError(
             f"--out {out}: rows of a patch set go to a .safetensors or .h5 file, whole folders of images to a folder"
         )
-    defence = build_defence(defense or "ddpm", ddpm, t_star, sampler, sampler_steps)
+    defence = build_defence(defense or "ddpm", ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     defence.purifier.to(chip)
     parameters = defence.parameters | {"seed": seed} | machine
     if to_file:

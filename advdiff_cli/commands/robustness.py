@@ -41,6 +41,7 @@ def robustness(
     limit: options.Limit = None,
     rows: options.Range = None,
     shuffle_seed: options.ShuffleSeed = None,
+    allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     batch_size: options.BatchSize = None,
@@ -61,6 +62,7 @@ def robustness(
     from advdiff_cli.evaluation.climbing import Climb
     from advdiff_cli.evaluation.judging import write_json
     from advdiff_cli.evaluation.ladder import PRESETS, ladder
+    from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
     options.need_positive(eps=eps)
@@ -75,12 +77,12 @@ def robustness(
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
     patches.require_shape()
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     substitute = defence is not None and defence.parameters["defense"] == "ddpm"
     whole = ladder(spend, eps, defended=defence is not None, substitute=substitute)
     rungs, begun = _chosen(whole, only), _begun(out, whole)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
-    subject = _subject(classifier, defence, exact, chip)
+    subject = _subject(zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle), defence, exact, chip)
     climb = Climb(subject, patches, spend, out, seed, batch_size or begun.get("batch_size", _BATCH), chip, overwrite)
     tested = next(r.settings for r in rungs if r.name == "pgd") if only is None else None
     plan = climb.costs(rungs, tested)
@@ -106,12 +108,10 @@ def _begun(out: Path, rungs: "list[Rung]") -> Mapping[str, Any]:
     return next((p for p in found if goes_through(p)), found[0] if found else {})
 
 
-def _subject(classifier: str, defence: Defence | None, precision: str, chip: Any) -> "Subject":
+def _subject(found: tuple[Any, str], defence: Defence | None, precision: str, chip: Any) -> "Subject":
     from advdiff_cli.evaluation.climbing import Subject
-    from advdiff_cli.models import zoo
 
-    folder = zoo.find_classifier(classifier)
-    model, fingerprint = zoo.frozen_classifier(folder, chip), zoo.fingerprint(folder)
+    model, fingerprint = found
     if defence is None:
         return Subject(model, fingerprint)
     purifier = defence.before(model, chip, precision).purifier

@@ -1,6 +1,7 @@
 """Classifiers: images in [0, 1] to logits, normalisation inside.
 
-A folder holds config.json (architecture and normalisation) and model.safetensors.
+A folder holds config.json (architecture and normalisation) and model.safetensors; timm's, of a torchvision architecture
+under the same names, is read too.
 """
 
 import json
@@ -8,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advdiff_cli.data.provenance import KEY, Provenance, canonical
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.foreign import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -21,10 +22,10 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What builds a classifier: a torchvision architecture, its normalisation and its calibration.
+    """What builds a classifier: an architecture, its normalisation and its calibration.
 
-    Mean and deviation are of each channel in [0, 1]; the log-odds of class 1 are `slope` times the network's, plus
-    `bias` (Platt 1999).
+    The architecture is torchvision's, or, after `tiatoolbox:`, TIAToolbox's on one of torchvision's. Mean and deviation
+    are of each channel in [0, 1]; the log-odds of class 1 are `slope` times the network's, plus `bias` (Platt 1999).
     """
 
     arch: str
@@ -57,6 +58,9 @@ class Classifier(nn.Module):
 def _backbone(arch: str) -> nn.Module:
     from torchvision.models import get_model, list_models
 
+    if arch.startswith(TIATOOLBOX):
+        name = arch.removeprefix(TIATOOLBOX)
+        return PooledCNN(_backbone(name), name)
     names = list_models(module=__import__("torchvision").models)
     if arch not in names:
         raise AdvdiffError(
@@ -86,12 +90,35 @@ def load_classifier(folder: Path) -> Classifier:
             raise AdvdiffError(f"{folder} is no classifier folder: {name} is missing")
     try:
         raw = json.loads((folder / CONFIG).read_text())
+        timm = "pretrained_cfg" in raw
+        if timm:
+            raw = {"arch": raw["architecture"], **{k: raw["pretrained_cfg"][k] for k in ("mean", "std")}}
         config = ClassifierConfig(**raw | {"mean": tuple(raw["mean"]), "std": tuple(raw["std"])})
     except (ValueError, KeyError, TypeError) as e:
         raise AdvdiffError(f"{folder / CONFIG} is no classifier config ({e})") from None
+    return _filled(
+        config, read_weights(folder / WEIGHTS, allow_pickle=False), folder / WEIGHTS, prefix="backbone." if timm else ""
+    )
+
+
+def load_tiatoolbox(path: Path, *, allow_pickle: bool = False) -> Classifier:
+    """Load TIAToolbox's weights for PCam, in eval mode, fp32, as a classifier that returns logits.
+
+    Args:
+        path: BACKBONE-pcam.pth or .safetensors; the name says what the weights are of.
+        allow_pickle: whether a .pth may be read.
+
+    Raises:
+        AdvdiffError: the name says nothing, the file may not or cannot be read, or it does not fit.
+    """
+    config = ClassifierConfig(TIATOOLBOX + tiatoolbox_backbone(path), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return _filled(config, read_weights(path, allow_pickle=allow_pickle), path, prefix="backbone.")
+
+
+def _filled(config: ClassifierConfig, state: dict[str, Tensor], path: Path, prefix: str) -> Classifier:
     model = Classifier(config)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as e:
-        raise AdvdiffError(f"{folder / WEIGHTS} does not fit {config.arch}: {str(e).splitlines()[0]}") from None
+        model.load_state_dict({prefix + k: v for k, v in state.items()})
+    except RuntimeError as e:
+        raise AdvdiffError(f"{path} does not fit {config.arch}: {str(e).splitlines()[0]}") from None
     return model.eval()

@@ -19,6 +19,7 @@ from advdiff_cli.errors import AdvdiffError
 
 CARD = "advdiff.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PICKLED_UNET = "unet/diffusion_pytorch_model.bin"
 
 SamplerName = Literal["ddpm", "ddim"]
 
@@ -53,13 +54,22 @@ PAPER = Purification()
 
 @dataclass(frozen=True)
 class DdpmCard:
-    """What diffusers' folder does not say: data range, space-to-depth, trained noise levels, recommended settings."""
+    """What diffusers' folder does not say: data range, space-to-depth, trained noise levels, recommended settings.
+
+    `index_offset` is how many noise levels above the first denoised index an image is noised to: 0, but 1 in the
+    paper's code.
+    """
 
     space_to_depth: int = 1
     max_t: float = 1.0
     data_range: tuple[float, float] = (-1.0, 1.0)
+    index_offset: int = 0
     recommended: Purification = field(default_factory=Purification)
     provenance: Provenance | None = None
+
+
+KNOWN = {"ankile/ddpm-pcam-96-flip": DdpmCard(data_range=(0.0, 1.0), index_offset=1)}
+"""Hub repositories without advdiff.json whose card is known: the paper's model, trained on [0, 1]."""
 
 
 class Ddpm(nn.Module):
@@ -126,7 +136,8 @@ def load_card(folder: Path) -> DdpmCard:
     """Read advdiff.json; a folder without one is a plain DDPM on [-1, 1] with the paper's settings."""
     path = folder / CARD
     if not path.is_file():
-        return DdpmCard()
+        cached = {f"models--{name.replace('/', '--')}": card for name, card in KNOWN.items()}
+        return next((cached[part] for part in folder.parts if part in cached), DdpmCard())
     try:
         raw = json.loads(path.read_text())
         recommended = Purification(**raw.pop("recommended", {}))
@@ -136,15 +147,20 @@ def load_card(folder: Path) -> DdpmCard:
         raise AdvdiffError(f"{path} is no advdiff.json of a diffusion model ({e})") from None
 
 
-def load_ddpm(folder: Path) -> Ddpm:
+def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
     """Load a diffusion model folder, in eval mode, fp32.
 
     Raises:
-        AdvdiffError: a file is missing or broken, or the weights are pickled.
+        AdvdiffError: a file is missing or broken, or the weights are pickled and that is not allowed.
     """
+    pickled = not (folder / UNET_WEIGHTS).is_file() and (folder / PICKLED_UNET).is_file()
+    if pickled and not allow_pickle:
+        raise AdvdiffError(
+            f"{folder / PICKLED_UNET} holds pickled weights; give --allow-pickle if you trust where it came from"
+        )
     try:
         unet = UNet2DModel.from_pretrained(
-            folder / "unet", use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+            folder / "unet", use_safetensors=not pickled, local_files_only=True, torch_dtype=torch.float32
         )
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as e:

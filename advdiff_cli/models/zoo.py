@@ -1,30 +1,66 @@
-"""Where a model is asked for: a folder, a bundled name or a Hub id; and what is recorded about it."""
+"""Where a model is asked for: a folder, a bundled name, a Hub id or what others made; and what is recorded about it."""
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, digest, parse
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.classifiers import CONFIG, WEIGHTS, Classifier, ClassifierConfig, load_classifier
-from advdiff_cli.models.ddpm import CARD, UNET_WEIGHTS, Ddpm, build_ddpm, load_card, load_ddpm
+from advdiff_cli.models.classifiers import (
+    CONFIG,
+    WEIGHTS,
+    Classifier,
+    ClassifierConfig,
+    load_classifier,
+    load_tiatoolbox,
+)
+from advdiff_cli.models.ddpm import CARD, PICKLED_UNET, UNET_WEIGHTS, Ddpm, build_ddpm, load_card, load_ddpm
+from advdiff_cli.models.foreign import from_callable, read_weights
 
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 
 
 def find_classifier(name: str) -> Path:
-    """Return the folder of a classifier named by folder or bundled name."""
+    """Return the folder of a classifier named by folder, bundled name or Hub id."""
     return _find(name, "classifier", WEIGHTS)
 
 
-def find_ddpm(name: str) -> Path:
+def find_ddpm(name: str, *, allow_pickle: bool = False) -> Path:
     """Return the folder of a diffusion model named by folder, bundled name or Hub id."""
-    return _find(name, "diffusion model", UNET_WEIGHTS)
+    return _find(name, "diffusion model", UNET_WEIGHTS, allow_pickle=allow_pickle)
+
+
+def frozen_classifier(name: str, device: torch.device, *, allow_pickle: bool = False) -> tuple[nn.Module, str]:
+    """Return the classifier called `name`, in eval mode, its parameters without gradients, and its fingerprint.
+
+    Args:
+        name: A folder, bundled name or Hub id; a file of TIAToolbox's weights, BACKBONE-pcam.pth or .safetensors; or
+            module:callable, which returns a torch module from images in [0, 1] to one or two logits.
+        device: Where it is to compute.
+        allow_pickle: Whether a .pth may be read.
+
+    Raises:
+        AdvdiffError: there is none, or it is not whole.
+    """
+    model: nn.Module
+    if Path(name).is_file():
+        model = load_tiatoolbox(Path(name), allow_pickle=allow_pickle)
+        told = model.config.arch
+    elif re.fullmatch(r"[\w.]+:[\w.]+", name):
+        model, told = from_callable(name), name
+    else:
+        folder = find_classifier(name)
+        model, told = load_classifier(folder), ""
+    made_of = fingerprint(folder) if not told else digest([told.encode(), *_tensors(model.state_dict())])
+    model = model.to(device).to(memory_format=torch.channels_last)  # the faster layout
+    return model.requires_grad_(False), made_of
 
 
 def bundled(kind_file: str) -> list[str]:
@@ -57,24 +93,25 @@ def list_bundled() -> list[dict[str, Any]]:
     return found
 
 
-def _find(name: str, kind: str, kind_file: str) -> Path:
+def _find(name: str, kind: str, kind_file: str, *, allow_pickle: bool = False) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if (BUNDLED / name / kind_file).is_file():
         return BUNDLED / name
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        return _download(name, kind)
+        return _download(name, kind, allow_pickle)
     have = ", ".join(bundled(kind_file)) or "none"
     raise AdvdiffError(f"no {kind} called {name}: neither a folder nor a bundled model (these are: {have})")
 
 
-def _download(name: str, kind: str) -> Path:
-    """Return the local copy of a Hub repository's configuration and safetensors files."""
+def _download(name: str, kind: str, allow_pickle: bool) -> Path:
+    """Return the local copy of a Hub repository's configuration and weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    pickled = [PICKLED_UNET] if allow_pickle else []
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *pickled]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
         raise AdvdiffError(
@@ -90,19 +127,22 @@ def fingerprint(folder: Path) -> str:
 def _meaning(folder: Path) -> Iterator[bytes]:
     """Yield what a model's result depends on."""
     card = asdict(load_card(folder))
-    yield canonical({k: card[k] for k in ("space_to_depth", "max_t", "data_range")}).encode()
+    told = {k: card[k] for k in ("space_to_depth", "max_t", "data_range")}
+    if card["index_offset"]:
+        told["index_offset"] = card["index_offset"]
+    yield canonical(told).encode()
     for path in sorted(folder.rglob("*config.json")):
         told = {k: v for k, v in parse(path.read_text(), path).items() if not k.startswith("_")}
         yield f"\n{path.relative_to(folder).as_posix()} {canonical(told)}".encode()
-    for path in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in sorted(file.keys()):
-                    tensor = file.get_tensor(name)
-                    yield f"\n{name} {tensor.dtype} {list(tensor.shape)}".encode()
-                    yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        except SafetensorError as e:
-            raise AdvdiffError(f"{path} is not a whole safetensors file ({e}); make or fetch it again") from None
+    whole = sorted(folder.rglob("*.safetensors"))
+    for path in whole or sorted(folder.glob(PICKLED_UNET)):
+        yield from _tensors(read_weights(path, allow_pickle=True))  # the model was loaded from them
+
+
+def _tensors(state: dict[str, Tensor]) -> Iterable[bytes]:
+    for name, tensor in sorted(state.items()):
+        yield f"\n{name} {tensor.dtype} {list(tensor.shape)}".encode()
+        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def initial_classifier(init: str | None, config: ClassifierConfig, seed: int, shape: tuple[int, int]) -> Classifier:
@@ -170,9 +210,3 @@ def recorded_recipe(folder: Path) -> Provenance | None:
 def training_log(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a fit."""
     return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
-
-
-def frozen_classifier(folder: Path, device: torch.device) -> Classifier:
-    """Return the classifier of a folder on `device`, in eval mode, its parameters without gradients."""
-    model = load_classifier(folder).to(device).to(memory_format=torch.channels_last)  # the faster layout
-    return model.requires_grad_(False)

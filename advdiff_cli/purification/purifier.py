@@ -51,6 +51,7 @@ class DiffusionPurifier(nn.Module):
         self.sampler = sampler
         self.checkpointed = True
         self.indices = step_indices(n, sampler_steps or n)
+        self.noised_to = min(self.indices[0] + ddpm.card.index_offset, ddpm.timesteps - 1)
 
     def with_steps(self, sampler_steps: int) -> "DiffusionPurifier":
         """Return the purifier of the same noise level and sampler in another number of U-Net evaluations."""
@@ -76,7 +77,7 @@ class DiffusionPurifier(nn.Module):
             noise = torch.randn((len(images), *self.noise_shape(height, width)), device=images.device)
         low, high = self.ddpm.card.data_range
         x_0 = _pad_to(images, noise.shape[-2], noise.shape[-1]) * (high - low) + low
-        x_0 = self._reverse(add_noise(x_0, noise[:, 0], self.ddpm.alpha_bar[self.indices[0]]), noise)
+        x_0 = self._reverse(add_noise(x_0, noise[:, 0], self.ddpm.alpha_bar[self.noised_to]), noise)
         return ((x_0 - low) / (high - low)).clamp(0, 1)[..., :height, :width]
 
     def _reverse(self, x_t: Tensor, noise: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The reverse process against diffusers' own scheduler, and the contracts of the purifier."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -37,6 +39,22 @@ def test_ancestral_sampling_is_diffusers_loop_step_for_step(model, images):
             x = mean + scheduler._get_variance(t).sqrt() * drawn if t else step.prev_sample
         ours = purifier(images, noise)
     assert torch.allclose(ours, ((x + 1) / 2).clamp(0, 1), atol=2e-6)
+
+
+def test_the_papers_model_is_sampled_as_its_code_does(ddpm, images):
+    """Images in [0, 1] noised to index 40, then DDPMScheduler.step at 39, ..., 0: fields of its card."""
+    model = load_ddpm(ddpm).requires_grad_(False)
+    model.card = replace(model.card, data_range=(0.0, 1.0), index_offset=1)
+    purifier = DiffusionPurifier(model, 0.04)
+    noise = torch.randn(len(images), *purifier.noise_shape(96, 96))
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    x = scheduler.add_noise(images, noise[:, 0], torch.tensor([40]))
+    with torch.inference_mode():
+        for k, t in enumerate(scheduler.timesteps[-40:].tolist()):
+            mean = _mean(scheduler, model(x, torch.full((len(x),), t)), t, x)
+            x = mean + scheduler._get_variance(t).sqrt() * noise[:, k + 1] if t else mean
+        ours = purifier(images, noise)
+    assert torch.allclose(ours, x.clamp(0, 1), atol=2e-6)
 
 
 def _mean(scheduler, predicted, t, x):

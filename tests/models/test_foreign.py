@@ -1,0 +1,183 @@
+"""Classifiers and diffusion models that others made, against what those others compute."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.models import get_model
+
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models import zoo
+from advdiff_cli.models.ddpm import DdpmCard, load_card, load_ddpm
+
+CPU = torch.device("cpu")
+
+
+class Published(nn.Module):
+    """TIAToolbox's CNNModel as its source describes it, softmax and all."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        options = {"aux_logits": False, "init_weights": False} if backbone == "googlenet" else {}
+        network = get_model(backbone, weights=None, **options)
+        if backbone == "googlenet":
+            self.feat_extract = nn.Sequential(*list(network.children())[:-3])
+        elif "resnet" in backbone:
+            self.feat_extract = nn.Sequential(*list(network.children())[:-2])
+        else:
+            self.feat_extract = network.features
+        self.pool = nn.AdaptiveAvgPool2d((1, 1))
+        self.classifier = nn.Linear(self.feat_extract.eval()(torch.rand(2, 3, 96, 96)).shape[1], 2)
+
+    def forward(self, images):
+        return self.classifier(self.pool(self.feat_extract(images)).flatten(1)).softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "densenet121", "googlenet", "mobilenet_v3_small", "alexnet"])
+def test_tiatoolbox_weights_give_its_softmaxs_logits(backbone, images, tmp_path):
+    theirs = Published(backbone).eval()
+    torch.save(theirs.state_dict(), tmp_path / f"{backbone}-pcam.pth")
+    ours, _ = zoo.frozen_classifier(str(tmp_path / f"{backbone}-pcam.pth"), CPU, allow_pickle=True)
+    logits = ours(images)
+    assert torch.allclose(logits.softmax(1), theirs(images), atol=1e-5)
+    assert not torch.allclose(logits.sum(1), torch.ones(2))
+
+
+def test_tiatoolboxs_own_module_where_it_is_installed(images, tmp_path):
+    vanilla = pytest.importorskip("tiatoolbox.models.architecture.vanilla")
+    theirs = vanilla.CNNModel("resnet18", num_classes=2).eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18-pcam.pth")
+    ours, _ = zoo.frozen_classifier(str(tmp_path / "resnet18-pcam.pth"), CPU, allow_pickle=True)
+    assert torch.allclose(ours(images).softmax(1), theirs(images), atol=1e-5)
+
+
+def test_pickles_are_read_only_where_allowed_and_only_as_tensors(advdiff, test_x, tmp_path):
+    state = Published("resnet18").state_dict()
+    file = tmp_path / "resnet18-pcam.pth"
+    torch.save(state, file)
+    evaluate = ["evaluate", test_x, "-c", file, "--limit", 4]
+    assert "holds pickled weights; give --allow-pickle" in advdiff(*evaluate, code=1).err
+    pickled = advdiff(*evaluate, "--allow-pickle", "--json").json
+    save_file(state, tmp_path / "resnet18-pcam.safetensors")
+    evaluate[3] = tmp_path / "resnet18-pcam.safetensors"
+    assert advdiff(*evaluate, "--json").json["sets"][0]["auroc"] == pickled["sets"][0]["auroc"]
+    torch.save(Published("alexnet"), file)  # a whole module: code
+    with pytest.raises(AdvdiffError, match="no file of weights alone"):
+        zoo.frozen_classifier(str(file), CPU, allow_pickle=True)
+    torch.save([1, 2], file)
+    with pytest.raises(AdvdiffError, match="holds no weights by name"):
+        zoo.frozen_classifier(str(file), CPU, allow_pickle=True)
+    save_file(state, tmp_path / "mine.safetensors")
+    with pytest.raises(AdvdiffError, match="does not say what it is: call it as TIAToolbox does"):
+        zoo.frozen_classifier(str(tmp_path / "mine.safetensors"), CPU)
+    save_file(state, tmp_path / "resnet34-pcam.safetensors")
+    with pytest.raises(AdvdiffError, match="does not fit tiatoolbox:resnet34"):
+        zoo.frozen_classifier(str(tmp_path / "resnet34-pcam.safetensors"), CPU)
+
+
+def test_timms_folders_of_torchvision_networks_are_read(images, tmp_path):
+    """As the Hub's copies of TIAToolbox's ResNets are laid out: timm's config.json, torchvision's names."""
+    network = get_model("resnet18", num_classes=2).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    made = {"tag": "tiatoolbox-pcam", "mean": [0.1, 0.0, 0.0], "std": [1.0, 0.5, 1.0], "classifier": "fc"}
+    config = {"architecture": "resnet18", "num_classes": 2, "num_features": 512, "pretrained_cfg": made}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, _ = zoo.frozen_classifier(str(tmp_path), CPU)
+    mean, std = torch.tensor(made["mean"]).view(3, 1, 1), torch.tensor(made["std"]).view(3, 1, 1)
+    assert torch.allclose(ours(images), network((images - mean) / std), atol=1e-5)
+
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, outputs, after=None):
+        super().__init__()
+        self.linear, self.after = nn.Linear(3, outputs), after or nn.Identity()
+        self.linear.weight.data = torch.arange(3.0 * outputs).view(outputs, 3) - 2
+        nn.init.zeros_(self.linear.bias)
+    def forward(self, images):
+        return self.after(self.linear(images.mean((2, 3))) * 9)
+
+def two(): return Net(2)
+def one(): return Net(1)
+def flat(): return Net(1, nn.Flatten(0))
+def softmax(): return Net(2, nn.Softmax(1))
+def sigmoid(): return Net(1, nn.Sigmoid())
+def three(): return Net(3)
+def fixed(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+def nothing(): return 5
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of the working directory, under a name of its own."""
+    name = f"made_by_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_any_module_to_one_or_two_logits(module, images):
+    two, mark = zoo.frozen_classifier(f"{module}:two", CPU)
+    assert torch.equal(two(images), two.module(images))
+    assert two(images).shape == (2, 2)
+    assert not any(p.requires_grad for p in two.parameters())
+    for name in ("one", "flat"):
+        single, other = zoo.frozen_classifier(f"{module}:{name}", CPU)
+        logits = single(images)
+        assert torch.equal(logits[:, 1] - logits[:, 0], single.module(images).reshape(2))
+        assert other != mark
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("softmax", "returns probabilities"),
+        ("sigmoid", "returns probabilities"),
+        ("three", r"returns \[12, 3\] for 12 patches"),
+        ("fixed", "does not take patches"),
+        ("nothing", "returned int, not a torch module"),
+        ("nowhere", "is no callable without arguments"),
+    ],
+)
+def test_what_is_no_module_to_logits_is_refused(module, name, says):
+    with pytest.raises(AdvdiffError, match=says):
+        zoo.frozen_classifier(f"{module}:{name}", CPU)
+
+
+def test_commands_take_a_callable(advdiff, module, test_x, tmp_path):
+    assert advdiff("evaluate", test_x, "-c", f"{module}:two", "--limit", 8, "--json").json["sets"][0]["n"] == 8
+    attack = ["attack", test_x, "-c", f"{module}:one", "--limit", 4, "--steps", 1, "-o", tmp_path / "adv.h5"]
+    advdiff(*attack)
+    assert "up to date" in advdiff(*attack).err
+    assert "made otherwise" in advdiff(*attack[:3], f"{module}:two", *attack[4:], code=1).err
+
+
+def test_pickled_unets_are_read_only_where_allowed(ddpm, tmp_path):
+    """The layout of the paper's repository: pickled weights and no card of ours."""
+    shutil.copytree(ddpm, tmp_path / "m")
+    weights = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(AdvdiffError, match=r"diffusion_pytorch_model\.bin holds pickled weights; give --allow-pickle"):
+        load_ddpm(tmp_path / "m")
+    ours, theirs = load_ddpm(ddpm), load_ddpm(tmp_path / "m", allow_pickle=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert zoo.fingerprint(tmp_path / "m") == zoo.fingerprint(ddpm)
+
+
+def test_the_papers_model_is_known_by_its_name_on_the_hub(tmp_path):
+    cached = tmp_path / "models--ankile--ddpm-pcam-96-flip" / "snapshots" / "abc"
+    assert load_card(cached) == DdpmCard(data_range=(0.0, 1.0), index_offset=1)
+    assert load_card(tmp_path) == DdpmCard()
