@@ -10,6 +10,7 @@ from advdiff_cli.attacks.apgd import apgd
 from advdiff_cli.attacks.balls import random_surface
 from advdiff_cli.attacks.fab import fab, fab_installed
 from advdiff_cli.attacks.objective import Objective
+from advdiff_cli.attacks.paper import paper
 from advdiff_cli.attacks.pgd import pgd
 from advdiff_cli.attacks.square import square
 from advdiff_cli.data.streams import RowKey, RowStreams
@@ -26,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "apgd": {"loss": "ce", "steps": 100, "restarts": 1},
     "square": {"loss": "margin", "queries": 1000, "restarts": 1},
     "fab": {"steps": 100},
+    "paper": {"steps": 5},
     "ensemble": {"steps": 100, "queries": 1000, "restarts": 1},
 }
 """Method -> its settings and their defaults; a step size of None is eps / 4."""
@@ -57,8 +59,10 @@ def resolve(method: str, norm: str, eps: float, asked: Mapping[str, Any], *, def
             raise AdvdiffError(f"--{name.replace('_', '-')} does not apply to {what}")
     settings |= given
     deterministic = not defended or settings.get("gradient") == "blind" or bool(settings.get("fixed_draw"))
-    if method == "square" and norm != "linf":
-        raise AdvdiffError("--method square is for --norm linf")
+    if method in ("square", "paper") and norm != "linf":
+        raise AdvdiffError(f"--method {method} is for --norm linf")
+    if method == "paper" and defended:
+        raise AdvdiffError("--method paper attacks the classifier alone: leave out -m and --defense")
     if method == "fab" and not deterministic:
         raise AdvdiffError("--method fab is for deterministic models: give --fixed-draw, or no defence")
     if settings.get("gradient") == "surrogate" and settings["attack_sampler_steps"] is None:
@@ -153,6 +157,8 @@ def run(
                 model, images, labels, eps=eps, steps=s["steps"], norm=s["norm"], loss=loss, follow=follow,
                 restarts=s["restarts"], **streams,
             )  # fmt: skip
+        if name == "paper":
+            return paper(model, images, labels, eps=eps, steps=s["steps"])
         if name == "fab":
             return fab(model, images, labels, eps=eps, steps=s["steps"], norm=s["norm"])
         return square(

@@ -18,8 +18,11 @@ def attack(
     out: options.Out,
     ddpm: options.DdpmName = None,
     method: Annotated[
-        Literal["pgd", "fgsm", "apgd", "square", "fab", "ensemble", "random"],
-        typer.Option(help="ensemble: each patch's worst of APGD, Square and, where valid, FAB; random: a control."),
+        Literal["pgd", "fgsm", "apgd", "square", "fab", "ensemble", "random", "paper"],
+        typer.Option(
+            help="ensemble: each patch's worst of APGD, Square and, where valid, FAB; random: a control; paper: the "
+            "weak attack of the paper's code."
+        ),
     ] = "pgd",
     norm: Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")] = "linf",
     eps: options.Eps = 2 / 255,
@@ -28,7 +31,7 @@ def attack(
         typer.Option(help="Cross-entropy, or the margin between the classes.", show_default="ce; square: margin"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Attack iterations.", show_default="pgd: 40, else 100")
+        int | None, typer.Option(min=1, help="Attack iterations.", show_default="pgd: 40, paper: 5, else 100")
     ] = None,
     step_size: Annotated[
         float | None,

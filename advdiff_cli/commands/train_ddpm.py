@@ -19,6 +19,9 @@ def train_ddpm(
         typer.Option(help="The paper's U-Net, a small one on space-to-depth by 2 or 4, or one for trials."),
     ] = "s2d2",
     max_t: Annotated[float, typer.Option(min=1e-3, max=1.0, help="Train noise levels up to this fraction of T.")] = 1.0,
+    data_range: Annotated[
+        Literal["-1,1", "0,1"], typer.Option(help="What pixels are scaled to; 0,1 is what the paper's model saw.")
+    ] = "-1,1",
     init: Annotated[str | None, typer.Option(help="Start from this model's weights.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 10_000,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 3e-4,
@@ -56,7 +59,7 @@ def train_ddpm(
     plan = DdpmPlan(steps, batch_size or _BATCH, learning_rate, ema, max_t, seed, exact)
     made_by = recipe(
         "train-ddpm",
-        plan.parameters() | {"preset": preset},
+        plan.parameters() | {"preset": preset} | ({} if data_range == "-1,1" else {"data_range": data_range}),
         data=[s.recipe_input() for s in sets],
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_ddpm(init)),
@@ -66,13 +69,13 @@ def train_ddpm(
         console.log(f"{out} is up to date")
     else:
         rows = TrainingRows(sets, labelled=False)
-        model = zoo.initial_ddpm(
-            init, preset, [rows.shape, *([valid_set.require_shape()] if valid_set else [])], max_t, seed
-        )
+        shapes = [rows.shape, *([valid_set.require_shape()] if valid_set else [])]
+        low, high = map(float, data_range.split(","))
+        model = zoo.initial_ddpm(init, preset, shapes, max_t, seed, (low, high))
         follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
         made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
         paper = Purification(t_star=min(Purification.t_star, max_t))
-        model.card = DdpmCard(model.card.space_to_depth, max_t, recommended=paper, provenance=made)
+        model.card = DdpmCard(model.card.space_to_depth, max_t, (low, high), recommended=paper, provenance=made)
         save_ddpm(model.cpu(), work.part)
         work.publish()
     log = zoo.training_log(out)

@@ -67,6 +67,16 @@ class DdpmCard:
     recommended: Purification = field(default_factory=Purification)
     provenance: Provenance | None = None
 
+    def to_range(self, images: Tensor) -> Tensor:
+        """Return images in [0, 1] in the data range; the identity for a range of [0, 1]."""
+        low, high = self.data_range
+        return images * (high - low) + low
+
+    def to_pixels(self, x_0: Tensor) -> Tensor:
+        """Return what `to_range` made its result of."""
+        low, high = self.data_range
+        return (x_0 - low) / (high - low)
+
 
 KNOWN = {"ankile/ddpm-pcam-96-flip": DdpmCard(data_range=(0.0, 1.0), index_offset=1)}
 """Hub repositories without advdiff.json whose card is known: the paper's model, trained on [0, 1]."""
@@ -103,7 +113,9 @@ class Ddpm(nn.Module):
         return pixel_shuffle(predicted.float(), factor)
 
 
-def build_ddpm(preset: str, size: int, max_t: float, seed: int) -> Ddpm:
+def build_ddpm(
+    preset: str, size: int, max_t: float, seed: int, data_range: tuple[float, float] = (-1.0, 1.0)
+) -> Ddpm:  # fmt: skip
     """Return a DDPM of `preset` with random weights of `seed`, for patches of size x size pixels."""
     factor, arguments = PRESETS[preset]
     levels = len(arguments["block_out_channels"])
@@ -118,7 +130,8 @@ def build_ddpm(preset: str, size: int, max_t: float, seed: int) -> Ddpm:
             out_channels=channels,
             **{**plain, **small, **arguments},
         )
-    return Ddpm(unet, DDPMScheduler(num_train_timesteps=1000), DdpmCard(space_to_depth=factor, max_t=max_t))
+    card = DdpmCard(space_to_depth=factor, max_t=max_t, data_range=data_range)
+    return Ddpm(unet, DDPMScheduler(num_train_timesteps=1000), card)
 
 
 def save_ddpm(model: Ddpm, folder: Path) -> None:

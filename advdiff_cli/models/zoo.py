@@ -172,9 +172,12 @@ def _begun_classifier(init: str | None, config: ClassifierConfig, seed: int) -> 
     return model
 
 
-def initial_ddpm(init: str | None, preset: str, shapes: Sequence[tuple[int, int]], max_t: float, seed: int) -> Ddpm:
+def initial_ddpm(
+    init: str | None, preset: str, shapes: Sequence[tuple[int, int]], max_t: float, seed: int,
+    data_range: tuple[float, float] = (-1.0, 1.0),
+) -> Ddpm:  # fmt: skip
     """Return the diffusion model a fit starts from: fresh weights of (preset, seed), or those of the model `init`."""
-    model = build_ddpm(preset, shapes[0][0], max_t, seed)
+    model = build_ddpm(preset, shapes[0][0], max_t, seed, data_range)
     for height, width in shapes:
         if height % model.multiple or width % model.multiple:
             raise AdvdiffError(
@@ -185,6 +188,11 @@ def initial_ddpm(init: str | None, preset: str, shapes: Sequence[tuple[int, int]
     start = load_ddpm(find_ddpm(init))
     if list(start.unet.config.block_out_channels) != list(model.unet.config.block_out_channels):
         raise AdvdiffError(f"--init {init} is not of preset {preset}; give its own --preset")
+    if start.card.data_range != data_range:
+        low, high = start.card.data_range
+        raise AdvdiffError(
+            f"--init {init} saw pixels scaled to [{low:g}, {high:g}]; give --data-range {low:g},{high:g}"
+        )
     return start
 
 

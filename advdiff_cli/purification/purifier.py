@@ -75,10 +75,9 @@ class DiffusionPurifier(nn.Module):
         height, width = images.shape[-2:]
         if noise is None:
             noise = torch.randn((len(images), *self.noise_shape(height, width)), device=images.device)
-        low, high = self.ddpm.card.data_range
-        x_0 = _pad_to(images, noise.shape[-2], noise.shape[-1]) * (high - low) + low
+        x_0 = self.ddpm.card.to_range(_pad_to(images, noise.shape[-2], noise.shape[-1]))
         x_0 = self._reverse(add_noise(x_0, noise[:, 0], self.ddpm.alpha_bar[self.noised_to]), noise)
-        return ((x_0 - low) / (high - low)).clamp(0, 1)[..., :height, :width]
+        return self.ddpm.card.to_pixels(x_0).clamp(0, 1)[..., :height, :width]
 
     def _reverse(self, x_t: Tensor, noise: Tensor) -> Tensor:
         """Walk down the indices to x_0; for a gradient, the activations of a step are computed again, not kept."""

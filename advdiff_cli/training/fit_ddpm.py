@@ -110,7 +110,7 @@ def _loss(network: nn.Module, model: Ddpm, images: Tensor, max_t: float, rng: np
     """Return the mean squared error of the predicted noise, at timesteps drawn below max_t (Ho et al., eq. 14)."""
     t = torch.from_numpy(rng.integers(0, noise_levels(max_t, model.timesteps), len(images))).to(images.device)
     noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(images.device)
-    x_t = add_noise(images * 2 - 1, noise, model.alpha_bar[t].view(-1, 1, 1, 1))
+    x_t = add_noise(model.card.to_range(images), noise, model.alpha_bar[t].view(-1, 1, 1, 1))
     return mse_loss(network(x_t, t), noise)
 
 
@@ -155,7 +155,7 @@ def _look(
     rows: list[Tensor] = []
     for start in range(0, len(order), plan.batch_size):
         chosen = order[start : start + plan.batch_size]
-        x_0 = (valid.read(chosen) * 2 - 1).to(accelerator.device)
+        x_0 = model.card.to_range(valid.read(chosen)).to(accelerator.device)
         noise = RowStreams(0, "validation", [valid.keys[i] for i in chosen]).normal(*x_0.shape[1:]).to(x_0.device)
         shown = [x_0]
         for level in levels:
@@ -168,11 +168,11 @@ def _look(
         if start == 0:
             rows = [torch.stack([column[i] for column in shown]) for i in range(min(8, len(x_0)))]
     ema.restore(model.unet.parameters())
-    _draw(torch.cat(rows), len(rows[0]), work)
+    _draw(model.card.to_pixels(torch.cat(rows)), len(rows[0]), work)
     return {"valid_loss": {f"{k:g}": round(v, 6) for k, v in sums.items()}}
 
 
 def _draw(images: Tensor, columns: int, work: WorkFolder) -> None:
     """Write the grid: a row a patch; clean, then noised and denoised at each level."""
-    grid = make_grid(((images + 1) / 2).clamp(0, 1).float().cpu(), nrow=columns)
+    grid = make_grid(images.clamp(0, 1).float().cpu(), nrow=columns)
     Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy()).save(work.part / GRID)

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from advdiff_cli.attacks.balls import project, random_start, round_inside, surface_share
 from advdiff_cli.attacks.objective import Objective
+from advdiff_cli.attacks.paper import paper
 from advdiff_cli.attacks.pgd import iterates, pgd
 from advdiff_cli.data.streams import RowStreams
 
@@ -125,6 +126,22 @@ def test_rows_do_not_depend_on_batch_or_order(model, batch):
     assert torch.equal(whole, back)
     apart = [pgd(model, images[i : i + 1], labels[i : i + 1], eps=EPS, steps=5, rows=["abcdef"[i]]) for i in range(6)]
     assert torch.allclose(whole, torch.cat(apart), atol=1e-5)
+
+
+def test_the_papers_attack_is_its_codes_one_patch_at_a_time(model, batch):
+    images, labels = batch
+    for image, label, found in zip(images, labels, paper(model, images, labels, eps=EPS), strict=True):
+        delta = torch.zeros_like(image[None], requires_grad=True)
+        adam = torch.optim.Adam([delta], lr=1e5)
+        for _ in range(5):
+            loss = -nn.CrossEntropyLoss()(model(image[None] + delta).softmax(1), label[None])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            delta.data.clamp_(-EPS, EPS)
+        expected = (image + delta.detach()[0]).clamp(0, 1)
+        assert torch.allclose(found, expected, atol=1e-7)
+    assert surface_share(paper(model, images, labels, eps=EPS), images, EPS, "linf")[0] > 0
 
 
 def test_images_outside_the_box_are_misuse(model):

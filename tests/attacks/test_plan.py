@@ -47,6 +47,7 @@ def test_defaults():
     assert {k: resolved()[k] for k in ("gradient", "eot", "fixed_draw")} == {
         "gradient": "full", "eot": 8, "fixed_draw": False,
     }  # fmt: skip
+    assert resolved("paper", defended=False) == {"method": "paper", "norm": "linf", "eps": EPS, "steps": 5}
     assert "eot" not in resolved(gradient="blind")
     assert "gradient" not in resolved("square")
     assert resolved("ensemble")["attacks"] == ["apgd-ce", "apgd-margin", "square"]
@@ -68,6 +69,8 @@ def test_defaults():
         ({"method": "square", "steps": 3}, "--steps does not apply to --method square"),
         ({"method": "square", "norm": "l2"}, "--norm linf"),
         ({"method": "fab"}, "deterministic"),
+        ({"method": "paper"}, "--method paper attacks the classifier alone"),
+        ({"method": "paper", "defended": False, "norm": "l2"}, "--norm linf"),
     ],
 )
 def test_what_does_not_apply_is_said(asked, message):

@@ -10,9 +10,11 @@ import torch
 
 from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.data.provenance import recipe
+from advdiff_cli.data.streams import stream
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
-from advdiff_cli.models.ddpm import build_ddpm
+from advdiff_cli.models.ddpm import build_ddpm, load_ddpm
+from advdiff_cli.purification.diffusion import add_noise
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt
@@ -88,6 +90,27 @@ def test_published_weights_are_the_ema(rows, tmp_path):
         average += (1 - max(decay, 0)) * (raw - average)
     assert not torch.equal(raw, average)
     assert torch.allclose(model.unet.conv_in.weight, average, atol=1e-6)
+
+
+def test_a_model_learns_in_its_own_range(rows, tmp_path):
+    """On [0, 1] data the first loss is that of images as they are, noised."""
+    losses = {}
+    for name, data_range in (("centred", (-1.0, 1.0)), ("papers", (0.0, 1.0))):
+        model = build_ddpm("tiny", 96, 0.3, 0, data_range)
+        images, _ = next(rows.batches(0, 1, 4, 0))
+        rng = stream(0, "augment", 0, 0)
+        x_0 = turn(images, rng) * (data_range[1] - data_range[0]) + data_range[0]
+        t, noise = (
+            torch.from_numpy(rng.integers(0, 300, 4)),
+            torch.from_numpy(rng.standard_normal(x_0.shape, np.float32)),
+        )
+        x_t = add_noise(x_0, noise, model.alpha_bar[t].view(-1, 1, 1, 1))
+        expected = torch.nn.functional.mse_loss(model(x_t, t), noise).item()
+        plan = DdpmPlan(1, 4, 1e-3, 0.9, 0.3, 0, "fp32")
+        (record,) = fit_ddpm(model, rows, None, plan, work(tmp_path, name), CPU)
+        losses[name] = record["loss"]
+        assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    assert losses["centred"] != losses["papers"]
 
 
 def test_looking_does_not_change_the_weights(rows, valid, tmp_path):
@@ -186,6 +209,10 @@ def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
     assert "made otherwise (seed 0 -> 1)" in advdiff(*command, "--seed", 1, code=1).err
     assert advdiff("info", out, "--json").json["provenance"]["recipe"]["command"] == "train-classifier"
     second = ["train-ddpm", train, "-o", tmp_path / "ddpm", "--preset", "tiny", "--steps", 2, "--batch-size", 4]
+    papers = [*second[:3], tmp_path / "papers", *second[4:], "--precision", "fp32"]
+    advdiff(*papers, "--data-range", "0,1")
+    assert load_ddpm(tmp_path / "papers").card.data_range == (0.0, 1.0)
+    assert "pixels scaled to [0, 1]" in advdiff(*papers, "--overwrite", "--init", tmp_path / "papers", code=1).err
     second += ["--precision", "fp32", "--max-t", "0.2", "--init", tmp_path / "begun"]
     assert "no diffusion model called" in advdiff(*second, code=1).err
     advdiff(*second[:-2])
