@@ -32,6 +32,12 @@ def evaluate(
         int | None, typer.Option(min=1, help="Draws of the defence's noise a patch.", show_default=str(_DRAWS))
     ] = None,
     seed: options.Seed = 0,
+    fidelity: Annotated[
+        bool,
+        typer.Option(
+            "--fidelity", help="Also tell how faithful the other sets are to the first, which they are made of."
+        ),
+    ] = False,
     predictions: Annotated[
         Path | None, typer.Option(help="Write every patch's and draw's prediction here (CSV).")
     ] = None,
@@ -84,11 +90,25 @@ def evaluate(
         "defence": None if defence is None else {**defence.parameters, **judging, "precision": exact},
         "sets": [_plain(e.as_dict()) for e in evaluated],
         "comparisons": compare(evaluated),
+        **({"fidelity": _fidelity(sets, evaluated)} if fidelity else {}),
     }
     if defence is not None:
         _ask_for_controls(evaluated, exact)
     brief = "\n".join(str(s["accuracy"]["value"]) for s in result["sets"])
     console.emit(result, _text(result), brief, as_json=as_json, quiet=quiet)
+
+
+def _fidelity(sets: "list[PatchSet]", evaluated: "list[Evaluated]") -> list[dict[str, Any]]:
+    """Return how faithful each set but the first is to the first."""
+    from advdiff_cli.evaluation.fidelity import fidelity
+
+    if len(sets) < 2:
+        raise AdvdiffError("--fidelity compares sets with the first: name the clean set, then what was made of it")
+    first, judged = sets[0], evaluated[0].predictions
+    return [
+        {"data": e.name, "reference": evaluated[0].name, **fidelity(first, judged, patches, e.predictions)}
+        for patches, e in zip(sets[1:], evaluated[1:], strict=True)
+    ]
 
 
 def _ask_for_controls(evaluated: "list[Evaluated]", precision: str) -> None:
@@ -165,6 +185,28 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _fidelity_text(found: list[dict[str, Any]]) -> str:
+    from advdiff_cli.evaluation.intervals import Estimate
+
+    def plain(value: dict[str, float] | None, places: int) -> str:
+        if value is None:
+            return "-"
+        return f"{value['value']:.{places}f} [{value['low']:.{places}f}, {value['high']:.{places}f}]"
+
+    rows = [
+        (
+            f["data"], f["n"], plain(f["psnr"], 1), plain(f["ssim"], 3), plain(f["nuclear_mass"], 2),
+            *(str(Estimate(**f["flipped"][k])) for k in ("0", "1")),
+        )
+        for f in found
+    ]  # fmt: skip
+    head = (
+        f"faithful to {found[0]['reference']} [95 %]", "n", "PSNR dB", "SSIM", "nuclear mass, ratio",
+        "decisions changed, label 0 %", "label 1 %",
+    )  # fmt: skip
+    return console.table(head, rows)
+
+
 def _text(result: dict[str, Any]) -> str:
     from advdiff_cli.evaluation.intervals import Estimate
 
@@ -178,6 +220,8 @@ def _text(result: dict[str, Any]) -> str:
         rows = [(s["data"], s["draws"], *(cell(s[k]) for k in voted)) for s in result["sets"]]
         names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws right") for k in voted]
         text += "\n\n" + console.table(("accuracy, by draws", "draws", *names), rows)
+    if "fidelity" in result:
+        text += "\n\n" + _fidelity_text(result["fidelity"])
     made = [f"{s['data']}: {_made(s['history'])}" for s in result["sets"] if s["history"]]
     text += "".join(f"\n{line}" for line in ["", *made]) if made else ""
     pairs = [

@@ -60,6 +60,12 @@ class Predictions:
         """Whether the majority of the draws is right (N,), of all but the last where their number is even."""
         return self.vote(self.draws - 1 + self.draws % 2)
 
+    @property
+    def decision(self) -> NDArray[np.bool_]:
+        """Whether the majority of the draws says class 1 (N,), of all but the last where their number is even."""
+        says: NDArray[np.bool_] = np.equal(self.largest_vote, self.labels == 1)
+        return says
+
     def take(self, rows: NDArray[np.int64]) -> "Predictions":
         """Return the predictions of some rows."""
         return Predictions(self.labels[rows], self.p1[rows])
