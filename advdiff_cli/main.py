@@ -18,6 +18,7 @@ from advdiff_cli.commands import (
     models,
     purify,
     robustness,
+    sweep,
     synthesize,
     train_classifier,
     train_ddpm,
@@ -39,6 +40,7 @@ app.command("attack")(attack.attack)
 app.command("purify")(purify.purify)
 app.command("evaluate")(evaluate.evaluate)
 app.command("robustness")(robustness.robustness)
+app.command("sweep")(sweep.sweep)
 app.command("merge")(merge.merge)
 app.command("info")(info.info)
 app.command("models")(models.models)

@@ -75,6 +75,7 @@ class Climb:
         batch_size: Patches attacked at once.
         device: Where to compute.
         overwrite: Whether what another recipe made may be replaced.
+        label: What the names of predictions begin with, where several subjects share the folder.
     """
 
     subject: Subject
@@ -85,6 +86,7 @@ class Climb:
     batch_size: int
     device: torch.device
     overwrite: bool = False
+    label: str = ""
 
     @cached_property
     def _data(self) -> Provenance:
@@ -93,13 +95,22 @@ class Climb:
     def recipe(self, rung: Rung) -> Provenance:
         """Return the recipe of a rung's attack: that of the attack command where the defence itself is attacked."""
         s = self.subject
-        defence, ddpm = (s.defence, s.ddpm) if rung.before == "defence" else (self._substitute()[1], None)
+        defence, ddpm = s.defence, s.ddpm
+        if rung.before != "defence":
+            defence, ddpm = self._taken_for(rung)[1], None
         return attack_recipe(
             rung.settings, self.seed, self.batch_size, self._data, s.fingerprint, defence, ddpm, s.precision
         )
 
-    def _substitute(self) -> tuple[Purifier, dict[str, Any]]:
-        """Return NoiseDefense at the defence's t*: a model like it that has no diffusion model in it."""
+    def _taken_for(self, rung: Rung) -> tuple[Purifier | None, Mapping[str, Any] | None]:
+        """Return what a rung's attack takes for the defence, with its parameters.
+
+        `noise` is NoiseDefense at the defence's t*: a model like it that has no diffusion model in it.
+        """
+        if rung.before == "defence":
+            return self.subject.purifier, self.subject.defence
+        if rung.before == "nothing":
+            return None, None
         t_star = (self.subject.defence or {})["t_star"]
         return NoisePurifier(linear_alpha_bar(), t_star).to(self.device), {"defense": "noise", "t_star": t_star}
 
@@ -115,8 +126,7 @@ class Climb:
             yield len(self.patches)
             return
         yield int(sink.finished.sum())
-        purifier = self.subject.purifier if rung.before == "defence" else self._substitute()[0]
-        target = aim(self.subject.classifier, purifier, rung.settings, self.subject.precision)
+        target = aim(self.subject.classifier, self._taken_for(rung)[0], rung.settings, self.subject.precision)
         with self._watch(made_by, anew=not sink.finished.any()) as watch:
             for count in attack_rows(target, made_by["parameters"], self.patches, sink, self.device):
                 watch.lap()
@@ -139,7 +149,7 @@ class Climb:
     def judge(self, rung: Rung, advance: Advance) -> Predictions:
         """Return the predictions on a rung, over the draws that judge every rung alike."""
         judging, made_by = self._judging(rung)
-        kept = self.out / f"{rung.name}.predictions.safetensors"
+        kept = self.out / f"{self.label}{rung.name}.predictions.safetensors"
         if found := kept_predictions(kept, made_by, overwrite=self.overwrite):
             advance(len(found.labels))
             return found
@@ -205,11 +215,10 @@ class Climb:
         return found + [_cost(k, few, v, self.subject.sampler_steps, measured) for k, v in checks.items()]
 
     def _passes(self, rung: Rung) -> Cost:
-        defended = self.subject.purifier is not None and rung.before == "defence"
+        defended = self.subject.purifier is not None and rung.before != "nothing"
         cost = attack_cost(rung.settings, defended=defended) if rung.settings else Cost()
-        if rung.before == "noise":
-            through = attack_cost(rung.settings, defended=True)  # noise costs nothing beside the classifier
-            cost = Cost(classifier=through.gradient + through.forward)
+        if self.subject.purifier is not None and rung.before != "defence":  # noise costs nothing beside the classifier
+            cost = Cost(classifier=cost.gradient + cost.forward)
         draws = self.spend.draws if self.subject.purifier is not None and rung.judged == "all" else 1
         return cost + Cost(forward=draws)
 

@@ -1,8 +1,9 @@
 """Pictures for people: what attack and purification do to a patch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 
 mpl.use("Agg")  # files only: no display is asked for
 from matplotlib import pyplot as plt
+
+mpl.rcParams["svg.hashsalt"] = "advdiff"  # the ids in an SVG, which are random otherwise
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,51 @@ def panel(columns: Sequence[Column], row_names: Sequence[str], path: Path) -> No
     for i, name in enumerate(row_names):
         axes[i, 0].set_ylabel(name, fontsize=7)
     figure.tight_layout(pad=0.4, h_pad=0.6, w_pad=0.3)
-    fresh = path.with_name(f".{path.stem}.part{path.suffix}")
-    figure.savefig(fresh)
+    _save(figure, [path])
+
+
+STANDARD, ROBUST, PLAIN = "#2166ac", "#b2182b", "#666666"
+
+
+def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) -> None:
+    """Draw a sweep (of `advdiff sweep`): both accuracies over its values, intervals as bands, the chosen value marked.
+
+    Args:
+        result: Its JSON.
+        axis: What the values are.
+        paths: Files, png or svg.
+    """
+    rows = result["rows"]
+    x = [row["value"] for row in rows]
+    figure, axes = plt.subplots(figsize=(6.4, 3.9), dpi=150, layout="constrained")
+    for name, colour in (("standard", STANDARD), ("robust", ROBUST)):
+        low, value, high = ([100 * row[name][k] for row in rows] for k in ("low", "value", "high"))
+        axes.plot(x, value, color=colour, marker="o", markersize=3.5, label=f"{name} accuracy")
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.axhline(100 * result["undefended"]["value"], color=STANDARD, linestyle=":", label="undefended, standard")
+    if all(row["undefended_robust"] for row in rows):
+        plain = [100 * row["undefended_robust"]["value"] for row in rows]
+        axes.plot(x, plain, color=ROBUST, linestyle=":", label="undefended, robust")
+    chosen = next(row for row in rows if row["name"] == result["chosen"])
+    axes.axvline(chosen["value"], color=PLAIN, linewidth=0.8, linestyle="--", label=f"chosen: {chosen['value']:g}")
+    if min(x) > 0 and max(x) / min(x) > 8:
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{v:g}" for v in x], rotation=45, fontsize=7)
+        axes.minorticks_off()
+    axes.set(xlabel=axis, ylabel="accuracy, %", ylim=(0, 100))
+    axes.grid(alpha=0.25)
+    attack = result["attack"]
+    told = f"{attack['method']} {attack['norm']} {attack['eps'] * 255:g}/255, {attack['gradient']}"
+    axes.set_title(f"n = {result['n']}, {told if result['over'] != 'eps' else told.split()[0]}", fontsize=8)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3, frameon=False)
+    _save(figure, paths)
+
+
+def _save(figure: Any, paths: Sequence[Path]) -> None:
+    """Write a figure to each path by atomic rename; without dates, so that the same figure is the same file."""
+    for path in paths:
+        fresh = path.with_name(f".{path.stem}.part{path.suffix}")
+        dated = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(fresh, metadata=dated)
+        fresh.replace(path)
     plt.close(figure)
-    fresh.replace(path)

@@ -36,14 +36,14 @@ class Rung:
     """One row of the ladder.
 
     `settings` are an attack's; none is the clean rung. `before` is what the attack takes for the defence: the defence,
-    or `noise`, another model whose examples are transferred. `judged` is the draws it is judged on: all, or the one
-    it knows.
+    `noise`, another model whose examples are transferred, or `nothing`, which makes the same examples whatever the
+    defence. `judged` is the draws it is judged on: all, or the one it knows.
     """
 
     name: str
     kind: Kind
     settings: Mapping[str, Any] = field(default_factory=dict)
-    before: Literal["defence", "noise"] = "defence"
+    before: Literal["defence", "noise", "nothing"] = "defence"
     judged: Literal["all", "first"] = "all"
 
 

@@ -1,0 +1,295 @@
+"""`advdiff sweep`."""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from advdiff_cli import console, options
+from advdiff_cli.commands.defending import Defence, attack_precision, build_defence
+from advdiff_cli.commands.opening import open_selected
+from advdiff_cli.errors import AdvdiffError
+
+if TYPE_CHECKING:
+    from advdiff_cli.evaluation.climbing import Climb
+    from advdiff_cli.evaluation.ladder import Rung
+    from advdiff_cli.evaluation.metrics import Predictions
+    from advdiff_cli.evaluation.sweeping import Point, Rule
+
+_BATCH = 32
+_SHUFFLE_SEED = 0
+_DEFAULTS = {
+    "t-star": "0.001,0.005,0.01,0.02,0.03,0.04,0.06,0.085,0.1,0.15,0.2,0.25,0.3",
+    "eps": "0.5/255,1/255,2/255,4/255,8/255",
+    "sampler-steps": "1,2,4,8",
+}
+_AXES = {
+    "t-star": "noise level t*, fraction of T",
+    "eps": "attack budget eps, 1/255",
+    "sampler-steps": "U-Net evaluations a patch",
+    "ddpm": "training steps",
+}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What every point has in common: the defence's flags and the attack's."""
+
+    defense: Literal["noise", "ddpm"]
+    ddpm: str | None
+    t_star: float | None
+    sampler: str | None
+    sampler_steps: int | None
+    allow_pickle: bool
+    method: str
+    norm: str
+    eps: float
+    attack: dict[str, Any]
+
+    @property
+    def blind(self) -> bool:
+        """Whether the attack does not know the defence, so that every point is judged on the same examples."""
+        return bool(self.attack["gradient"] == "blind")
+
+
+def sweep(
+    data: options.Data,
+    classifier: options.ClassifierName,
+    out: options.Out,
+    over: Annotated[Literal["t-star", "eps", "sampler-steps", "ddpm"], typer.Option(help="What is varied.")] = "t-star",
+    values: Annotated[
+        str | None,
+        typer.Option(
+            help="Its values, separated by commas; for ddpm, models of different training.",
+            show_default="the paper's range; for ddpm none",
+        ),
+    ] = None,
+    ddpm: options.DdpmName = None,
+    rule: Annotated[
+        Literal["mean", "robust"],
+        typer.Option(help="Chosen: the best mean of both accuracies, or the least value as robust as the best."),
+    ] = "mean",
+    method: Annotated[Literal["pgd", "fgsm", "apgd", "square", "paper"], typer.Option(help="Attack.")] = "pgd",
+    norm: Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")] = "linf",
+    eps: options.Eps = 2 / 255,
+    steps: Annotated[int | None, typer.Option(min=1, help="Attack iterations.", show_default="the attack's")] = None,
+    gradient: Annotated[
+        Literal["blind", "bpda", "full"], typer.Option(help="Through the defence; blind as in the paper.")
+    ] = "blind",
+    eot: Annotated[int | None, typer.Option(min=1, help="Draws a gradient averages.", show_default="8")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the defence's noise that judge a patch.")] = 1,
+    seed: options.Seed = 0,
+    defense: Annotated[
+        Literal["noise", "ddpm"], typer.Option(help="What is swept.", rich_help_panel=options.DEFENCE)
+    ] = "ddpm",
+    t_star: options.TStar = None,
+    sampler: options.Sampler = None,
+    sampler_steps: options.SamplerSteps = None,
+    split: options.Split = None,
+    labels: options.Labels = None,
+    limit: options.Limit = None,
+    rows: options.Range = None,
+    shuffle_seed: options.ShuffleSeed = None,
+    allow_pickle: options.AllowPickle = False,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    batch_size: options.BatchSize = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the chosen value alone.")] = False,
+) -> None:
+    """Sweep a defence's setting: standard and robust accuracy at each value, and the one that a rule chooses.
+
+    Choose on valid, report on test. Each point is kept in the folder --out and made once: the attacked patches, its
+    predictions, sweep.json, sweep.csv, sweep.png and sweep.svg. Rows are shuffled unless --range names them.
+
+    Example: advdiff sweep valid.h5 -c pcam-resnet18 -m pcam-ddpm --limit 500 -o sweep/
+    """
+    from advdiff_cli.evaluation.climbing import Climb, Subject
+    from advdiff_cli.evaluation.ladder import Preset
+    from advdiff_cli.evaluation.sweeping import CLEAN
+    from advdiff_cli.models import zoo
+    from advdiff_cli.models.device import resolve_device
+
+    options.need_positive(eps=eps)
+    if out.exists() and not out.is_dir():
+        raise AdvdiffError(f"--out {out} is a file; a sweep goes to a folder")
+    chip = resolve_device(device)
+    patches = open_selected(
+        data, split, labels, limit, rows, _SHUFFLE_SEED if shuffle_seed is None and rows is None else shuffle_seed
+    )
+    patches.require_labels()
+    patches.require_shape()
+    attack = {"steps": steps, "gradient": gradient, "eot": eot}
+    asked = _Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, eps, attack)
+    model, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    spend = Preset(len(patches), 0, eot or 8, 0, draws)
+    bare = Climb(Subject(model, mark), patches, spend, out, seed, batch_size or _BATCH, chip, overwrite)
+    points = _points(over, values, asked, bare, attack_precision(precision, {}, chip))
+    if dry_run:
+        seconds = sum(c["seconds"] for point in points for c in point.climb.costs([CLEAN, point.attack]))
+        what = {"out": str(out), "status": "would sweep", "points": [p.name for p in points], "seconds": seconds}
+        text = f"{out}: would sweep {', '.join(p.name for p in points)}; about {seconds / 60:.0f} min if none is there"
+        console.emit(what, text, out, as_json=as_json, quiet=quiet)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    result = _swept(points, bare, asked, over, rule, quiet)
+    _write(result, over, out)
+    console.emit(result, _text(result), f"{result['chosen_value']:g}", as_json=as_json, quiet=quiet)
+
+
+def _points(
+    over: str, values: str | None, asked: _Asked, bare: "Climb", precision: str
+) -> "list[Point]":  # fmt: skip
+    """Return the points in ascending order of value; `bare` is of the classifier without a defence."""
+    from advdiff_cli.attacks.plan import resolve
+    from advdiff_cli.evaluation.ladder import Rung
+    from advdiff_cli.evaluation.sweeping import Point
+
+    text = values or _DEFAULTS.get(over)
+    if text is None:
+        raise AdvdiffError("--over ddpm needs --values: the models, separated by commas")
+    points = []
+    for one in text.split(","):
+        value, defence = _setting(over, one.strip(), asked)
+        budget = value / 255 if over == "eps" else asked.eps
+        through = {k: v for k, v in asked.attack.items() if not asked.blind or k == "steps"}
+        settings = resolve(asked.method, asked.norm, budget, through, defended=not asked.blind)
+        name = f"{over}-{value:g}" if over != "ddpm" else Path(one.strip()).name
+        shared = asked.blind and over != "eps"
+        rung = Rung("adv" if shared else f"adv-{name}", "white-box", settings, "nothing" if asked.blind else "defence")
+        purifier = defence.before(bare.subject.classifier, bare.device, precision).purifier
+        subject = replace(
+            bare.subject, purifier=purifier, defence=defence.parameters, ddpm=defence.model, precision=precision
+        )
+        points.append(Point(value, name, replace(bare, subject=subject, label=f"{name}-"), rung))
+    names = [p.name for p in points]
+    if len(set(names)) < len(names):
+        raise AdvdiffError(f"--values {text}: {next(n for n in names if names.count(n) > 1)} is there twice")
+    return sorted(points, key=lambda p: p.value)
+
+
+def _setting(over: str, text: str, asked: _Asked) -> tuple[float, Defence]:
+    """Return a point's value on the axis, and its defence."""
+    a = asked
+    settings: list[Any] = [a.defense, a.ddpm, a.t_star, a.sampler, a.sampler_steps]
+    if over == "ddpm":
+        defence = build_defence("ddpm", text, *settings[2:], allow_pickle=a.allow_pickle)
+        return _training_steps(text), defence
+    try:
+        value = options.fraction(text)
+    except typer.BadParameter:
+        raise AdvdiffError(f"--values: {text!r} is no number") from None
+    if over == "t-star":
+        settings[2] = value
+    elif over == "sampler-steps":
+        settings[4] = int(value)
+    if value <= 0 or (over == "sampler-steps" and value != int(value)):
+        raise AdvdiffError(f"--values: {text} is no value of {over}")
+    return value * 255 if over == "eps" else value, build_defence(*settings, allow_pickle=a.allow_pickle)
+
+
+def _training_steps(name: str) -> float:
+    from advdiff_cli.models import zoo
+
+    recorded = zoo.recorded_recipe(zoo.find_ddpm(name)) or {}
+    steps = recorded.get("parameters", {}).get("steps")
+    if steps is None:
+        raise AdvdiffError(f"{name} does not say how many steps it was trained; --over ddpm takes models of train-ddpm")
+    return float(steps)
+
+
+def _swept(
+    points: "Sequence[Point]", bare: "Climb", asked: _Asked, over: str, rule: "Rule", quiet: bool
+) -> dict[str, Any]:  # fmt: skip
+    """Make and judge every point, and return what sweep.json holds."""
+    from advdiff_cli.data.provenance import recipe
+    from advdiff_cli.evaluation.intervals import mean_share
+    from advdiff_cli.evaluation.sweeping import CLEAN, RULES, Judged, choose, row
+
+    plain = replace(bare, label="undefended-")
+    undefended, judged, rows = _judge(plain, CLEAN, quiet), [], []
+    for point in points:
+        _attack(point, quiet)
+        one = Judged(_judge(point.climb, CLEAN, quiet), _judge(point.climb, point.attack, quiet))
+        attacked = _judge(plain, point.attack, quiet) if asked.blind else None
+        judged.append(one)
+        rows.append(row(point, one, undefended, attacked))
+        shares = [100 * p.share.mean() for p in (one.clean, one.attacked)]
+        console.log(f"{point.name}: standard {shares[0]:.1f} %, robust {shares[1]:.1f} %")
+    chosen = points[choose(judged, rule)]
+    subject = chosen.climb.subject
+    settings = {"over": over, "rule": rule, "seed": bare.seed, "batch_size": bare.batch_size, "draws": bare.spend.draws}
+    attack = {**chosen.attack.settings, "gradient": asked.attack["gradient"]}
+    return {
+        "out": str(bare.out),
+        "over": over,
+        "n": len(undefended.labels),
+        "draws": judged[0].clean.draws,
+        "recipe": recipe(
+            "sweep", {**settings, "values": [p.value for p in points], "attack": attack, **subject.settings},
+            data=bare.patches.recipe_input(), classifier=bare.subject.fingerprint, ddpm=subject.ddpm,
+        ),
+        "attack": attack,
+        "defence": subject.settings,
+        "undefended": mean_share(undefended.share).as_dict(),
+        "rows": rows,
+        "rule": f"{rule}: {RULES[rule]}",
+        "chosen": chosen.name,
+        "chosen_value": chosen.value,
+    }  # fmt: skip
+
+
+def _attack(point: "Point", quiet: bool) -> None:
+    with console.progress(len(point.climb.patches), f"{point.name}: attack", quiet=quiet) as advance:
+        for count in point.climb.attack(point.attack):
+            advance(count)
+
+
+def _judge(climb: "Climb", rung: "Rung", quiet: bool) -> "Predictions":
+    with console.progress(len(climb.patches), f"{climb.label}{rung.name}: judge", quiet=quiet) as advance:
+        return climb.judge(rung, advance)
+
+
+def _write(result: dict[str, Any], over: str, out: Path) -> None:
+    """Write sweep.json, sweep.csv and the pictures."""
+    from advdiff_cli.evaluation.figures import sweep_curves
+    from advdiff_cli.evaluation.judging import write_json
+
+    write_json(out / "sweep.json", result)
+    fresh = out / "sweep.csv.part"
+    with fresh.open("w", newline="") as file:
+        table = csv.writer(file)
+        figures = ("standard", "robust")
+        table.writerow(("value", "unet_evaluations", *(f"{f}{end}" for f in figures for end in ("", "_low", "_high"))))
+        for r in result["rows"]:
+            told = (r[f][k] for f in figures for k in ("value", "low", "high"))
+            table.writerow((f"{r['value']:g}", r["unet_evaluations"], *(f"{v:.6g}" for v in told)))
+    os.replace(fresh, out / "sweep.csv")
+    sweep_curves(result, _AXES[over], [out / "sweep.png", out / "sweep.svg"])
+
+
+def _text(result: dict[str, Any]) -> str:
+    from advdiff_cli.evaluation.intervals import Estimate
+
+    rows = [
+        (
+            f"{r['value']:g}{'  <- chosen' if r['name'] == result['chosen'] else ''}", r["unet_evaluations"],
+            *(str(Estimate(**r[k])) for k in ("standard", "robust", "less_undefended")),
+        )
+        for r in result["rows"]
+    ]  # fmt: skip
+    head = (result["over"], "U-Net evaluations", "standard % [95 %]", "robust % [95 %]", "standard less undefended")
+    attack = result["attack"]
+    told = f"{attack['method']} {attack['norm']} eps {attack['eps'] * 255:g}/255, {attack['gradient']}"
+    undefended = Estimate(**result["undefended"])
+    return (
+        f"n = {result['n']}, {result['draws']} draws, attack {told}; undefended standard {undefended} %\n"
+        f"{console.table(head, rows)}\nchosen {result['chosen_value']:g} ({result['rule']})\n"
+        f"{result['out']}: sweep.json, sweep.csv, sweep.png, sweep.svg"
+    )

@@ -1,0 +1,65 @@
+"""A sweep: standard and robust accuracy of a defence at one setting after another, and the one a rule chooses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from advdiff_cli.evaluation.climbing import Climb
+from advdiff_cli.evaluation.comparing import difference_of_means
+from advdiff_cli.evaluation.intervals import mean_share, shares_difference
+from advdiff_cli.evaluation.ladder import Rung
+from advdiff_cli.evaluation.metrics import Predictions
+
+Rule = Literal["mean", "robust"]
+
+RULES: dict[Rule, str] = {
+    "mean": "the best mean of standard and robust accuracy",
+    "robust": "the least value whose robust accuracy is not significantly (paired, 95 %) below the best",
+}
+CLEAN = Rung("clean", "control")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a sweep: its value, what it is called, and how it is attacked and judged."""
+
+    value: float
+    name: str
+    climb: Climb
+    attack: Rung
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The predictions of a point's model on clean and on attacked patches."""
+
+    clean: Predictions
+    attacked: Predictions
+
+
+def choose(judged: Sequence[Judged], rule: Rule) -> int:
+    """Return which point the rule chooses; points are in ascending order of value, and the first of equals is taken."""
+    if rule == "mean":
+        return int(np.argmax([j.clean.share.mean() + j.attacked.share.mean() for j in judged]))
+    best = judged[int(np.argmax([j.attacked.share.mean() for j in judged]))].attacked
+    behind = [shares_difference(j.attacked.share, best.share).low > 0 for j in judged]
+    return behind.index(False)
+
+
+def row(
+    point: Point, judged: Judged, undefended: Predictions, undefended_attacked: Predictions | None
+) -> dict[str, Any]:  # fmt: skip
+    """Return what is told of a point: its cost, both accuracies, and the paired difference from no defence."""
+    attacked = undefended_attacked and mean_share(undefended_attacked.share).as_dict()
+    return {
+        "value": point.value,
+        "name": point.name,
+        "unet_evaluations": point.climb.subject.sampler_steps,
+        "standard": mean_share(judged.clean.share).as_dict(),
+        "robust": mean_share(judged.attacked.share).as_dict(),
+        "less_undefended": difference_of_means(undefended, judged.clean).as_dict(),
+        "undefended_robust": attacked,
+        "seconds": point.climb.seconds(CLEAN) + point.climb.seconds(point.attack),
+    }

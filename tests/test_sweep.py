@@ -1,0 +1,97 @@
+"""Sweeps: a point is what the other commands make of the same setting, and the rule is the one declared."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.evaluation.sweeping import Judged, choose
+
+N = 16
+
+
+@pytest.fixture(scope="module")
+def common(test_x, classifier, ddpm):
+    return ["sweep", test_x, "-c", classifier, "-m", ddpm, "--limit", N, "--precision", "fp32"]
+
+
+def judged(clean, robust, n=400):
+    """Predictions of the given accuracies, nested: what a worse point gets right, a better one does too."""
+    labels = np.ones(n, np.int64)
+    return Judged(*(Predictions(labels, (np.arange(n) < round(a * n)).astype(float)) for a in (clean, robust)))
+
+
+def test_rules():
+    points = [judged(0.9, 0.4), judged(0.88, 0.7), judged(0.8, 0.76), judged(0.7, 0.77)]
+    assert choose(points, "mean") == 1
+    assert choose(points, "robust") == 2  # 0.76 is 4 patches of 400 from the best, 0.70 is 28
+    assert choose([judged(0.9, 0.5), judged(0.9, 0.5)], "mean") == 0
+    assert choose([judged(0.9, 0.5), judged(0.9, 0.5)], "robust") == 0
+
+
+def test_a_point_is_what_the_other_commands_make_of_it(advdiff, common, test_x, classifier, ddpm, tmp_path):
+    run = [*common, "--values", "0.2,0.02", "--steps", 2, "--sampler-steps", 1, "--draws", 3, "-o", tmp_path / "s"]
+    found = advdiff(*run, "--json").json
+    assert [r["value"] for r in found["rows"]] == [0.02, 0.2]
+    rows = ["--limit", N, "--shuffle-seed", 0]
+    attack = ["attack", test_x, *rows, "-c", classifier, "--steps", 2, "-o", tmp_path / "s" / "adv.safetensors"]
+    assert "up to date" in advdiff(*attack).err
+    evaluate = ["evaluate", test_x, tmp_path / "s" / "adv.safetensors", *rows, "-c", classifier]
+    plain = advdiff(*evaluate, "--json").json["sets"]
+    assert found["undefended"]["value"] == plain[0]["accuracy"]["value"]
+    for row in found["rows"]:
+        defence = ["-m", ddpm, "--t-star", row["value"], "--sampler-steps", 1, "--draws", 3, "--precision", "fp32"]
+        clean, adv = advdiff(*evaluate, *defence, "--json").json["sets"]
+        assert (row["standard"], row["robust"]) == (clean["accuracy"], adv["accuracy"])
+        assert row["undefended_robust"]["value"] == plain[1]["accuracy"]["value"]
+        assert row["unet_evaluations"] == 1
+    with (tmp_path / "s" / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(r["robust"]) for r in table] == pytest.approx([r["robust"]["value"] for r in found["rows"]])
+
+
+def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
+    run = [*common, "--values", "0.1", "--steps", 1, "-o", tmp_path / "s"]
+    first = advdiff(*run, "-q").out
+    names = ("sweep.svg", "sweep.png", "sweep.json", "adv.safetensors", "t-star-0.1-clean.predictions.safetensors")
+    made = {name: (tmp_path / "s" / name).read_bytes() for name in names}
+    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("*.safetensors")}
+    assert advdiff(*run, "-q").out == first == "0.1\n"
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("*.safetensors")} == stamps
+    assert all((tmp_path / "s" / name).read_bytes() == content for name, content in made.items())
+    more = advdiff(*run, "--values", "0.05,0.1", "--json").json  # another point costs that point alone
+    assert len(more["rows"]) == 2
+    assert (tmp_path / "s" / "adv.safetensors").stat().st_mtime_ns == stamps["adv.safetensors"]
+    assert "made otherwise" in advdiff(*run, "--eps", "4/255", code=1).err
+    assert "would sweep t-star-0.1" in advdiff(*run, "--dry-run").out
+
+
+def test_over_eps_steps_and_adaptive(advdiff, common, tmp_path):
+    eps = advdiff(
+        *common, "--over", "eps", "--values", "1/255,8/255", "--steps", 2, "-o", tmp_path / "e", "--json"
+    ).json
+    assert [r["value"] for r in eps["rows"]] == pytest.approx([1, 8])
+    assert eps["rows"][0]["undefended_robust"]["value"] >= eps["rows"][1]["undefended_robust"]["value"]
+    steps = ["--over", "sampler-steps", "--values", "1,3", "--t-star", "0.1", "--steps", 1, "--gradient", "full"]
+    found = advdiff(*common, *steps, "--eot", 1, "-o", tmp_path / "k", "--json").json
+    assert [r["unet_evaluations"] for r in found["rows"]] == [1, 3]
+    assert found["rows"][0]["undefended_robust"] is None
+    assert (tmp_path / "k" / "adv-sampler-steps-3.safetensors").is_file()
+    noise = [*common[:4], *common[6:], "--defense", "noise", "--values", "0.05", "--steps", 1, "-o", tmp_path / "n"]
+    assert advdiff(*noise, "--json").json["rows"][0]["unet_evaluations"] == 0
+
+
+def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
+    out = ["-o", tmp_path / "s"]
+    for wrong, says in (
+        (["--values", "0.1,x"], "'x' is no number"),
+        (["--values", "0.1,0.1"], "t-star-0.1 is there twice"),
+        (["--values", "0.5"], "above max_t"),
+        (["--values", "0"], "0 is no value of t-star"),
+        (["--over", "sampler-steps", "--values", "1.5"], "1.5 is no value of sampler-steps"),
+        (["--over", "ddpm"], "--over ddpm needs --values"),
+        (["--over", "ddpm", "--values", ddpm], "does not say how many steps"),
+    ):
+        assert says in advdiff(*common, *wrong, *out, code=1).err
+    assert not (tmp_path / "s").exists()
