@@ -17,6 +17,7 @@ from advdiff_cli.commands import (
     merge,
     models,
     purify,
+    report,
     robustness,
     sweep,
     synthesize,
@@ -41,6 +42,7 @@ app.command("purify")(purify.purify)
 app.command("evaluate")(evaluate.evaluate)
 app.command("robustness")(robustness.robustness)
 app.command("sweep")(sweep.sweep)
+app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.command("info")(info.info)
 app.command("models")(models.models)

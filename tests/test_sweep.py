@@ -52,7 +52,7 @@ def test_a_point_is_what_the_other_commands_make_of_it(advdiff, common, test_x, 
 
 
 def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
-    run = [*common, "--values", "0.1", "--steps", 1, "-o", tmp_path / "s"]
+    run = [*common, "--values", "0.1", "--steps", 1, "--sampler-steps", 1, "-o", tmp_path / "s"]
     first = advdiff(*run, "-q").out
     names = ("sweep.svg", "sweep.png", "sweep.json", "adv.safetensors", "t-star-0.1-clean.predictions.safetensors")
     made = {name: (tmp_path / "s" / name).read_bytes() for name in names}

@@ -71,7 +71,8 @@ def evaluate(
     for patches in sets:
         patches.require_labels()
         patches.require_shape()
-    model, _ = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    alone, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    model: Any = alone
     defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     if defence is None and draws is not None:
         raise AdvdiffError("--draws is of a defence's noise: give -m, or --defense noise")
@@ -79,7 +80,7 @@ def evaluate(
     if defence is not None:
         judging = {"draws": draws or _DRAWS, "seed": seed}
         exact = resolve_precision(precision, chip)
-        model = defence.before(model, chip, exact)
+        model = defence.before(alone, chip, exact)
     evaluated = []
     with console.progress(sum(map(len, sets)), "evaluate", quiet=quiet) as advance:
         for name, patches in zip(data, sets, strict=True):
@@ -87,6 +88,7 @@ def evaluate(
     if predictions is not None:
         _write_predictions(predictions, evaluated, sets)
     result: dict[str, Any] = {
+        "classifier": {"name": Path(classifier).name, "fingerprint": mark},
         "defence": None if defence is None else {**defence.parameters, **judging, "precision": exact},
         "sets": [_plain(e.as_dict()) for e in evaluated],
         "comparisons": compare(evaluated),

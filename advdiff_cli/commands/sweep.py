@@ -27,12 +27,6 @@ _DEFAULTS = {
     "eps": "0.5/255,1/255,2/255,4/255,8/255",
     "sampler-steps": "1,2,4,8",
 }
-_AXES = {
-    "t-star": "noise level t*, fraction of T",
-    "eps": "attack budget eps, 1/255",
-    "sampler-steps": "U-Net evaluations a patch",
-    "ddpm": "training steps",
-}
 
 
 @dataclass(frozen=True)
@@ -260,6 +254,7 @@ def _write(result: dict[str, Any], over: str, out: Path) -> None:
     """Write sweep.json, sweep.csv and the pictures."""
     from advdiff_cli.evaluation.figures import sweep_curves
     from advdiff_cli.evaluation.judging import write_json
+    from advdiff_cli.evaluation.sweeping import AXES
 
     write_json(out / "sweep.json", result)
     fresh = out / "sweep.csv.part"
@@ -271,7 +266,7 @@ def _write(result: dict[str, Any], over: str, out: Path) -> None:
             told = (r[f][k] for f in figures for k in ("value", "low", "high"))
             table.writerow((f"{r['value']:g}", r["unet_evaluations"], *(f"{v:.6g}" for v in told)))
     os.replace(fresh, out / "sweep.csv")
-    sweep_curves(result, _AXES[over], [out / "sweep.png", out / "sweep.svg"])
+    sweep_curves(result, AXES[over], [out / "sweep.png", out / "sweep.svg"])
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 mpl.use("Agg")  # files only: no display is asked for
 from matplotlib import pyplot as plt
 
+mpl.rcParams["svg.fonttype"] = "none"  # text stays text: searched, read aloud, coloured by the page
 mpl.rcParams["svg.hashsalt"] = "advdiff"  # the ids in an SVG, which are random otherwise
 
 
@@ -88,6 +89,52 @@ def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) ->
     told = f"{attack['method']} {attack['norm']} {attack['eps'] * 255:g}/255, {attack['gradient']}"
     axes.set_title(f"n = {result['n']}, {told if result['over'] != 'eps' else told.split()[0]}", fontsize=8)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3, frameon=False)
+    _save(figure, paths)
+
+
+def bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[Path]) -> None:
+    """Draw standard and robust accuracy side by side with their intervals (the paper's Figure 3).
+
+    Args:
+        rows: `name`, `standard` and `robust` of each, estimates as JSON has them.
+        note: What the attack was, for the title.
+        paths: Files, png or svg.
+    """
+    figure, axes = plt.subplots(figsize=(1.5 + 1.35 * len(rows), 3.9), dpi=150, layout="constrained")
+    for shift, (name, colour) in zip((-0.2, 0.2), (("standard", STANDARD), ("robust", ROBUST)), strict=True):
+        value = np.array([100 * row[name]["value"] for row in rows])
+        low, high = (np.array([100 * row[name][k] for row in rows]) for k in ("low", "high"))
+        places = np.arange(len(rows)) + shift
+        axes.bar(places, value, 0.38, color=colour, label=f"{name} accuracy")
+        axes.errorbar(places, value, [value - low, high - value], fmt="none", ecolor="black", capsize=3, linewidth=0.9)
+        for x, v, top in zip(places, value, high, strict=True):
+            axes.text(x, top + 1.5, f"{v:.1f}", ha="center", fontsize=7)
+    axes.set_xticks(np.arange(len(rows)), [row["name"].replace(", ", ",\n") for row in rows], fontsize=8)
+    axes.set(ylabel="accuracy, % [95 %]", ylim=(0, 105))
+    axes.set_title(note, fontsize=8)
+    axes.grid(axis="y", alpha=0.25)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, paths)
+
+
+def ladder_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Draw the accuracy each rung of a ladder (of `advdiff robustness`) leaves, the worst case last."""
+    rows = [*result["rungs"], result["worst"]]
+    colours = {"control": STANDARD, "black-box": "#67a9cf", "white-box": ROBUST, "curve": "#ef8a62", "check": PLAIN}
+    figure, axes = plt.subplots(figsize=(6.4, 0.6 + 0.27 * len(rows)), dpi=150, layout="constrained")
+    for i, row in enumerate(rows):
+        estimate, colour = row["accuracy"], "black" if row is rows[-1] else colours[row["kind"]]
+        value, low, high = (100 * estimate[k] for k in ("value", "low", "high"))
+        axes.barh(i, value, 0.7, color=colour, alpha=0.85)
+        axes.errorbar(
+            value, i, xerr=[[value - low], [high - value]], fmt="none", ecolor="grey", capsize=2, linewidth=0.9
+        )
+        axes.text(high + 1, i, f"{value:.1f}", va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy, % [95 %]", xlim=(0, 105))
+    axes.set_title(f"n = {result['n']}, {result['draws']} draws, eps {result['eps'] * 255:g}/255", fontsize=8)
+    axes.grid(axis="x", alpha=0.25)
     _save(figure, paths)
 
 

@@ -18,6 +18,12 @@ RULES: dict[Rule, str] = {
     "mean": "the best mean of standard and robust accuracy",
     "robust": "the least value whose robust accuracy is not significantly (paired, 95 %) below the best",
 }
+AXES = {
+    "t-star": "noise level t*, fraction of T",
+    "eps": "attack budget eps, 1/255",
+    "sampler-steps": "U-Net evaluations a patch",
+    "ddpm": "training steps",
+}
 CLEAN = Rung("clean", "control")
 
 

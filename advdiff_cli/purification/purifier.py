@@ -75,9 +75,17 @@ class DiffusionPurifier(nn.Module):
         height, width = images.shape[-2:]
         if noise is None:
             noise = torch.randn((len(images), *self.noise_shape(height, width)), device=images.device)
-        x_0 = self.ddpm.card.to_range(_pad_to(images, noise.shape[-2], noise.shape[-1]))
-        x_0 = self._reverse(add_noise(x_0, noise[:, 0], self.ddpm.alpha_bar[self.noised_to]), noise)
+        x_0 = self._reverse(self._noised(images, noise), noise)
         return self.ddpm.card.to_pixels(x_0).clamp(0, 1)[..., :height, :width]
+
+    def noised(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Return what the reverse process starts from, clamped to [0, 1] to be looked at; shapes as for the module."""
+        x_t = self.ddpm.card.to_pixels(self._noised(images, noise))
+        return x_t.clamp(0, 1)[..., : images.shape[-2], : images.shape[-1]]
+
+    def _noised(self, images: Tensor, noise: Tensor) -> Tensor:
+        x_0 = self.ddpm.card.to_range(_pad_to(images, noise.shape[-2], noise.shape[-1]))
+        return add_noise(x_0, noise[:, 0], self.ddpm.alpha_bar[self.noised_to])
 
     def _reverse(self, x_t: Tensor, noise: Tensor) -> Tensor:
         """Walk down the indices to x_0; for a gradient, the activations of a step are computed again, not kept."""
@@ -124,6 +132,11 @@ class NoisePurifier(nn.Module):
         if noise is None:
             noise = torch.randn((len(images), *self.noise_shape(*images.shape[-2:])), device=images.device)
         return ((add_noise(images * 2 - 1, noise[:, 0], self.alpha_bar_t) + 1) / 2).clamp(0, 1)
+
+    def noised(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Return what the module does: noise is all there is."""
+        noised: Tensor = self(images, noise)
+        return noised
 
 
 Purifier = DiffusionPurifier | NoisePurifier

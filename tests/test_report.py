@@ -1,0 +1,180 @@
+"""The report: nothing asked of the network, every picture there, every number with its recipe, pages by keyboard."""
+
+import base64
+import io
+import json
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advdiff_cli.data.patches import open_patches
+from advdiff_cli.evaluation.telling import Pair, Seen, most_telling
+
+N = 24
+
+
+@pytest.fixture(scope="module")
+def inputs(test_x, classifier, ddpm, tmp_path_factory):
+    """The files a report is made of, from small settings."""
+    return {"root": tmp_path_factory.mktemp("report"), "x": test_x, "c": classifier, "m": ddpm}
+
+
+@pytest.fixture
+def page(advdiff, inputs):
+    """A whole report; made once."""
+    root, x, c, m = (inputs[k] for k in ("root", "x", "c", "m"))
+    out = root / "out"
+    if not out.exists():
+        rows, defence = ["--limit", N], ["--t-star", "0.05", "--sampler-steps", 1]
+        advdiff("attack", x, *rows, "-c", c, "--steps", 3, "-o", root / "adv.safetensors")
+        for name, more in (("plain", []), ("ddpm", ["-m", m, *defence, "--draws", 2])):
+            found = advdiff("evaluate", x, root / "adv.safetensors", *rows, "-c", c, *more, "--json").out
+            (root / f"{name}.json").write_text(found)
+        sweep = ["--values", "0.02,0.1", "--steps", 1, "--sampler-steps", 1, "-o", root / "sweep"]
+        advdiff("sweep", x, "--limit", 8, "-c", c, "-m", m, *sweep)
+        few = ["--limit", 8, "--preset", "quick", "-o", root / "ladder"]
+        advdiff("robustness", x, *few, "-c", c)
+        made = ["--result", f"undefended={root / 'plain.json'}", "--result", f"DDPM <b>={root / 'ddpm.json'}"]
+        made += ["--sweep", root / "sweep", "--ladder", root / "ladder", "--patches", 5, "-o", out]
+        gallery = ["--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "-m", m, *defence]
+        told = advdiff("report", *made, *gallery, "--json").json
+        assert sorted(told["files"] + ["panel.png"]) == sorted(p.name for p in out.iterdir())
+    return out / "report.html"
+
+
+class Page(HTMLParser):
+    """What a page refers to, and what it says."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.pictures, self.ids, self.words = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href", "action", "srcset", "poster")]
+        if tag == "img":
+            self.pictures.append(found)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_a_page_of_its_own(page):
+    text = page.read_text()
+    found = Page(text)
+    for link in found.links:
+        assert link.startswith(("#", "data:")), link
+    assert "@import" not in text
+    assert "url(http" not in text
+    assert len(set(found.ids)) == len(found.ids)
+    for link in found.links:
+        assert not link.startswith("#") or link[1:] in found.ids, link
+    assert len(found.pictures) == 5 * 6
+    for picture in found.pictures:
+        with Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2]))) as image:
+            assert image.size == (96, 96) == (int(picture["width"]), int(picture["height"]))
+        assert picture["alt"]
+    assert found.tags.count("svg") == 3
+    assert "DDPM &lt;b&gt;" in text
+
+
+def test_numbers_are_the_commands_own_with_their_recipes(page, inputs):
+    words = " ".join(Page(page.read_text()).words)
+    for name in ("plain", "ddpm"):
+        for judged in json.loads((inputs["root"] / f"{name}.json").read_text())["sets"]:
+            a = judged["accuracy"]
+            assert f"{100 * a['value']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" in words
+    ladder = json.loads((inputs["root"] / "ladder" / "robustness.json").read_text())
+    assert all(alarm["reason"] in words for alarm in ladder["alarms"])
+    assert ladder["recipe"]["classifier"] in words
+    assert "pgd linf 2/255, steps 3, loss ce, blind to any defence; mean of 2 draws" in words
+
+
+def test_stages_are_what_the_commands_make(page, inputs):
+    """The clean and adversarial pictures are the files' own rows, rounded to 8 bits."""
+    found = Page(page.read_text()).pictures
+    x, adv = (open_patches(p) for p in (inputs["x"], inputs["root"] / "adv.safetensors"))
+    for clean, attacked in zip(found[::6], found[1::6], strict=True):
+        row = int(clean["alt"].rpartition(" ")[2])
+        for picture, patches in ((clean, x), (attacked, adv)):
+            pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2]))))
+            at = int(np.flatnonzero(patches.index == row)[0])
+            expected = (patches.read([at])[0].permute(1, 2, 0) * 255).round().byte().numpy()
+            assert np.array_equal(pixels, expected)
+
+
+def test_outcomes_and_the_most_telling(test_x):
+    seen = Seen(*map(np.array, ([0.9, 0.9, 0.9, 0.9, 0.2], [0.1, 0.2, 0.8, 0.9, 0.1], [0.8, 0.3, 0.1, 0.9, 0.9])))
+    assert seen.outcomes() == ["rescued", "lost", "spoiled", "held", "wrong"]
+    assert most_telling(seen, 3) == [0, 1, 4]
+    assert len(most_telling(seen, 9)) == 5
+    assert len(Pair.of(open_patches(test_x), open_patches(test_x))) == len(open_patches(test_x))
+
+
+def test_rows_can_be_asked_for(advdiff, page, inputs, tmp_path):
+    root, x, c = (inputs[k] for k in ("root", "x", "c"))
+    gallery = ["report", "--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "--defense", "noise"]
+    out = advdiff(*gallery, "--index", "7,3", "-o", tmp_path / "r", "-q").out.strip()
+    found = Page((tmp_path / "r" / "report.html").read_text())
+    assert out == str(tmp_path / "r" / "report.html")
+    assert [i for i in found.ids if i.startswith("patch-")] == ["patch-7", "patch-3"]
+    assert "has no such row" in advdiff(*gallery, "--index", "999", "-o", tmp_path / "q", code=1).err
+    assert not (tmp_path / "q").exists()
+
+
+def test_what_cannot_be_reported_is_said(advdiff, page, inputs, tmp_path):
+    root, x = inputs["root"], inputs["x"]
+    swapped = json.loads((root / "plain.json").read_text())
+    swapped["sets"].reverse()
+    (tmp_path / "swapped.json").write_text(json.dumps(swapped))
+    (tmp_path / "no.json").write_text("[1]")
+    for wrong, says in (
+        ([], "nothing to report"),
+        (["--result", "plain.json"], "give NAME=FILE"),
+        (["--result", f"a={tmp_path / 'nowhere.json'}"], "No such file"),
+        (["--result", f"a={tmp_path / 'no.json'}"], "not a JSON object"),
+        (["--result", f"a={tmp_path / 'swapped.json'}"], "not of a clean and an attacked set, in that order"),
+        (["--clean", x], "a gallery needs --clean, --attacked and -c"),
+        (["--clean", x, "--attacked", x, "-c", inputs["c"], "--defense", "noise"], "does not say how it was attacked"),
+    ):
+        assert says in advdiff("report", *wrong, "-o", tmp_path / "r", code=1).err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium is installed: the page is not seen in a browser")
+def test_in_a_browser(page):
+    """No error, no request but the page's own, every picture drawn, and the gallery by keyboard and button."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    said, asked = [], []
+    with playwright.sync_playwright() as p:
+        options = ["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=options)
+        for width, scheme in ((1100, "light"), (390, "dark")):
+            seen = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            seen.on("console", lambda message: said.append(message.text))
+            seen.on("pageerror", lambda error: said.append(str(error)))
+            seen.on("request", lambda request: asked.append(request.url))
+            seen.goto(page.as_uri())
+            assert seen.evaluate("[...document.images].every(i => i.complete && i.naturalWidth === 96)")
+            assert seen.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+            shown = "[...document.querySelectorAll('.slide')].map(s => s.offsetHeight > 0)"
+            assert seen.evaluate(shown) == [True] + [False] * 4
+            seen.focus("#gallery")
+            for key, at in (("ArrowRight", 1), ("End", 4), ("ArrowRight", 0), ("ArrowLeft", 4), ("Home", 0)):
+                seen.keyboard.press(key)
+                assert seen.evaluate(shown).index(True) == at
+                assert seen.inner_text("#place") == f"{at + 1} of 5"
+            seen.click("text=Next")
+            assert seen.evaluate(shown).index(True) == 1
+            seen.emulate_media(media="print")
+            assert seen.evaluate(shown) == [True] * 5
+            seen.close()
+        browser.close()
+    assert said == []
+    assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
