@@ -1,5 +1,6 @@
 """The bash scripts that users copy, run on small data."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.models.ddpm import Purification, load_card
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -22,22 +22,23 @@ def run(script, *arguments, **settings):
 
 
 @pytest.mark.slow
-def test_pcam_pipeline(patches, tmp_path):
+def test_reproduce_paper(patches, tmp_path):
     small = {
-        "EPOCHS": "1", "STEPS": "2", "VALID_N": "6", "T_STARS": "0.05", "ADAPT_T_STARS": "0.1",
-        "NOISE_T_STARS": "0.04",
-        "ATTACK_STEPS": "1", "TEST_N": "8",
-        "PRESET": "tiny", "ARCH": "shufflenet_v2_x0_5",
+        "EPOCHS": "1", "MORE_EPOCHS": "1", "STEPS": "2", "N": "6", "TEST_N": "8", "ADAPTIVE_N": "4", "DRAWS": "3",
+        "T_STARS": "0.02,0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1", "EOT": "1", "QUERIES": "2",
+        "PRESET": "tiny", "ARCH": "shufflenet_v2_x0_5", "ROBUST_ARCH": "squeezenet1_1", "OTHER_ARCHS": "squeezenet1_1",
         "CLASSIFIER_OPTIONS": "--batch-size 16", "DDPM_OPTIONS": "--batch-size 4",
+        "ADVERSARIAL_OPTIONS": "--attack-steps 1",
     }  # fmt: skip
-    done = run("pcam_pipeline.sh", patches, tmp_path, **small)
+    done = run("reproduce_paper.sh", patches, tmp_path, **small)
     assert done.returncode == 0, done.stderr
-    chosen = re.search(r"^chosen on valid: t\* (0\.\d+)", done.stderr, re.M)[1]
-    assert load_card(tmp_path / "ddpm").recommended == Purification(float(chosen), "ddpm", 1)
-    for name in ("test", "lossless"):
-        assert (tmp_path / f"{name}.json").is_file()
-        assert f"{name}-adv-ddpm.safetensors" in done.stdout
-    assert len(open_patches(tmp_path / "test-adv-ddpm.safetensors")) == 8
+    chosen = re.search(r"^chosen on valid: .* adapted (0\.\d+)$", done.stderr, re.M)[1]
+    told = json.loads((tmp_path / "adapted-full.json").read_text())
+    assert told["defence"]["t_star"] == float(chosen)
+    assert [s["n"] for s in told["sets"]] == [4, 4]
+    for name in ("undefended", "noise", "paper", "robust-l2", "squeezenet1_1-ddpm", "fidelity"):
+        assert re.search(rf"^{name} +\d+ +\d", done.stdout, re.M), name
+    assert (tmp_path / "report" / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# The whole paper on PCam: every model trained, every setting chosen on valid, Figures 1 to 3 on test, one page.
+#
+#   examples/reproduce_paper.sh PCAM_DIR OUT_DIR
+#
+# PCAM_DIR holds pcam/camelyonpatch_level_2_split_*.h5 (what `advdiff download-pcam` writes), and may hold lossless patches
+# in images/lossless_train/{0,1}: they are mixed in, named twice, since PCam's own files are lossless. Every step is cached:
+# run it again and it goes on where it ended. On a GPU with the whole data set raise EPOCHS, STEPS, N and TEST_N.
+set -euo pipefail
+shopt -s inherit_errexit
+PCAM=$1 OUT=$2
+: "${ARCH:=resnet18}" "${ROBUST_ARCH:=googlenet}"  # the classifier, and the one trained adversarially (the paper's)
+: "${EPOCHS:=12}" "${STEPS:=4500}" "${PRESET:=s2d2}" # classifier epochs, DDPM optimiser steps and size
+: "${MORE_EPOCHS:=4}"                              # of the classifiers that go on from the plain one
+: "${NOISE:=0.085}"                                # t* of the noise that one of them is trained on
+: "${ADAPT_T_STARS:=0.2 0.25}"                     # t* of the purified patches that another is trained on
+: "${T_STARS:=0.001,0.005,0.01,0.02,0.04,0.06,0.085,0.1,0.15,0.2,0.25,0.3}" # Figure 1
+: "${SAMPLER_STEPS:=1}"                            # U-Net evaluations a patch; the paper's 40 is `--t-star 0.04` with all
+: "${N:=500}" "${TEST_N:=1000}"                    # patches of valid that choose, and of test that are reported
+: "${ATTACK_STEPS:=40}" "${EOT:=8}" "${DRAWS:=11}"
+: "${QUERIES:=500}" "${ADAPTIVE_N:=128}"            # Square's, and patches of test attacked through the diffusion model
+: "${OTHER_ARCHS:=googlenet mobilenet_v2}"         # classifiers that the same purifier stands before
+: "${CLASSIFIER_OPTIONS:=}" "${DDPM_OPTIONS:=}" "${ADVERSARIAL_OPTIONS:=}"
+mkdir -p "$OUT"
+split() { echo "$PCAM/pcam/camelyonpatch_level_2_split_$1_x.h5"; }
+lossless=()
+if [ -d "$PCAM/images/lossless_train" ]; then
+    lossless=("$PCAM/images/lossless_train" "$PCAM/images/lossless_train")
+fi
+
+# 1. The models, on the train split alone; valid chooses each classifier's epoch.
+classifier() { # NAME ARCH EPOCHS OPTIONS...
+    local name=$1 arch=$2 epochs=$3
+    shift 3
+    advdiff train-classifier "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/$name" --arch "$arch" \
+        --epochs "$epochs" "$@" $CLASSIFIER_OPTIONS
+}
+classifier plain "$ARCH" "$EPOCHS"
+advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/ddpm" --preset "$PRESET" \
+    --max-t 0.3 --steps "$STEPS" $DDPM_OPTIONS
+more=(--init "$OUT/plain" --learning-rate 5e-4)
+classifier noised "$ARCH" "$MORE_EPOCHS" "${more[@]}" --augment "noise:$NOISE"
+adapt=(--augment none)
+for t in $ADAPT_T_STARS; do adapt+=(--augment "purify:$OUT/ddpm:$t"); done
+classifier adapted "$ARCH" "$MORE_EPOCHS" "${more[@]}" "${adapt[@]}"
+classifier "$ROBUST_ARCH" "$ROBUST_ARCH" "$EPOCHS"
+classifier robust "$ROBUST_ARCH" "$MORE_EPOCHS" --init "$OUT/$ROBUST_ARCH" --learning-rate 5e-4 --adversarial $ADVERSARIAL_OPTIONS
+
+# 2. t*, chosen on valid (Figure 1): by the best mean of standard and robust accuracy.
+choose() { # NAME CLASSIFIER OPTIONS...: prints the chosen t*
+    local name=$1 judge=$2
+    shift 2
+    advdiff sweep "$(split valid)" -c "$OUT/$judge" --limit "$N" --shuffle-seed 1 --values "$T_STARS" \
+        --steps "$ATTACK_STEPS" -o "$OUT/sweep-$name" "$@" -q
+}
+ddpm=(-m "$OUT/ddpm" --sampler-steps "$SAMPLER_STEPS")
+t_noise=$(choose noise plain --defense noise)
+t_noised=$(choose noised noised --defense noise)
+t_frozen=$(choose frozen plain "${ddpm[@]}")
+t_ddpm=$(choose ddpm adapted "${ddpm[@]}")
+echo "chosen on valid: NoiseDefense t* $t_noise, with its own classifier $t_noised; DDPM t* $t_frozen, adapted $t_ddpm" >&2
+
+# 3. Standard and robust accuracy on test (Figure 3). The paper's attack knows the classifier alone (blind); those that know
+# the defence go through it, each gradient the mean of EOT draws, and are judged over DRAWS others.
+test=("$(split test)" --shuffle-seed 0 --limit "$TEST_N")
+few=("$(split test)" --shuffle-seed 0 --limit "$ADAPTIVE_N")
+attack() { # NAME CLASSIFIER OPTIONS...
+    local name=$1 judge=$2
+    shift 2
+    advdiff attack "${rows[@]}" -c "$OUT/$judge" "$@" -o "$OUT/adv-$name.safetensors" -q >&2
+}
+measure() { # NAME ATTACKED CLASSIFIER DEFENCE...
+    local name=$1 adv=$2 judge=$3
+    shift 3
+    advdiff evaluate "${rows[@]}" "$OUT/adv-$adv.safetensors" -c "$OUT/$judge" "$@" --json >"$OUT/$name.json"
+}
+pgd=(--steps "$ATTACK_STEPS") one=(--draws 1) many=(--draws "$DRAWS")
+frozen=("${ddpm[@]}" --t-star "$t_frozen") adapted=("${ddpm[@]}" --t-star "$t_ddpm")
+noise=(--defense noise --t-star "$t_noise") noised=(--defense noise --t-star "$t_noised")
+rows=("${test[@]}")
+for judge in plain adapted robust; do attack "$judge" "$judge" "${pgd[@]}"; done
+attack paper plain --method paper
+attack noise plain "${pgd[@]}" "${noise[@]}" --eot "$EOT"
+attack noised noised "${pgd[@]}" "${noised[@]}" --eot "$EOT"
+measure undefended plain plain
+measure noise noise plain "${noise[@]}" "${many[@]}"
+measure noised noised noised "${noised[@]}" "${many[@]}"
+measure robust robust robust
+measure frozen plain plain "${frozen[@]}" "${one[@]}"
+measure paper paper plain "${frozen[@]}" "${one[@]}"
+measure adapted adapted adapted "${adapted[@]}" "${one[@]}"
+rows=("${few[@]}")
+attack frozen-full plain "${pgd[@]}" "${frozen[@]}" --eot "$EOT"
+attack adapted-full adapted "${pgd[@]}" "${adapted[@]}" --eot "$EOT"
+measure frozen-full frozen-full plain "${frozen[@]}" "${many[@]}"
+measure adapted-full adapted-full adapted "${adapted[@]}" "${many[@]}"
+
+# 4. The paper's claims. One frozen purifier before classifiers of other architectures:
+for arch in $OTHER_ARCHS; do
+    classifier "$arch" "$arch" "$EPOCHS"
+    rows=("${test[@]}")
+    attack "$arch" "$arch" "${pgd[@]}"
+    measure "$arch" "$arch" "$arch"
+    measure "$arch-ddpm" "$arch" "$arch" "${frozen[@]}" "${one[@]}"
+done
+# Adversarial training and the purifier under attacks that neither was made for:
+other() { # NAME OPTIONS...
+    local name=$1
+    shift
+    rows=("${few[@]}")
+    attack "robust-$name" robust "$@"
+    measure "robust-$name" "robust-$name" robust
+    attack "adapted-$name" adapted "$@" "${adapted[@]}" --eot "$EOT"
+    measure "adapted-$name" "adapted-$name" adapted "${adapted[@]}" "${many[@]}"
+}
+other eps-4 "${pgd[@]}" --eps 4/255
+other eps-8 "${pgd[@]}" --eps 8/255
+other l2 "${pgd[@]}" --norm l2 --eps 0.5
+other square --method square --queries "$QUERIES"
+
+# 5. How faithful purified patches are.
+advdiff purify "${test[@]}" "${adapted[@]}" -o "$OUT/purified.safetensors" -q >&2
+advdiff evaluate "${test[@]}" "$OUT/purified.safetensors" -c "$OUT/adapted" --fidelity --json >"$OUT/fidelity.json"
+
+# 6. One table of everything, and one page with the patches that tell most (Figure 2).
+python - "$OUT"/*.json <<'PY'
+import json, sys
+from pathlib import Path
+print(f"{'n, % [95 %]':24}{'standard':>24}{'robust':>24}")
+for path in map(Path, sys.argv[1:]):
+    sets = json.loads(path.read_text())["sets"]
+    cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * s["accuracy"][k] for k in ("value", "low", "high"))) for s in sets]
+    print(f"{path.stem:18}{sets[1]['n']:6}{cells[0]:>24}{cells[1]:>24}")
+PY
+result() { results+=(--result "$2=$OUT/$1.json"); }
+results=()
+result undefended "undefended"
+result noise "NoiseDefense, white-box"
+result noised "NoiseDefense, own classifier, white-box"
+result robust "adversarial training, white-box"
+result frozen "DDPM, blind"
+result adapted "DDPM adapted, blind"
+result adapted-full "DDPM adapted, white-box"
+advdiff report "${results[@]}" --sweep "$OUT/sweep-ddpm" --sweep "$OUT/sweep-noise" --clean "$(split test)" \
+    --attacked "$OUT/adv-adapted.safetensors" -c "$OUT/adapted" "${adapted[@]}" -o "$OUT/report"
