@@ -41,7 +41,7 @@ advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o
 more=(--init "$OUT/plain" --learning-rate 5e-4)
 classifier noised "$ARCH" "$MORE_EPOCHS" "${more[@]}" --augment "noise:$NOISE"
 adapt=(--augment none)
-for t in $ADAPT_T_STARS; do adapt+=(--augment "purify:$OUT/ddpm:$t"); done
+for t in $ADAPT_T_STARS; do adapt+=(--augment "purify:$OUT/ddpm:$t:$SAMPLER_STEPS"); done
 classifier adapted "$ARCH" "$MORE_EPOCHS" "${more[@]}" "${adapt[@]}"
 classifier "$ROBUST_ARCH" "$ROBUST_ARCH" "$EPOCHS"
 classifier robust "$ROBUST_ARCH" "$MORE_EPOCHS" --init "$OUT/$ROBUST_ARCH" --learning-rate 5e-4 --adversarial $ADVERSARIAL_OPTIONS

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from warm import client
 
 from advdiff_cli.data.synthetic import SyntheticSource
 from advdiff_cli.main import main
@@ -56,6 +59,24 @@ def advdiff(capsys, monkeypatch):
         return Result(ended, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """An environment whose `advdiff` has its imports behind it, for scripts of many commands; see warm.py."""
+    folder = Path(tempfile.mkdtemp(prefix="advdiff"))  # a socket's path must be short
+    command = [sys.executable, str(Path(__file__).parent / "warm.py"), "serve", str(folder / "socket")]
+    server = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+    (folder / "advdiff").write_text(client(folder / "socket"))
+    (folder / "advdiff").chmod(0o755)
+    while not (folder / "socket").exists():
+        assert server.poll() is None
+        time.sleep(0.05)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    yield {**os.environ, "PATH": path}
+    server.terminate()
+    server.wait()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

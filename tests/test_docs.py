@@ -1,7 +1,6 @@
 """The README: every command is there, its code blocks run, its links lead somewhere, its JSON is what is printed."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -31,9 +30,8 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.slow
-def test_code_blocks_run(tmp_path):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+def test_code_blocks_run(warm, tmp_path):
+    env = {**warm, "PYTHONPATH": str(ROOT)}
     script = "set -euo pipefail\n" + "\n".join(blocks("bash"))
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """The bash scripts that users copy, run on small data."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,15 +13,19 @@ from advdiff_cli.data.patches import open_patches
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(script, *arguments, **settings):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", str(EXAMPLES / script), *map(str, arguments)]
-    env = {**os.environ, "PATH": path, **settings}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(warm):
+    """Run a script with warm commands."""
+
+    def run(script, *arguments, **settings):
+        command = ["bash", str(EXAMPLES / script), *map(str, arguments)]
+        return subprocess.run(command, env={**warm, **settings}, capture_output=True, text=True, check=False)
+
+    return run
 
 
 @pytest.mark.slow
-def test_reproduce_paper(patches, tmp_path):
+def test_reproduce_paper(run, patches, tmp_path):
     small = {
         "EPOCHS": "1", "MORE_EPOCHS": "1", "STEPS": "2", "N": "6", "TEST_N": "8", "ADAPTIVE_N": "4", "DRAWS": "3",
         "T_STARS": "0.02,0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1", "EOT": "1", "QUERIES": "2",
@@ -42,7 +45,7 @@ def test_reproduce_paper(patches, tmp_path):
 
 
 @pytest.mark.slow
-def test_purify_folder(patches, ddpm, tmp_path):
+def test_purify_folder(run, patches, ddpm, tmp_path):
     source = tmp_path / "in"
     source.mkdir()
     for file in sorted((patches / "images" / "test").rglob("*.jpg"))[:3]:
@@ -57,7 +60,7 @@ def test_purify_folder(patches, ddpm, tmp_path):
 
 
 @pytest.mark.slow
-def test_shards(test_x, classifier, tmp_path, advdiff):
+def test_shards(run, test_x, classifier, tmp_path, advdiff):
     options = "--steps 2 --limit 10 --batch-size 4"
     done = run("shards.sh", test_x, classifier, tmp_path / "adv.h5", 2, ATTACK_OPTIONS=options)
     assert done.returncode == 0, done.stderr

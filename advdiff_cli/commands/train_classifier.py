@@ -33,7 +33,7 @@ def train_classifier(
     augment: Annotated[
         list[str] | None,
         typer.Option(
-            help="none, noise:T, purify:MODEL or purify:MODEL:T: patches pass one of those named, at random.",
+            help="none, noise:T or purify:MODEL[:T[:STEPS]]: patches pass one of those named, at random.",
             show_default="none",
             rich_help_panel=_REGIME,
         ),

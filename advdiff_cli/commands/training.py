@@ -79,24 +79,28 @@ class AskedRegime:
 
 
 def asked_regime(augment: list[str] | None, adversary: "Adversary | None") -> AskedRegime:
-    """Read the specifications of --augment: none, noise:T, purify:MODEL or purify:MODEL:T."""
+    """Read the specifications of --augment: none, noise:T, or purify:MODEL, its t* and sampler steps after it."""
     return AskedRegime([_augmentation(text) for text in augment or ["none"]], adversary)
 
 
 def _augmentation(text: str) -> Defence | None:
     kind, _, rest = text.partition(":")
-    model, _, level = rest.rpartition(":")
     if text == "none":
         return None
     if kind == "noise" and _is_number(rest):
         return build_defence("noise", None, float(rest), None, None)
-    if kind == "purify" and model and _is_number(level):
-        return build_defence("ddpm", model, float(level), None, None)
-    if kind == "purify" and rest:
-        return build_defence("ddpm", rest, None, None, None)
-    raise AdvdiffError(
-        f"--augment {text}: give none, noise:T, purify:MODEL or purify:MODEL:T, T a noise level in (0, 1]"
-    )
+    model = rest
+    numbers: list[str] = []
+    while model and len(numbers) < 2 and _is_number(model.rpartition(":")[2]):
+        model, _, last = model.rpartition(":")
+        numbers.insert(0, last)
+    if kind != "purify" or not model or not all(n.isdigit() for n in numbers[1:]):
+        raise AdvdiffError(
+            f"--augment {text}: give none, noise:T, purify:MODEL, purify:MODEL:T or purify:MODEL:T:STEPS, "
+            "T a noise level in (0, 1]"
+        )
+    steps = int(numbers[1]) if len(numbers) == 2 else None
+    return build_defence("ddpm", model, float(numbers[0]) if numbers else None, None, steps)
 
 
 def _is_number(text: str) -> bool:

@@ -127,18 +127,21 @@ def test_training_under_a_regime_end_to_end(advdiff, patches, ddpm, tmp_path):
     train, valid = (patches / "pcam" / f"camelyonpatch_level_2_split_{s}_x.h5" for s in ("train", "valid"))
     command = ["train-classifier", train, "--valid", valid, "-o", tmp_path / "clf", "--arch", "shufflenet_v2_x0_5"]
     command += ["--epochs", 1, "--batch-size", 16, "--precision", "fp32"]
-    regime = ["--augment", "none", "--augment", f"purify:{ddpm}:0.05", "--augment", "noise:0.1", "--adversarial"]
+    regime = ["--augment", "none", "--augment", f"purify:{ddpm}:0.05:2", "--augment", "noise:0.1", "--adversarial"]
     made = advdiff(*command, *regime, "--attack-steps", 1, "--json").json
     assert set(made["published"]) == {"epoch", "n", "valid_accuracy", "valid_robust_accuracy"}
     told = advdiff("info", tmp_path / "clf", "--json").json["provenance"]["recipe"]["parameters"]
     assert told["adversary"] == {"eps": EPS, "steps": 1, "loss": "madry", "beta": 6.0}
     assert [a and a["t_star"] for a in told["augment"]] == [None, 0.05, 0.1]
+    assert told["augment"][1]["sampler_steps"] == 2
     assert "up to date" in advdiff(*command, *regime, "--attack-steps", 1).err
     assert "made otherwise" in advdiff(*command, code=1).err
     plain = [*command[:5], tmp_path / "plain", *command[6:]]
     for wrong, says in (
         (["--augment", "noise"], "give none, noise:T"),
         (["--augment", "noise:2"], "t* = 2 is not in"),
+        (["--augment", "purify:"], "give none, noise:T"),
+        (["--augment", f"purify:{ddpm}:0.05:1.5"], "give none, noise:T"),
         (["--augment", "purify:nowhere"], "no diffusion model called nowhere"),
         (["--eps", "2/255"], "are of --adversarial"),
         (["--adversarial", "--beta", "3"], "--beta is of --loss trades"),
