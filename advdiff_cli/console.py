@@ -12,9 +12,24 @@ PLAIN_INTERVAL = 30.0  # seconds between progress lines where stderr is no termi
 Advance = Callable[..., None]
 
 
+_heard = True
+
+
 def log(message: str) -> None:
     """Print one line to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if _heard:
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Print nothing to stderr meanwhile: for commands that a command runs over and over."""
+    global _heard
+    _heard = False
+    try:
+        yield
+    finally:
+        _heard = True
 
 
 def warn(message: str) -> None:

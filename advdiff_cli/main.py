@@ -10,6 +10,7 @@ import typer
 from advdiff_cli import __version__, console
 from advdiff_cli.commands import (
     attack,
+    bench,
     demo,
     download_pcam,
     evaluate,
@@ -43,6 +44,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("robustness")(robustness.robustness)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
+app.command("bench")(bench.bench)
 app.command("merge")(merge.merge)
 app.command("info")(info.info)
 app.command("models")(models.models)

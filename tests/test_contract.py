@@ -23,10 +23,8 @@ def run(*arguments, **keywords):
 
 
 def test_the_commands_are_these_and_no_more():
-    later = {"bench"}
     designed = {"download-pcam", "synthesize", "train-classifier", "train-ddpm", "attack", "purify", "evaluate"}
-    assert set(COMMANDS) == designed | {"robustness", "sweep", "report", "merge", "info", "models", "demo"}
-    assert not later & set(COMMANDS)
+    assert set(COMMANDS) == designed | {"robustness", "sweep", "report", "bench", "merge", "info", "models", "demo"}
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

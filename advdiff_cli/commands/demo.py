@@ -1,14 +1,12 @@
 """`advdiff demo`."""
 
-import io
-import json
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from advdiff_cli import console, options
+from advdiff_cli.commands.running import run_command
 
 CLASSIFIER, DDPM = "synthetic-classifier", "synthetic-ddpm"
 EPS = "2/255"
@@ -67,11 +65,7 @@ def _run(ctx: typer.Context, arguments: list[str], quiet: bool) -> dict[str, Any
     """Run a command of this program in this process and return its JSON."""
     if not quiet:
         console.log("$ advdiff " + " ".join(arguments))
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        ctx.find_root().command.main([*arguments, "--json"], standalone_mode=False)
-    result: dict[str, Any] = json.loads(printed.getvalue())
-    return result
+    return run_command(ctx, arguments)
 
 
 def _recommended_level() -> float:

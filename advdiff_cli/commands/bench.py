@@ -1,0 +1,182 @@
+"""`advdiff bench`."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from advdiff_cli import console, options
+from advdiff_cli.commands.defending import build_defence
+from advdiff_cli.commands.running import run_command
+
+if TYPE_CHECKING:
+    from torch import device as Chip
+
+    from advdiff_cli.evaluation.benchmarking import Contestant
+    from advdiff_cli.models.ddpm import Ddpm
+
+_PURIFY = "advdiff purify"
+_TRAIN = "advdiff training step"
+
+
+def bench(
+    ctx: typer.Context,
+    ddpm: options.DdpmName = None,
+    classifier: Annotated[
+        str, typer.Option("-c", "--classifier", help="Classifier behind it, for the attack.")
+    ] = "pcam-resnet18",
+    number: Annotated[int, typer.Option("-n", "--number", min=16, help="Patches that are purified.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turns.")] = 3,
+    paper: Annotated[bool, typer.Option(help="Measure the paper's loop too: about a minute a round on a CPU.")] = True,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    as_json: options.Json = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print purify's patches a second alone.")] = False,
+) -> None:
+    """Measure speed in one run: the paper's loop, diffusers in batches, and purify from file to file.
+
+    Beside them the U-Net alone and the machine's ceiling (a large matrix product of the same precision), an exact
+    gradient of an attack, and training. Medians over rounds in which all take turns; ratios first.
+
+    Example: advdiff bench --number 128 --rounds 1
+    """
+    from advdiff_cli.evaluation.benchmarking import measure, ratios
+    from advdiff_cli.models.device import resolve_device, resolve_precision
+
+    chip = resolve_device(device)
+    exact = resolve_precision(precision, chip)
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = _contestants(ctx, ddpm, classifier, number, paper, exact, chip, Path(folder))
+        with console.progress(rounds + 1, "bench: rounds, the first to warm up", quiet=quiet) as advance:
+            found = measure(contestants, rounds, chip, advance)
+    product = f"matrix product, {exact}"
+    pairs = {
+        "purify, times the paper's loop": (_PURIFY, "the paper's loop"),
+        "purify, times diffusers in batches": (_PURIFY, "diffusers in batches"),
+        "training step, times diffusers' in fp32": (_TRAIN, "diffusers training step, fp32"),
+        f"training step, times diffusers' in {exact}": (_TRAIN, f"diffusers training step, {exact}"),
+        **{
+            f"gradient {p}, in forward passes": (f"defended forward, {p}", f"exact gradient, {p}")
+            for p in dict.fromkeys(("fp32", exact))
+        },
+    }
+    result: dict[str, Any] = {
+        "device": chip.type,
+        "threads": _threads(),
+        "precision": exact,
+        "ratios": ratios(found, pairs),
+        "of_ceiling": {
+            name: found[name].as_dict()["flops_per_second"] / found[product].as_dict()["flops_per_second"]
+            for name in (_PURIFY, f"U-Net forward, {exact}")
+        },
+        "measured": [timing.as_dict() for timing in found.values()],
+    }
+    rate = found[_PURIFY].as_dict()["patches_per_second"]
+    console.emit(result, _text(result), f"{rate:.4g}", as_json=as_json, quiet=quiet)
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _contestants(
+    ctx: typer.Context, ddpm: str | None, classifier: str, number: int, paper: bool, exact: str, chip: "Chip",
+    folder: Path,
+) -> "list[Contestant]":  # fmt: skip
+    import numpy as np
+    import torch
+
+    from advdiff_cli.data.synthetic import SyntheticSource
+    from advdiff_cli.evaluation import benchmarking as b
+    from advdiff_cli.models import zoo
+    from advdiff_cli.purification.purifier import DiffusionPurifier
+
+    images = torch.from_numpy(SyntheticSource(b.BATCH, 0).read(np.arange(b.BATCH))).float() / 255
+    defence = build_defence("ddpm", ddpm, None, None, None)
+    alone, _ = zoo.frozen_classifier(classifier, chip)
+    purifier = defence.before(alone, chip, exact).purifier
+    assert isinstance(purifier, DiffusionPurifier)
+    model = purifier.ddpm
+    found = [b.matrix_product(exact, chip)]
+    found += [b.papers_loop(images, chip)] if paper else []
+    found += [
+        b.diffusers_in_batches(model, images, chip),
+        _purify(ctx, ddpm, number, exact, model, purifier, chip, folder),
+    ]
+    found += [b.forward_alone(model, images, exact, chip)]
+    for one in dict.fromkeys(("fp32", exact)):
+        found += b.attack_step(defence.before(alone, chip, one), images, one, chip)
+        found.append(b.diffusers_training(model, images, one, chip))
+    found.append(_training(model, images, exact, chip, folder))
+    return found
+
+
+def _purify(
+    ctx: typer.Context, ddpm: str | None, number: int, exact: str, model: "Ddpm", purifier: Any, chip: "Chip",
+    folder: Path,
+) -> "Contestant":  # fmt: skip
+    """Return `advdiff purify` from file to file, in this process: everything but the start of Python."""
+    from advdiff_cli.evaluation.benchmarking import Contestant
+
+    data, out = folder / "data.safetensors", folder / "out.safetensors"
+    run_command(ctx, ["synthesize", "-n", str(number), "-o", str(data)], heard=False)
+    command = ["purify", str(data), "-o", str(out), "--overwrite", "--device", chip.type, "--precision", exact]
+    command += ["-m", ddpm] if ddpm else []
+    steps = len(purifier.indices)
+    return Contestant(
+        _PURIFY, lambda: run_command(ctx, command, heard=False), number, steps * _flops(model, chip), steps
+    )
+
+
+def _flops(model: "Ddpm", chip: "Chip") -> int:
+    import torch
+
+    from advdiff_cli.evaluation.benchmarking import forward_alone
+
+    return forward_alone(model, torch.rand(1, 3, 96, 96).expand(16, -1, -1, -1), "fp32", chip).flops
+
+
+def _training(model: "Ddpm", images: Any, exact: str, chip: "Chip", folder: Path) -> "Contestant":
+    """Return a step of train-ddpm's own loop on the same batch, reading it from a file included."""
+    from advdiff_cli.data.patches import open_patches
+    from advdiff_cli.data.provenance import recipe
+    from advdiff_cli.evaluation.benchmarking import BATCH, Contestant
+    from advdiff_cli.models.ddpm import Ddpm
+    from advdiff_cli.training.checkpoints import WorkFolder
+    from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
+    from advdiff_cli.training.rows import TrainingRows
+
+    rows = TrainingRows([open_patches(folder / "data.safetensors")], labelled=False)
+    fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)
+    plan = DdpmPlan(10**6, BATCH, 1e-4, 0.999, model.card.max_t, 0, exact)
+    work = WorkFolder(folder / "ddpm", recipe("bench", {}), None, overwrite=True)
+    records = fit_ddpm(fresh, rows, None, plan, work, chip, checkpoint_seconds=10**6, every=10**7)
+    return Contestant(_TRAIN, lambda: next(records), BATCH)
+
+
+def _text(result: dict[str, Any]) -> str:
+    ratios = [(name, f"{value:,.1f}") for name, value in result["ratios"].items()]
+    shares = [(name, f"{100 * value:.0f} %") for name, value in result["of_ceiling"].items()]
+    rows = [
+        (
+            m["name"], m["unet_evaluations"] or "-", f"{m['patches_per_second']:.4g}",
+            " ".join(f"{1000 * m['seconds'][k]:.4g}" for k in ("median", "least", "most")),
+            f"{m['flop_per_patch'] / 1e9:.2f}" if m["flop_per_patch"] else "-",
+            f"{m['flops_per_second'] / 1e9:.0f}" if m["flop_per_patch"] else "-",
+            f"{m['peak_memory'] / 2**20:.0f}",
+        )
+        for m in result["measured"]
+    ]  # fmt: skip
+    head = (
+        "measured", "U-Net evaluations", "patches/s", "ms a patch: median, least, most", "GFLOP a patch", "GFLOP/s",
+        "peak MB",
+    )  # fmt: skip
+    tables = [
+        console.table(("ratio, patches a second", "times"), ratios),
+        console.table((f"FLOP/s of a matrix product's, {result['precision']}", "share"), shares),
+        console.table(head, rows),
+    ]
+    return "\n\n".join(tables) + f"\n{result['device']}, {result['threads']} threads"

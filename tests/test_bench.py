@@ -1,0 +1,57 @@
+"""The benchmark: what it counts is right, and it measures what it says."""
+
+import pytest
+import torch
+
+from advdiff_cli.evaluation.benchmarking import Contestant, Timing, flops, forward_alone, measure, ratios
+from advdiff_cli.models.ddpm import build_ddpm
+
+CPU = torch.device("cpu")
+
+
+def test_operations_are_counted_as_the_mathematics_says():
+    a, b = torch.rand(5, 7), torch.rand(7, 3)
+    assert flops(lambda: a @ b) == 2 * 5 * 7 * 3
+    convolution = torch.nn.Conv2d(3, 8, 3, padding=1)
+    assert flops(lambda: convolution(torch.rand(1, 3, 10, 10))) == 2 * 10 * 10 * 8 * 3 * 9
+
+
+def test_the_small_network_costs_what_the_design_says():
+    images = torch.rand(16, 3, 96, 96)
+    assert forward_alone(build_ddpm("s2d2", 96, 0.3, 0), images, "fp32", CPU).flops / 1e9 == pytest.approx(3.7, abs=0.1)
+
+
+def test_contestants_take_turns_and_the_first_round_does_not_count():
+    order, rounds = [], []
+    contestants = [Contestant(name, lambda name=name: order.append(name), patches=2) for name in "ab"]
+    found = measure(contestants, 2, CPU, lambda: rounds.append(len(order)))
+    assert order == list("ababab")
+    assert rounds == [2, 4, 6]
+    assert [len(t.seconds) for t in found.values()] == [2, 2]
+
+
+def test_figures_and_ratios():
+    fast = Timing(Contestant("fast", lambda: 0, patches=4, flops=100), [1.0, 2.0, 9.0])
+    slow = Timing(Contestant("slow", lambda: 0, patches=1), [5.0])
+    told = fast.as_dict()
+    assert told["seconds"] == {"median": 0.5, "least": 0.25, "most": 2.25}
+    assert (told["patches_per_second"], told["flops_per_second"]) == (2.0, 200.0)
+    assert ratios({"fast": fast, "slow": slow}, {"r": ("fast", "slow"), "none": ("fast", "nowhere")}) == {"r": 10.0}
+
+
+@pytest.mark.slow
+def test_bench_end_to_end(advdiff, ddpm, classifier):
+    found = advdiff("bench", "-m", ddpm, "-c", classifier, "-n", 16, "--rounds", 1, "--no-paper", "--json").json
+    names = [m["name"] for m in found["measured"]]
+    assert "the paper's loop" not in names
+    assert {"advdiff purify", "diffusers in batches", "advdiff training step"} <= set(names)
+    purify, theirs = (
+        next(m for m in found["measured"] if m["name"] == n) for n in ("advdiff purify", "diffusers in batches")
+    )
+    assert (
+        purify["unet_evaluations"] == theirs["unet_evaluations"] == 40
+    )  # the tiny model recommends the paper's setting
+    assert purify["flop_per_patch"] == theirs["flop_per_patch"] > 0
+    ratio = found["ratios"]["purify, times diffusers in batches"]
+    assert ratio == pytest.approx(purify["patches_per_second"] / theirs["patches_per_second"])
+    assert all(share > 0 for share in found["of_ceiling"].values())
