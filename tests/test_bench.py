@@ -1,10 +1,12 @@
 """The benchmark: what it counts is right, and it measures what it says."""
 
+import shutil
+
 import pytest
 import torch
 
 from advdiff_cli.evaluation.benchmarking import Contestant, Timing, flops, forward_alone, measure, ratios
-from advdiff_cli.models.ddpm import build_ddpm
+from advdiff_cli.models.ddpm import Purification, build_ddpm, recommend
 
 CPU = torch.device("cpu")
 
@@ -40,18 +42,20 @@ def test_figures_and_ratios():
 
 
 @pytest.mark.slow
-def test_bench_end_to_end(advdiff, ddpm, classifier):
-    found = advdiff("bench", "-m", ddpm, "-c", classifier, "-n", 16, "--rounds", 1, "--no-paper", "--json").json
+def test_bench_end_to_end(advdiff, ddpm, classifier, tmp_path):
+    shutil.copytree(ddpm, tmp_path / "m")
+    recommend(tmp_path / "m", Purification(0.04, "ddpm", 1))
+    found = advdiff(
+        "bench", "-m", tmp_path / "m", "-c", classifier, "-n", 16, "--rounds", 1, "--no-paper", "--json"
+    ).json
     names = [m["name"] for m in found["measured"]]
     assert "the paper's loop" not in names
     assert {"advdiff purify", "diffusers in batches", "advdiff training step"} <= set(names)
     purify, theirs = (
         next(m for m in found["measured"] if m["name"] == n) for n in ("advdiff purify", "diffusers in batches")
     )
-    assert (
-        purify["unet_evaluations"] == theirs["unet_evaluations"] == 40
-    )  # the tiny model recommends the paper's setting
-    assert purify["flop_per_patch"] == theirs["flop_per_patch"] > 0
+    assert (purify["unet_evaluations"], theirs["unet_evaluations"]) == (1, 40)
+    assert theirs["flop_per_patch"] == 40 * purify["flop_per_patch"] > 0
     ratio = found["ratios"]["purify, times diffusers in batches"]
     assert ratio == pytest.approx(purify["patches_per_second"] / theirs["patches_per_second"])
     assert all(share > 0 for share in found["of_ceiling"].values())
