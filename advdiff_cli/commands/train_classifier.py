@@ -56,7 +56,7 @@ def train_classifier(
     ] = None,
     attack_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Its steps, of eps/4.", show_default=str(_ATTACK_STEPS), rich_help_panel=_REGIME),
+        typer.Option(min=1, help="Its steps.", show_default=str(_ATTACK_STEPS), rich_help_panel=_REGIME),
     ] = None,
     loss: Annotated[
         Literal["madry", "trades"] | None,

@@ -23,12 +23,20 @@ from advdiff_cli.purification.purifier import Purifier
 
 @dataclass(frozen=True)
 class Adversary:
-    """PGD, l-inf, from a random start, steps of eps / 4: its last iterate is learnt from."""
+    """PGD, l-inf, from a random start: its last iterate is learnt from.
+
+    Steps are of 2.5 eps / steps (Madry et al. 2018), 1.25 eps at most (Wong et al. 2020, arXiv:2001.03994, for one).
+    """
 
     eps: float  # in [0, 1] pixels
     steps: int
     loss: Literal["madry", "trades"]
     beta: float = 6.0  # TRADES: weight of the divergence between clean and attacked outputs
+
+    @property
+    def step_size(self) -> float:
+        """The size of a step in [0, 1] pixels."""
+        return self.eps * min(2.5 / self.steps, 1.25)
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class Regime:
         x = random_start(images, adversary.eps, "linf", RowStreams(self.seed, "attack-start", rows))
         for step in range(adversary.steps):
             _, gradient = objective.gradient(x, step)
-            x = project(x + adversary.eps / 4 * steepest(gradient, "linf"), images, adversary.eps, "linf")
+            x = project(x + adversary.step_size * steepest(gradient, "linf"), images, adversary.eps, "linf")
         return x
 
     def _drawn(self, model: nn.Module, images: Tensor, rows: list[RowKey]) -> tuple[Tensor, ...]:

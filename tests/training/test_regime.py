@@ -64,11 +64,15 @@ def test_attacked_patches_are_the_last_iterate_of_pgd(model, batch):
     found = Regime(adversary=Adversary(EPS, 3, "madry"), seed=5).attacked(model, images, labels, ROWS)
     x_0 = random_start(images, EPS, "linf", RowStreams(5, "attack-start", ROWS))
     objective = Objective(model.eval(), labels, seed=5, rows=ROWS)
-    *_, (last, _) = iterates(objective, images, x_0, EPS, 3, EPS / 4, "linf")
+    *_, (last, _) = iterates(objective, images, x_0, EPS, 3, EPS * 2.5 / 3, "linf")
     assert torch.equal(found, last)
     assert (found - images).abs().max() <= EPS + 1e-6
     assert found.min() >= 0
     assert found.max() <= 1
+
+
+def test_step_sizes():
+    assert [Adversary(EPS, k, "madry").step_size / EPS for k in (1, 2, 10)] == pytest.approx([1.25, 1.25, 0.25])
 
 
 def test_an_attack_leaves_batch_statistics_alone(model, batch):
@@ -111,7 +115,7 @@ def test_an_adversary_goes_through_the_purifier(model, batch, ddpm):
     defended = DefendedClassifier(purifier, model.eval()).eval()
     objective = Objective(defended, labels, seed=0, rows=ROWS)
     x_0 = random_start(images, EPS, "linf", RowStreams(0, "attack-start", ROWS))
-    *_, (last, _) = iterates(objective, images, x_0, EPS, 3, EPS / 4, "linf")
+    *_, (last, _) = iterates(objective, images, x_0, EPS, 3, EPS * 2.5 / 3, "linf")
     assert torch.equal(through, last)
 
 
