@@ -1,4 +1,4 @@
-"""Fetch PCam's files: resumed by Range, verified by size and SHA-256, unpacked as a stream, renamed when whole."""
+"""Download PCam's files: fetched, verified by size and hash, unpacked as a stream, renamed when whole."""
 
 import gzip
 import hashlib
@@ -6,22 +6,16 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPMessage
-from ipaddress import ip_address
 from pathlib import Path
-from typing import IO
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import h5py
+from filelock import FileLock
 
-from advdiff_cli import __version__
-from advdiff_cli.data.pcam import REGISTRY, SPLITS, Registry, RemoteFile, folder, split_name
+from advdiff_cli.data.fetching import PATIENT, FetchError, Patience, fetch
+from advdiff_cli.data.pcam import METADATA, REGISTRY, SPLITS, Registry, RemoteFile, folder, split_name
 from advdiff_cli.errors import AdvdiffError
 
 _BLOCK = 1 << 20
-_TIMEOUT = 60  # seconds without a byte
 _OVERHEAD = 16 << 20  # bytes an HDF5 file may be larger than what it holds
 
 
@@ -36,17 +30,17 @@ class Step:
     target: Path
 
     @property
-    def gz(self) -> Path:
-        """Where the packed file lies."""
+    def served(self) -> Path:
+        """Where the file lies as it is served: packed, or as it is."""
         return self.target.with_name(self.name)
 
     @property
     def part(self) -> Path:
-        """Where the packed file grows."""
+        """Where it grows."""
         return self.target.with_name(self.name + ".part")
 
 
-def plan(split: str, data_dir: Path, registry: Registry = REGISTRY) -> list[Step]:
+def plan(split: str, data_dir: Path, registry: Registry = REGISTRY | METADATA) -> list[Step]:
     """Return a step for each file of a split (or `all`), looking at what is there already.
 
     Raises:
@@ -54,30 +48,38 @@ def plan(split: str, data_dir: Path, registry: Registry = REGISTRY) -> list[Step
     """
     wanted = SPLITS if split == "all" else (split_name(split),)
     place = folder(data_dir)
-    steps = []
-    for name, remote in registry.items():
-        if any(f"_{one}_" in name for one in wanted):
-            target = place / name.removesuffix(".gz")
-            done = Step(name, remote, "have", 0, target)
-            if _holds(target, remote):
-                steps.append(done)
-            elif done.gz.is_file() and done.gz.stat().st_size == remote.size:
-                steps.append(Step(name, remote, "unpack", 0, target))
-            else:
-                begun = done.part.stat().st_size if done.part.is_file() else 0
-                steps.append(Step(name, remote, "fetch", max(remote.size - begun, 0), target))
-    return steps
+    names = [name for name in registry if any(f"_{one}_" in name for one in wanted)]
+    return [_step(name, registry[name], place / name.removesuffix(".gz")) for name in names]
 
 
-def _holds(target: Path, remote: RemoteFile) -> bool:
-    """Tell whether an unpacked file is there whole: it opens, and its dataset has the size it should have."""
+def _step(name: str, remote: RemoteFile, target: Path) -> Step:
+    done = Step(name, remote, "have", 0, target)
+    if holds(target, remote):
+        return done
+    packed = done.served != target and done.served.is_file() and done.served.stat().st_size == remote.size
+    if packed:
+        return Step(name, remote, "unpack", 0, target)
+    begun = done.part.stat().st_size if done.part.is_file() else 0
+    return Step(name, remote, "fetch", max((remote.size or 0) - begun, 0), target)
+
+
+def holds(target: Path, remote: RemoteFile) -> bool:
+    """Tell whether a file is there whole: a data set of the size it should have, or a file of the hash."""
     if not target.is_file():
         return False
+    if remote.unpacked is None:
+        return remote.md5 is not None and hash_of(target, "md5") == remote.md5
     try:
         with h5py.File(target, "r") as file:
             return int(sum(d.nbytes for d in file.values())) == remote.unpacked
     except OSError:
         return False
+
+
+def hash_of(path: Path, algorithm: str) -> str:
+    """Return the hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def check_space(steps: Sequence[Step], data_dir: Path) -> None:
@@ -93,107 +95,73 @@ def check_space(steps: Sequence[Step], data_dir: Path) -> None:
         )
 
 
-def run(step: Step, mirror: str) -> Iterator[int]:
-    """Do a step, yielding the number of bytes fetched at a time.
+def run(step: Step, mirror: str, *, keep_gz: bool = False, patience: Patience = PATIENT) -> Iterator[int]:
+    """Do a step, yielding the number of bytes fetched at a time; another process at the same file is waited for.
+
+    Args:
+        step: Of `plan`.
+        mirror: URL of the folder that holds the files.
+        keep_gz: Whether the packed file stays.
+        patience: With the mirror.
 
     Raises:
         AdvdiffError: the mirror fails, or serves other bytes than the registry names; what was fetched stays.
     """
-    step.target.parent.mkdir(parents=True, exist_ok=True)
-    if step.action == "fetch":
-        yield from _fetch(step, mirror)
-        _verify(step.part, step)
-        step.part.rename(step.gz)
-        _unpack(step)
-        step.gz.unlink()
-    elif step.action == "unpack":  # somebody else's download: it stays
-        _verify(step.gz, step)
-        _unpack(step)
-
-
-def _fetch(step: Step, mirror: str) -> Iterator[int]:
-    url = f"{mirror.rstrip('/')}/{step.name}?download=1"
-    _check_scheme(url)
-    begun = step.part.stat().st_size if step.part.is_file() else 0
-    if begun == step.remote.size:
+    if step.action == "have":
         return
-    headers = {"User-Agent": f"advdiff/{__version__}"}
-    if 0 < begun < step.remote.size:
-        headers["Range"] = f"bytes={begun}-"
+    step.target.parent.mkdir(parents=True, exist_ok=True)
+    lock = step.target.with_name(f".{step.target.name}.lock")
+    with FileLock(lock):
+        step = _step(step.name, step.remote, step.target)  # another process may have done it meanwhile
+        if step.action == "fetch":
+            yield from _fetched(step, mirror, patience)
+            _verify(step.part, step)
+            step.part.rename(step.served)
+        if step.action != "have" and step.served != step.target:
+            if step.action == "unpack":  # somebody else's download: it stays
+                _verify(step.served, step)
+            _unpack(step)
+            if step.action == "fetch" and not keep_gz:
+                step.served.unlink()
+        lock.unlink(missing_ok=True)
+
+
+def _fetched(step: Step, mirror: str, patience: Patience) -> Iterator[int]:
+    url = f"{mirror.rstrip('/')}/{step.name}?download=1"
     try:
-        with build_opener(_SafeRedirects).open(Request(url, headers=headers), timeout=_TIMEOUT) as reply:
-            resumed = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
-            with step.part.open("ab" if resumed else "wb") as file:
-                yield from _copy(reply, file, step)
-    except HTTPError as e:
-        raise _failure(step, url, f"HTTP status {e.code}") from None
-    except (URLError, HTTPException, TimeoutError, ConnectionError) as e:
-        raise _failure(step, url, str(getattr(e, "reason", None) or e)) from None
-    if (got := step.part.stat().st_size) < step.remote.size:
-        raise _failure(step, url, f"the connection ended after {got} of {step.remote.size} bytes")
-
-
-def _copy(reply: IO[bytes], file: IO[bytes], step: Step) -> Iterator[int]:
-    while block := reply.read(_BLOCK):
-        file.write(block)
-        yield len(block)
-        if file.tell() > step.remote.size:
-            break  # more than the registry names: the check of the hash says so
-
-
-def _failure(step: Step, url: str, reason: str) -> AdvdiffError:
-    return AdvdiffError(
-        f"{step.name}: {reason}; run the same command again to go on, or fetch it by hand: "
-        f"curl -L -C - -A advdiff -o {step.gz} '{url}' ({step.remote.size} bytes, sha256 {step.remote.sha256})"
-    )
+        yield from fetch(url, step.part, step.remote.size, patience)
+    except FetchError as e:
+        known = ", ".join(f"{k} {v}" for k in ("size", "sha256", "md5") if (v := getattr(step.remote, k)))
+        raise AdvdiffError(
+            f"{step.name}: {e}; run the same command again to go on, or fetch it by hand: "
+            f"curl -L -C - -A advdiff -o {step.served} '{url}' ({known.replace('size', 'bytes')})"
+        ) from None
 
 
 def _verify(path: Path, step: Step) -> None:
-    """Check size and SHA-256; a file that is not what the registry names is removed, for it cannot be resumed."""
-    with path.open("rb") as file:
-        have = hashlib.file_digest(file, "sha256").hexdigest()
-    if path.stat().st_size != step.remote.size or have != step.remote.sha256:
+    """Check size and hash; a file that is not what the registry names is removed, for it cannot be resumed."""
+    kind = "sha256" if step.remote.sha256 else "md5"
+    have = hash_of(path, kind)
+    if have != getattr(step.remote, kind) or step.remote.size not in (None, path.stat().st_size):
         path.unlink()
         raise AdvdiffError(
-            f"{step.name} is not the file the registry names (sha256 {have}); it was removed, try another --mirror"
+            f"{step.name} is not the file the registry names ({kind} {have}); it was removed, try another --mirror"
         )
 
 
 def _unpack(step: Step) -> None:
-    ceiling = (step.remote.unpacked or step.remote.size * 100) + _OVERHEAD
+    ceiling = (step.remote.unpacked or (step.remote.size or 0) * 100) + _OVERHEAD
     fresh = step.target.with_name(step.target.name + ".part")
     try:
-        with gzip.open(step.gz) as packed, fresh.open("wb") as file:
+        with gzip.open(step.served) as packed, fresh.open("wb") as file:
             while block := packed.read(_BLOCK):
                 file.write(block)
                 if file.tell() > ceiling:
-                    raise AdvdiffError(f"{step.gz} unpacks to more than {ceiling} bytes; it is not PCam's file")
-        if step.remote.unpacked is not None and not _holds(fresh, step.remote):
-            raise AdvdiffError(f"{step.gz} does not unpack to the datasets the registry names")
+                    raise AdvdiffError(f"{step.served} unpacks to more than {ceiling} bytes; it is not PCam's file")
+        if step.remote.unpacked is not None and not holds(fresh, step.remote):
+            raise AdvdiffError(f"{step.served} does not unpack to the datasets the registry names")
         fresh.rename(step.target)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise AdvdiffError(f"{step.gz} cannot be unpacked ({e})") from None
+        raise AdvdiffError(f"{step.served} cannot be unpacked ({e})") from None
     finally:
         fresh.unlink(missing_ok=True)
-
-
-def _check_scheme(url: str) -> None:
-    """Check that a URL is https, or plain http to this machine; AdvdiffError when not."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    try:
-        loopback = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if parts.scheme != "https" and not (parts.scheme == "http" and loopback):
-        raise AdvdiffError(f"{url}: a mirror must be https; plain http is for this machine only")
-
-
-class _SafeRedirects(HTTPRedirectHandler):
-    """Follows redirects to where a mirror itself may lie, and nowhere else."""
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> Request | None:
-        _check_scheme(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
