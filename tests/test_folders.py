@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from advdiff_cli.data.folder_writer import output_names
 
@@ -44,6 +44,33 @@ def test_every_file_keeps_its_name_and_size(advdiff, folder, ddpm, tmp_path):
     assert set(files(out)) == {"a.png", "sub dir/b é.png", "c.tif", "D.png", "c.png"}
     with Image.open(out / "c.tif") as tif, Image.open(out / "a.png") as png:
         assert (tif.size, tif.format, png.mode) == ((70, 50), "TIFF", "RGB")
+
+
+def test_resolution_and_profile_are_kept(advdiff, ddpm, tmp_path):
+    root, out = tmp_path / "in", tmp_path / "out"
+    root.mkdir()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = Image.new("RGB", (64, 96), "pink")
+    for name in ("a.png", "b.tif", "c.jpg"):
+        picture.save(root / name, dpi=(300, 150), icc_profile=profile)
+    picture.convert("L").save(root / "grey.png", icc_profile=profile)
+    purify(advdiff, root, out, ddpm)
+    for name in ("a.png", "b.tif", "c.png"):
+        with Image.open(out / name) as found:
+            assert found.info["dpi"] == pytest.approx((300, 150), abs=0.1)
+            assert found.info["icc_profile"] == profile
+    with Image.open(out / "grey.png") as found:
+        assert "icc_profile" not in found.info  # it is of grey, and the result is RGB
+
+
+def test_large_images_are_purified_alone_and_the_same_in_any_company(advdiff, folder, ddpm, tmp_path):
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (401, 90, 3), np.uint8)).save(folder / "tall.png")
+    purify(advdiff, folder, tmp_path / "out", ddpm)
+    with Image.open(tmp_path / "out" / "tall.png") as found:
+        assert found.size == (90, 401)
+    purify(advdiff, folder / "tall.png", tmp_path / "alone", ddpm)
+    assert files(tmp_path / "alone")["tall.png"] == files(tmp_path / "out")["tall.png"]
 
 
 def test_a_rerun_touches_nothing_and_new_and_changed_files_are_done(advdiff, folder, ddpm, tmp_path):

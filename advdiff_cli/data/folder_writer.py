@@ -7,7 +7,7 @@ last line of a file counts.
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,15 @@ class FolderWriter:
         settled = line.get("status") == "ok" and line.get("sha256") == sha256 and line.get("out") == name
         return settled and (self.out / name).is_file()
 
-    def write(self, file: str, sha256: str, name: str, image: NDArray[np.uint8]) -> None:
-        """Write the result of `file` as `name`, then say so in the journal."""
+    def write(
+        self, file: str, sha256: str, name: str, image: NDArray[np.uint8], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the result of `file` as `name`, with what its file told about it, then say so in the journal."""
         target = self.out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.stem}.part{target.suffix}")
         try:
-            write_image(fresh, image)
+            write_image(fresh, image, about)
             os.replace(fresh, target)
         finally:
             fresh.unlink(missing_ok=True)

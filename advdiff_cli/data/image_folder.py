@@ -2,8 +2,9 @@
 
 import csv
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,8 +124,22 @@ def _is_deep(image: Image.Image) -> bool:
     return deep_png or max(bits) > 8
 
 
-def write_image(file: Path, image: NDArray[np.uint8]) -> None:
-    """Write a (3, H, W) uint8 image without loss; the format follows the suffix (.png, .tif, .tiff)."""
+def told_of(file: Path) -> dict[str, Any]:
+    """Return what an image's file tells about it that stays true: resolution (dpi) and, of RGB, the ICC profile."""
+    with Image.open(file) as image:
+        found: dict[str, Any] = {k: image.info[k] for k in ("dpi", "icc_profile") if image.info.get(k)}
+        if image.mode not in ("RGB", "P"):
+            found.pop("icc_profile", None)  # of the colours it was converted from
+        if "dpi" in found and image.getexif().get(0x0112, 1) >= 5:
+            found["dpi"] = found["dpi"][::-1]
+    return found
+
+
+def write_image(file: Path, image: NDArray[np.uint8], about: Mapping[str, Any] | None = None) -> None:
+    """Write a (3, H, W) uint8 image without loss; the format follows the suffix (.png, .tif, .tiff).
+
+    `about` is of `told_of`.
+    """
     picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
     lossless = {"compression": "tiff_deflate"} if file.suffix.lower() in (".tif", ".tiff") else {}
-    picture.save(file, format="TIFF" if lossless else "PNG", **lossless)
+    picture.save(file, format="TIFF" if lossless else "PNG", **lossless, **(about or {}))

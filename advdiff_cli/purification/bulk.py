@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advdiff_cli.data.folder_writer import FolderWriter, output_names
-from advdiff_cli.data.image_folder import read_image
+from advdiff_cli.data.image_folder import read_image, told_of
 from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.data.source import MIN_SIZE
 from advdiff_cli.data.streams import RowKey
@@ -18,6 +19,7 @@ from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import autocast
 from advdiff_cli.purification.defended import row_noise
 from advdiff_cli.purification.purifier import Purifier
+from advdiff_cli.purification.windows import LARGEST
 
 _WAITING = 4  # batches' worth of images that may wait for company of their size
 
@@ -29,6 +31,16 @@ class Outcome:
     file: str
     status: str
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An image that waits for company of its size, and what its file tells about it."""
+
+    key: str
+    sha256: str
+    image: NDArray[np.uint8]
+    about: dict[str, Any]
 
 
 @torch.inference_mode()
@@ -53,22 +65,26 @@ def purify_files(
         root: What names are relative to; the relative name of a file names its noise.
         files: Image files below `root`.
         writer: Where results and the journal go.
-        batch_size: Images of one size computed at once.
+        batch_size: Images of one size computed at once; one that is denoised in windows is computed alone.
         seed: Of the noise.
         precision: fp32, bf16 or fp16.
         device: Where to compute.
     """
     names = output_names([f.relative_to(root).as_posix() for f in files])
-    waiting: dict[tuple[int, ...], list[tuple[str, str, NDArray[np.uint8]]]] = {}
+    waiting: dict[tuple[int, ...], list[_Waiting]] = {}
+
+    def at_once(shape: tuple[int, ...]) -> int:
+        return batch_size if max(shape) <= LARGEST else 1
 
     def run(shape: tuple[int, ...]) -> Iterator[Outcome]:
         group = waiting.pop(shape)
-        full = [group[min(i, len(group) - 1)] for i in range(batch_size)]
-        images = torch.from_numpy(np.stack([image for _, _, image in full]).astype(np.float32) / np.float32(255))
-        clean = purify_batch(purifier, images, [key for key, _, _ in full], seed, precision, device)
-        for (key, sha256, _), image in zip(group, clean, strict=False):
-            writer.write(key, sha256, names[key], (image * 255).round().byte().numpy())
-            yield Outcome(key, "ok")
+        full = [group[min(i, len(group) - 1)] for i in range(at_once(shape))]
+        images = torch.from_numpy(np.stack([one.image for one in full]).astype(np.float32) / np.float32(255))
+        clean = purify_batch(purifier, images, [one.key for one in full], seed, precision, device)
+        for one, image in zip(group, clean, strict=False):
+            pixels = (image * 255).round().byte().numpy()
+            writer.write(one.key, one.sha256, names[one.key], pixels, one.about)
+            yield Outcome(one.key, "ok")
 
     for file in files:
         key = file.relative_to(root).as_posix()
@@ -78,7 +94,7 @@ def purify_files(
             if writer.is_done(key, sha256, names[key]):
                 yield Outcome(key, "kept")
                 continue
-            image = read_image(file)
+            image, about = read_image(file), told_of(file)
             if min(image.shape[1:]) < MIN_SIZE:
                 raise AdvdiffError(
                     f"{file} is {image.shape[1]}x{image.shape[2]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
@@ -87,8 +103,8 @@ def purify_files(
             writer.fail(key, sha256, str(e))
             yield Outcome(key, "failed", str(e))
             continue
-        waiting.setdefault(image.shape, []).append((key, sha256, image))
-        if len(waiting[image.shape]) == batch_size:
+        waiting.setdefault(image.shape, []).append(_Waiting(key, sha256, image, about))
+        if len(waiting[image.shape]) == at_once(image.shape):
             yield from run(image.shape)
         elif sum(map(len, waiting.values())) >= _WAITING * batch_size:
             yield from run(max(waiting, key=lambda shape: len(waiting[shape])))

@@ -1,7 +1,8 @@
 """The purifiers, as modules.
 
 All noise is drawn beforehand and passed in: rows own theirs, and a step computed again sees the same. For a gradient,
-each reverse step is a checkpoint, so that memory hardly grows with their number.
+each reverse step is a checkpoint, so that memory hardly grows with their number. Large images are denoised in
+overlapping windows.
 """
 
 import torch
@@ -19,6 +20,7 @@ from advdiff_cli.purification.diffusion import (
     noise_levels,
     step_indices,
 )
+from advdiff_cli.purification.windows import in_windows
 
 
 class DiffusionPurifier(nn.Module):
@@ -103,7 +105,9 @@ class DiffusionPurifier(nn.Module):
         """Step from index k to k + 1, with the noise `drawn` where the sampler takes some; the last step is x_0."""
         t = self.indices[k]
         alpha_bar = self.ddpm.alpha_bar
-        predicted = self.ddpm(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        predicted = in_windows(
+            lambda x: self.ddpm(x, torch.full((len(x),), t, device=x.device)), x_t, self.ddpm.multiple
+        )
         x_0 = estimate_x_0(x_t, predicted, alpha_bar[t])
         if k + 1 == len(self.indices):
             return x_0
