@@ -25,11 +25,11 @@ def log(message: str) -> None:
 def unheard() -> Iterator[None]:
     """Print nothing to stderr meanwhile: for commands that a command runs over and over."""
     global _heard
-    _heard = False
+    before, _heard = _heard, False
     try:
         yield
     finally:
-        _heard = True
+        _heard = before
 
 
 def warn(message: str) -> None:
@@ -69,7 +69,7 @@ def progress(total: int, what: str, *, done: int = 0, quiet: bool = False) -> It
     `done` of the `total` were finished by an earlier run. Yields `advance(n=1, note="")`, to be called after each
     finished piece of work.
     """
-    if quiet:
+    if quiet or not _heard:
         yield lambda n=1, note="": None
     elif sys.stderr.isatty():
         with _bar(total, what, done) as advance:

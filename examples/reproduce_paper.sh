@@ -4,8 +4,8 @@
 #   examples/reproduce_paper.sh PCAM_DIR OUT_DIR
 #
 # PCAM_DIR holds pcam/camelyonpatch_level_2_split_*.h5 (what `advdiff download-pcam` writes), and may hold lossless patches
-# in images/lossless_train/{0,1}: they are mixed in, named twice, since PCam's own files are lossless. Every step is cached:
-# run it again and it goes on where it ended. On a GPU with the whole data set raise EPOCHS, STEPS, N and TEST_N.
+# in images/lossless_train/{0,1}: they are mixed in, named twice, since PCam's own files are lossless. Every model and every
+# patch set is made once: run it again and it goes on where it ended; only evaluations are made again. On a GPU with the whole data set raise EPOCHS, STEPS, N and TEST_N.
 set -euo pipefail
 shopt -s inherit_errexit
 PCAM=$1 OUT=$2
@@ -72,7 +72,8 @@ attack() { # NAME CLASSIFIER OPTIONS...
 measure() { # NAME ATTACKED CLASSIFIER DEFENCE...
     local name=$1 adv=$2 judge=$3
     shift 3
-    advdiff evaluate "${rows[@]}" "$OUT/adv-$adv.safetensors" -c "$OUT/$judge" "$@" --json >"$OUT/$name.json"
+    advdiff evaluate "${rows[@]}" "$OUT/adv-$adv.safetensors" -c "$OUT/$judge" "$@" --json >"$OUT/$name.json.part"
+    mv "$OUT/$name.json.part" "$OUT/$name.json"
 }
 pgd=(--steps "$ATTACK_STEPS") one=(--draws 1) many=(--draws "$DRAWS")
 frozen=("${ddpm[@]}" --t-star "$t_frozen") adapted=("${ddpm[@]}" --t-star "$t_ddpm")
@@ -83,6 +84,8 @@ attack paper plain --method paper
 attack noise plain "${pgd[@]}" "${noise[@]}" --eot "$EOT"
 attack noised noised "${pgd[@]}" "${noised[@]}" --eot "$EOT"
 measure undefended plain plain
+measure undefended-paper paper plain
+measure noise-blind plain plain "${noise[@]}" "${many[@]}"
 measure noise noise plain "${noise[@]}" "${many[@]}"
 measure noised noised noised "${noised[@]}" "${many[@]}"
 measure robust robust robust
@@ -120,14 +123,14 @@ other square --method square --queries "$QUERIES"
 
 # 5. How faithful purified patches are.
 advdiff purify "${test[@]}" "${adapted[@]}" -o "$OUT/purified.safetensors" -q >&2
-advdiff evaluate "${test[@]}" "$OUT/purified.safetensors" -c "$OUT/adapted" --fidelity --json >"$OUT/fidelity.json"
+advdiff evaluate "${test[@]}" "$OUT/purified.safetensors" -c "$OUT/adapted" --fidelity | tee "$OUT/fidelity.txt"
 
 # 6. One table of everything, and one page with the patches that tell most (Figure 2).
 python - "$OUT"/*.json <<'PY'
 import json, sys
 from pathlib import Path
 print(f"{'n, % [95 %]':24}{'standard':>24}{'robust':>24}")
-for path in map(Path, sys.argv[1:]):
+for path in sorted(map(Path, sys.argv[1:])):
     sets = json.loads(path.read_text())["sets"]
     cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * s["accuracy"][k] for k in ("value", "low", "high"))) for s in sets]
     print(f"{path.stem:18}{sets[1]['n']:6}{cells[0]:>24}{cells[1]:>24}")
@@ -135,10 +138,12 @@ PY
 result() { results+=(--result "$2=$OUT/$1.json"); }
 results=()
 result undefended "undefended"
+result noise-blind "NoiseDefense, blind"
 result noise "NoiseDefense, white-box"
 result noised "NoiseDefense, own classifier, white-box"
 result robust "adversarial training, white-box"
 result frozen "DDPM, blind"
+result frozen-full "DDPM, white-box"
 result adapted "DDPM adapted, blind"
 result adapted-full "DDPM adapted, white-box"
 advdiff report "${results[@]}" --sweep "$OUT/sweep-ddpm" --sweep "$OUT/sweep-noise" --clean "$(split test)" \

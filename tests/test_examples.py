@@ -39,8 +39,9 @@ def test_reproduce_paper(run, patches, tmp_path):
     told = json.loads((tmp_path / "adapted-full.json").read_text())
     assert told["defence"]["t_star"] == float(chosen)
     assert [s["n"] for s in told["sets"]] == [4, 4]
-    for name in ("undefended", "noise", "paper", "robust-l2", "squeezenet1_1-ddpm", "fidelity"):
+    for name in ("undefended", "noise-blind", "paper", "robust-l2", "squeezenet1_1-ddpm"):
         assert re.search(rf"^{name} +\d+ +\d", done.stdout, re.M), name
+    assert "nuclear mass, ratio" in done.stdout
     assert (tmp_path / "report" / "report.html").is_file()
 
 

@@ -93,7 +93,7 @@ def test_numbers_are_the_commands_own_with_their_recipes(page, inputs):
     ladder = json.loads((inputs["root"] / "ladder" / "robustness.json").read_text())
     assert all(alarm["reason"] in words for alarm in ladder["alarms"])
     assert ladder["recipe"]["classifier"] in words
-    assert "pgd linf 2/255, steps 3, loss ce, blind to any defence; mean of 2 draws" in words
+    assert "pgd linf 2/255, steps 3, loss ce; knows the classifier alone; 2 draws" in words
 
 
 def test_stages_are_what_the_commands_make(page, inputs):
@@ -134,12 +134,17 @@ def test_what_cannot_be_reported_is_said(advdiff, page, inputs, tmp_path):
     swapped["sets"].reverse()
     (tmp_path / "swapped.json").write_text(json.dumps(swapped))
     (tmp_path / "no.json").write_text("[1]")
+    other = json.loads((root / "plain.json").read_text())
+    other["sets"][0]["n"] += 1
+    (tmp_path / "other.json").write_text(json.dumps(other))
     for wrong, says in (
         ([], "nothing to report"),
         (["--result", "plain.json"], "give NAME=FILE"),
         (["--result", f"a={tmp_path / 'nowhere.json'}"], "No such file"),
         (["--result", f"a={tmp_path / 'no.json'}"], "not a JSON object"),
         (["--result", f"a={tmp_path / 'swapped.json'}"], "not of a clean and an attacked set, in that order"),
+        (["--result", f"a={root / 'plain.json'}", "--result", f"a={root / 'ddpm.json'}"], "two results are called a"),
+        (["--result", f"a={tmp_path / 'other.json'}"], "do not hold the same rows"),
         (["--clean", x], "a gallery needs --clean, --attacked and -c"),
         (["--clean", x, "--attacked", x, "-c", inputs["c"], "--defense", "noise"], "does not say how it was attacked"),
     ):

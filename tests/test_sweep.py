@@ -69,9 +69,21 @@ def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
 
 def test_over_eps_steps_and_adaptive(advdiff, common, tmp_path):
     eps = advdiff(
-        *common, "--over", "eps", "--values", "1/255,8/255", "--steps", 2, "-o", tmp_path / "e", "--json"
+        *common,
+        "--over",
+        "eps",
+        "--values",
+        "1/255,8/255",
+        "--steps",
+        2,
+        "--sampler-steps",
+        1,
+        "-o",
+        tmp_path / "e",
+        "--json",
     ).json
     assert [r["value"] for r in eps["rows"]] == pytest.approx([1, 8])
+    assert (eps["chosen"], eps["attack_told"]) == (None, "pgd linf, steps 2, loss ce, gradient blind")
     assert eps["rows"][0]["undefended_robust"]["value"] >= eps["rows"][1]["undefended_robust"]["value"]
     steps = ["--over", "sampler-steps", "--values", "1,3", "--t-star", "0.1", "--steps", 1, "--gradient", "full"]
     found = advdiff(*common, *steps, "--eot", 1, "-o", tmp_path / "k", "--json").json
@@ -82,6 +94,21 @@ def test_over_eps_steps_and_adaptive(advdiff, common, tmp_path):
     assert advdiff(*noise, "--json").json["rows"][0]["unet_evaluations"] == 0
 
 
+def test_square_through_a_defence_and_steps_that_low_levels_have_not(advdiff, common, tmp_path):
+    square = ["--method", "square", "--gradient", "full", "--eot", 1, "--sampler-steps", 3, "--values", "0.002,0.05"]
+    dry = advdiff(*common, *square, "-o", tmp_path / "q", "--dry-run", "--json").json
+    assert dry["points"] == ["t-star-0.002", "t-star-0.05"]
+
+
+def test_a_sweep_goes_on_at_its_own_precision_and_batch_size(advdiff, common, tmp_path):
+    run = [*common, "--values", "0.1", "--steps", 1, "--sampler-steps", 1, "-o", tmp_path / "s"]
+    advdiff(*run, "--batch-size", 8)
+    told = advdiff(*run[:-6], *run[-6:], "--json").json["recipe"]["parameters"]
+    assert (told["batch_size"], told["precision"]) == (8, "fp32")
+    auto = [a for a in run if a not in ("--precision", "fp32")]
+    assert advdiff(*auto, "--json").json["recipe"]["parameters"]["precision"] == "fp32"
+
+
 def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
     out = ["-o", tmp_path / "s"]
     for wrong, says in (
@@ -90,8 +117,13 @@ def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
         (["--values", "0.5"], "above max_t"),
         (["--values", "0"], "0 is no value of t-star"),
         (["--over", "sampler-steps", "--values", "1.5"], "1.5 is no value of sampler-steps"),
-        (["--over", "ddpm"], "--over ddpm needs --values"),
-        (["--over", "ddpm", "--values", ddpm], "does not say how many steps"),
+        (["--values", "nan"], "nan is no value of t-star"),
+        (["--eot", 4], "--eot is of an attack through the defence"),
+        (["--t-star", "0.1"], "takes its values from --values; leave out --t-star"),
     ):
         assert says in advdiff(*common, *wrong, *out, code=1).err
+    models = [*common[:4], *common[6:], "--over", "ddpm"]
+    assert "--over ddpm needs --values" in advdiff(*models, *out, code=1).err
+    assert "does not say how many steps" in advdiff(*models, "--values", ddpm, *out, code=1).err
+    assert "leave out -m" in advdiff(*common, "--over", "ddpm", "--values", ddpm, *out, code=1).err
     assert not (tmp_path / "s").exists()

@@ -91,6 +91,22 @@ def _about_a_defence(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def describe(settings: Mapping[str, Any]) -> str:
+    """Tell an attack in a few words, from its settings or a recipe's parameters; nothing where there are none."""
+    if not settings:
+        return ""
+    eps = f"{settings['eps'] * 255:g}/255" if settings["norm"] == "linf" else f"{settings['eps']:g}"
+    shown = ("steps", "queries", "loss", "gradient", "eot", "attack_sampler_steps")
+    told = [f"{k.replace('_', ' ')} {settings[k]}" for k in shown if settings.get(k) is not None]
+    told += ["one known draw"] if settings.get("fixed_draw") else []
+    return ", ".join([f"{settings['method']} {settings['norm']} {eps}", *told])
+
+
+def knows_the_defence(settings: Mapping[str, Any]) -> bool:
+    """Tell whether an attack of these settings queries or differentiates a defence."""
+    return "eot" in settings or bool(settings.get("fixed_draw"))
+
+
 def _members(norm: str, deterministic: bool) -> list[str]:
     found = ["apgd-ce", "apgd-margin"] + (["square"] if norm == "linf" else [])
     return found + (["fab"] if deterministic and fab_installed() else [])

@@ -1,17 +1,19 @@
 """`advdiff bench`."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import build_defence
+from advdiff_cli.commands.defending import Defence, build_defence
 from advdiff_cli.commands.running import run_command
 
 if TYPE_CHECKING:
     from torch import device as Chip
+    from torch import nn
 
     from advdiff_cli.evaluation.benchmarking import Contestant
     from advdiff_cli.models.ddpm import Ddpm
@@ -29,6 +31,7 @@ def bench(
     number: Annotated[int, typer.Option("-n", "--number", min=16, help="Patches that are purified.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turns.")] = 3,
     paper: Annotated[bool, typer.Option(help="Measure the paper's loop too: about a minute a round on a CPU.")] = True,
+    allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     as_json: options.Json = False,
@@ -41,19 +44,33 @@ def bench(
 
     Example: advdiff bench --number 128 --rounds 1
     """
-    from advdiff_cli.evaluation.benchmarking import measure, ratios
+    from advdiff_cli.evaluation.benchmarking import PAPER_STEPS, Contestant, measure, ratios
+    from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
     chip = resolve_device(device)
     exact = resolve_precision(precision, chip)
+    defence = build_defence("ddpm", ddpm, None, None, None, allow_pickle=allow_pickle)
+    alone, _ = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
     with tempfile.TemporaryDirectory() as folder:
-        contestants = _contestants(ctx, ddpm, classifier, number, paper, exact, chip, Path(folder))
+        data, out = Path(folder) / "data.safetensors", Path(folder) / "out.safetensors"
+        run_command(ctx, ["synthesize", "-n", str(number), "-o", str(data)], heard=False)
+        command = ["purify", str(data), "-o", str(out), "--overwrite", "--device", chip.type, "--precision", exact]
+        command += [*(["-m", ddpm] if ddpm else []), *(["--allow-pickle"] if allow_pickle else [])]
+        purify = Contestant(_PURIFY, lambda: run_command(ctx, command, heard=False), number)
+        contestants = _contestants(purify, defence, alone, paper, exact, chip, data)
         with console.progress(rounds + 1, "bench: rounds, the first to warm up", quiet=quiet) as advance:
             found = measure(contestants, rounds, chip, advance)
     product = f"matrix product, {exact}"
     pairs = {
-        "purify, times the paper's loop": (_PURIFY, "the paper's loop"),
-        "purify, times diffusers in batches": (_PURIFY, "diffusers in batches"),
+        f"purify ({exact}, its own steps), times the paper's loop ({PAPER_STEPS} steps, fp32)": (
+            _PURIFY,
+            "the paper's loop",
+        ),
+        f"purify ({exact}, its own steps), times diffusers in batches ({PAPER_STEPS} steps, fp32)": (
+            _PURIFY,
+            "diffusers in batches",
+        ),
         "training step, times diffusers' in fp32": (_TRAIN, "diffusers training step, fp32"),
         f"training step, times diffusers' in {exact}": (_TRAIN, f"diffusers training step, {exact}"),
         **{
@@ -61,11 +78,13 @@ def bench(
             for p in dict.fromkeys(("fp32", exact))
         },
     }
+    steps = found[_PURIFY].contestant.unet_evaluations
+    an_evaluation = found["diffusers in batches"].patch_seconds / PAPER_STEPS / (found[_PURIFY].patch_seconds / steps)
     result: dict[str, Any] = {
         "device": chip.type,
         "threads": _threads(),
         "precision": exact,
-        "ratios": ratios(found, pairs),
+        "ratios": ratios(found, pairs) | {"purify, times diffusers in batches, a U-Net evaluation": an_evaluation},
         "of_ceiling": {
             name: found[name].as_dict()["flops_per_second"] / found[product].as_dict()["flops_per_second"]
             for name in (_PURIFY, f"U-Net forward, {exact}")
@@ -83,63 +102,31 @@ def _threads() -> int:
 
 
 def _contestants(
-    ctx: typer.Context, ddpm: str | None, classifier: str, number: int, paper: bool, exact: str, chip: "Chip",
-    folder: Path,
+    purify: "Contestant", defence: Defence, alone: "nn.Module", paper: bool, exact: str, chip: "Chip", data: Path
 ) -> "list[Contestant]":  # fmt: skip
+    """Return all that is measured, `purify` told what it computes."""
     import numpy as np
     import torch
 
     from advdiff_cli.data.synthetic import SyntheticSource
     from advdiff_cli.evaluation import benchmarking as b
-    from advdiff_cli.models import zoo
     from advdiff_cli.purification.purifier import DiffusionPurifier
 
     images = torch.from_numpy(SyntheticSource(b.BATCH, 0).read(np.arange(b.BATCH))).float() / 255
-    defence = build_defence("ddpm", ddpm, None, None, None)
-    alone, _ = zoo.frozen_classifier(classifier, chip)
     purifier = defence.before(alone, chip, exact).purifier
     assert isinstance(purifier, DiffusionPurifier)
-    model = purifier.ddpm
-    found = [b.matrix_product(exact, chip)]
-    found += [b.papers_loop(images, chip)] if paper else []
-    found += [
-        b.diffusers_in_batches(model, images, chip),
-        _purify(ctx, ddpm, number, exact, model, purifier, chip, folder),
-    ]
-    found += [b.forward_alone(model, images, exact, chip)]
+    model, steps = purifier.ddpm, len(purifier.indices)
+    forward = b.forward_alone(model, images, exact, chip)
+    found = [b.matrix_product(exact, chip), *([b.papers_loop(images, chip)] if paper else [])]
+    found += [b.diffusers_in_batches(model, images, chip)]
+    found += [replace(purify, flops=steps * forward.flops, unet_evaluations=steps), forward]
     for one in dict.fromkeys(("fp32", exact)):
         found += b.attack_step(defence.before(alone, chip, one), images, one, chip)
         found.append(b.diffusers_training(model, images, one, chip))
-    found.append(_training(model, images, exact, chip, folder))
-    return found
+    return [*found, _training(model, exact, chip, data)]
 
 
-def _purify(
-    ctx: typer.Context, ddpm: str | None, number: int, exact: str, model: "Ddpm", purifier: Any, chip: "Chip",
-    folder: Path,
-) -> "Contestant":  # fmt: skip
-    """Return `advdiff purify` from file to file, in this process: everything but the start of Python."""
-    from advdiff_cli.evaluation.benchmarking import Contestant
-
-    data, out = folder / "data.safetensors", folder / "out.safetensors"
-    run_command(ctx, ["synthesize", "-n", str(number), "-o", str(data)], heard=False)
-    command = ["purify", str(data), "-o", str(out), "--overwrite", "--device", chip.type, "--precision", exact]
-    command += ["-m", ddpm] if ddpm else []
-    steps = len(purifier.indices)
-    return Contestant(
-        _PURIFY, lambda: run_command(ctx, command, heard=False), number, steps * _flops(model, chip), steps
-    )
-
-
-def _flops(model: "Ddpm", chip: "Chip") -> int:
-    import torch
-
-    from advdiff_cli.evaluation.benchmarking import forward_alone
-
-    return forward_alone(model, torch.rand(1, 3, 96, 96).expand(16, -1, -1, -1), "fp32", chip).flops
-
-
-def _training(model: "Ddpm", images: Any, exact: str, chip: "Chip", folder: Path) -> "Contestant":
+def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path) -> "Contestant":
     """Return a step of train-ddpm's own loop on the same batch, reading it from a file included."""
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import recipe
@@ -149,10 +136,10 @@ def _training(model: "Ddpm", images: Any, exact: str, chip: "Chip", folder: Path
     from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
     from advdiff_cli.training.rows import TrainingRows
 
-    rows = TrainingRows([open_patches(folder / "data.safetensors")], labelled=False)
+    rows = TrainingRows([open_patches(data)], labelled=False)
     fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)
     plan = DdpmPlan(10**6, BATCH, 1e-4, 0.999, model.card.max_t, 0, exact)
-    work = WorkFolder(folder / "ddpm", recipe("bench", {}), None, overwrite=True)
+    work = WorkFolder(data.with_name("ddpm"), recipe("bench", {}), None, overwrite=True)
     records = fit_ddpm(fresh, rows, None, plan, work, chip, checkpoint_seconds=10**6, every=10**7)
     return Contestant(_TRAIN, lambda: next(records), BATCH)
 
@@ -172,7 +159,7 @@ def _text(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = (
         "measured", "U-Net evaluations", "patches/s", "ms a patch: median, least, most", "GFLOP a patch", "GFLOP/s",
-        "peak MB",
+        "peak MB, added",
     )  # fmt: skip
     tables = [
         console.table(("ratio, patches a second", "times"), ratios),

@@ -198,7 +198,7 @@ def _fidelity_text(found: list[dict[str, Any]]) -> str:
     rows = [
         (
             f["data"], f["n"], plain(f["psnr"], 1), plain(f["ssim"], 3), plain(f["nuclear_mass"], 2),
-            *(str(Estimate(**f["flipped"][k])) for k in ("0", "1")),
+            *(str(Estimate(**e)) if (e := f["flipped"][k]) else "-" for k in ("0", "1")),
         )
         for f in found
     ]  # fmt: skip

@@ -119,6 +119,7 @@ def _gallery(
 ) -> dict[str, Any]:  # fmt: skip
     """Return what the page shows of clean and attacked patches, and draw the panel of the first few."""
     from advdiff_cli.data.provenance import recipe
+    from advdiff_cli.evaluation.intervals import wilson
     from advdiff_cli.evaluation.telling import OUTCOMES, look, most_telling, pictures
 
     eps = _eps(pair.attacked.provenance, pair.attacked.path)
@@ -127,7 +128,7 @@ def _gallery(
         seen = look(pair, by.model, by.chip, by.seed, advance)
     outcomes = seen.outcomes()
     rows = rows or most_telling(seen, count)
-    shown = pictures(pair, rows, by.model, by.chip, by.seed, eps)
+    shown = pictures(pair, rows, seen, by.model, by.chip, by.seed, eps)
     out.mkdir(parents=True, exist_ok=True)
     _panel(shown[:4], out / "panel.png")
     truths = ("no tumour in the centre", "tumour in the centre")
@@ -139,6 +140,7 @@ def _gallery(
         "n": len(pair),
         "told": OUTCOMES,
         "counts": {name: outcomes.count(name) for name in OUTCOMES},
+        "shares": {name: wilson(outcomes.count(name), len(pair)).as_dict() for name in OUTCOMES},
         "chosen": f"Shown are those {those}.",
         "patches": shown,
         "recipe": recipe(

@@ -194,6 +194,7 @@ def _plan_text(plan: list[dict[str, Any]]) -> str:
 
 
 def _text(result: dict[str, Any]) -> str:
+    from advdiff_cli.attacks.plan import describe
     from advdiff_cli.evaluation.intervals import Estimate
 
     def cell(value: dict[str, Any] | None) -> str:
@@ -203,8 +204,8 @@ def _text(result: dict[str, Any]) -> str:
     many = [*odd, "all_correct"] if odd else []
     rows = [
         (
-            r["name"], _made(r["attack"]), cell(r["accuracy"]), *(cell(r.get(k)) for k in many), cell(r["difference"]),
-            _duration(r["seconds"]) if "seconds" in r else "",
+            r["name"], describe(r["attack"]), cell(r["accuracy"]), *(cell(r.get(k)) for k in many),
+            cell(r["difference"]), _duration(r["seconds"]) if "seconds" in r else "",
         )
         for r in [*result["rungs"], result["worst"]]
     ]  # fmt: skip
@@ -220,11 +221,3 @@ def _text(result: dict[str, Any]) -> str:
     text = console.table(head, rows)
     signs = [(a["status"], f"{a['name']}: {a['reason']}") for a in result["alarms"]]
     return text + "\n\n" + "\n".join(f"{status:4}  {line}" for status, line in signs)
-
-
-def _made(settings: Mapping[str, Any]) -> str:
-    if not settings:
-        return ""
-    shown = ("steps", "queries", "gradient", "eot", "loss")
-    text = ", ".join(f"{k} {settings[k]}" for k in shown if settings.get(k) is not None)
-    return f"{settings['method']} {settings['eps'] * 255:g}/255{', ' if text else ''}{text}"

@@ -95,7 +95,9 @@ def sweep(
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the chosen value alone.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Print the chosen value alone, as a flag takes it.")
+    ] = False,
 ) -> None:
     """Sweep a defence's setting: standard and robust accuracy at each value, and the one that a rule chooses.
 
@@ -106,7 +108,6 @@ def sweep(
     """
     from advdiff_cli.evaluation.climbing import Climb, Subject
     from advdiff_cli.evaluation.ladder import Preset
-    from advdiff_cli.evaluation.sweeping import CLEAN
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
@@ -119,14 +120,18 @@ def sweep(
     )
     patches.require_labels()
     patches.require_shape()
+    _refuse(over, gradient, {"ddpm": ddpm, "t-star": t_star, "sampler-steps": sampler_steps}, defense, eot)
     attack = {"steps": steps, "gradient": gradient, "eot": eot}
     asked = _Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, eps, attack)
     model, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
     spend = Preset(len(patches), 0, eot or 8, 0, draws)
-    bare = Climb(Subject(model, mark), patches, spend, out, seed, batch_size or _BATCH, chip, overwrite)
-    points = _points(over, values, asked, bare, attack_precision(precision, {}, chip))
+    begun = _begun(out)
+    batch = batch_size or begun.get("batch_size", _BATCH)
+    bare = Climb(Subject(model, mark), patches, spend, out, seed, batch, chip, overwrite)
+    exact = begun.get("precision", "auto") if precision == "auto" else precision
+    points = _points(over, values, asked, bare, attack_precision(exact, {}, chip))
     if dry_run:
-        seconds = sum(c["seconds"] for point in points for c in point.climb.costs([CLEAN, point.attack]))
+        seconds = _seconds(points, bare, asked)
         what = {"out": str(out), "status": "would sweep", "points": [p.name for p in points], "seconds": seconds}
         text = f"{out}: would sweep {', '.join(p.name for p in points)}; about {seconds / 60:.0f} min if none is there"
         console.emit(what, text, out, as_json=as_json, quiet=quiet)
@@ -134,7 +139,47 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     result = _swept(points, bare, asked, over, rule, quiet)
     _write(result, over, out)
-    console.emit(result, _text(result), f"{result['chosen_value']:g}", as_json=as_json, quiet=quiet)
+    console.emit(result, _text(result), result["chosen_told"] or "", as_json=as_json, quiet=quiet)
+
+
+def _refuse(over: str, gradient: str, settings: dict[str, Any], defense: str, eot: int | None) -> None:
+    """Refuse what would be ignored: a setting beside the values that are swept, draws of a blind attack."""
+    if over == "ddpm" and defense == "noise":
+        raise AdvdiffError("--over ddpm sweeps diffusion models; --defense noise has none")
+    if settings.get(over) is not None:
+        flag = "-m" if over == "ddpm" else f"--{over}"
+        raise AdvdiffError(f"--over {over} takes its values from --values; leave out {flag}")
+    if gradient == "blind" and eot is not None:
+        raise AdvdiffError("--eot is of an attack through the defence: give --gradient full or bpda")
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """Return the batch size and precision of what is in a sweep's folder, so that it goes on where it was begun."""
+    from advdiff_cli.data import writer
+    from advdiff_cli.evaluation.judging import recorded_recipe
+
+    found: dict[str, Any] = {}
+    for path in sorted(out.glob("adv*.safetensors*")):
+        made = writer.begun(path.with_name(path.name.removesuffix(".rows").removesuffix(".part")))
+        found |= {"batch_size": made["batch_size"]} if "batch_size" in made else {}
+    for path in sorted(out.glob("*-clean.predictions.safetensors")):
+        exact = recorded_recipe(path).get("parameters", {}).get("precision")
+        found |= {"precision": exact} if exact else {}
+    return found
+
+
+def _seconds(points: "list[Point]", bare: "Climb", asked: _Asked) -> float:
+    """Return what a sweep that has nothing yet takes: patches that points share are attacked once."""
+    from advdiff_cli.evaluation.sweeping import CLEAN
+
+    costs, done = bare.costs([CLEAN]), set[str]()
+    for point in points:
+        both = point.climb.costs([CLEAN, point.attack])
+        if point.attack.name in done:
+            both[1:] = point.climb.costs([CLEAN])  # judged as the clean ones are
+        costs += both + (bare.costs([CLEAN]) if asked.blind else [])
+        done.add(point.attack.name)
+    return float(sum(c["seconds"] for c in costs))
 
 
 def _points(
@@ -152,7 +197,8 @@ def _points(
     for one in text.split(","):
         value, defence = _setting(over, one.strip(), asked)
         budget = value / 255 if over == "eps" else asked.eps
-        through = {k: v for k, v in asked.attack.items() if not asked.blind or k == "steps"}
+        ignored = {"eot", "gradient"} if asked.blind else {"gradient"} if asked.method == "square" else set()
+        through = {k: v for k, v in asked.attack.items() if k not in ignored}
         settings = resolve(asked.method, asked.norm, budget, through, defended=not asked.blind)
         name = f"{over}-{value:g}" if over != "ddpm" else Path(one.strip()).name
         shared = asked.blind and over != "eps"
@@ -161,7 +207,8 @@ def _points(
         subject = replace(
             bare.subject, purifier=purifier, defence=defence.parameters, ddpm=defence.model, precision=precision
         )
-        points.append(Point(value, name, replace(bare, subject=subject, label=f"{name}-"), rung))
+        told = f"{value:g}/255" if over == "eps" else one.strip() if over == "ddpm" else f"{value:g}"
+        points.append(Point(value, name, told, replace(bare, subject=subject, label=f"{name}-"), rung))
     names = [p.name for p in points]
     if len(set(names)) < len(names):
         raise AdvdiffError(f"--values {text}: {next(n for n in names if names.count(n) > 1)} is there twice")
@@ -179,12 +226,14 @@ def _setting(over: str, text: str, asked: _Asked) -> tuple[float, Defence]:
         value = options.fraction(text)
     except typer.BadParameter:
         raise AdvdiffError(f"--values: {text!r} is no number") from None
+    if not 0 < value < float("inf") or (over == "sampler-steps" and value != int(value)):
+        raise AdvdiffError(f"--values: {text} is no value of {over}")
     if over == "t-star":
         settings[2] = value
+        if a.sampler_steps is not None:  # a low noise level has fewer
+            settings[4] = min(a.sampler_steps, max(1, round(value * 1000)))
     elif over == "sampler-steps":
         settings[4] = int(value)
-    if value <= 0 or (over == "sampler-steps" and value != int(value)):
-        raise AdvdiffError(f"--values: {text} is no value of {over}")
     return value * 255 if over == "eps" else value, build_defence(*settings, allow_pickle=a.allow_pickle)
 
 
@@ -216,10 +265,11 @@ def _swept(
         rows.append(row(point, one, undefended, attacked))
         shares = [100 * p.share.mean() for p in (one.clean, one.attacked)]
         console.log(f"{point.name}: standard {shares[0]:.1f} %, robust {shares[1]:.1f} %")
-    chosen = points[choose(judged, rule)]
-    subject = chosen.climb.subject
+    chosen = None if over == "eps" else points[choose(judged, rule)]  # a budget is not for the defence to choose
+    typical = chosen or points[-1]
+    subject = typical.climb.subject
     settings = {"over": over, "rule": rule, "seed": bare.seed, "batch_size": bare.batch_size, "draws": bare.spend.draws}
-    attack = {**chosen.attack.settings, "gradient": asked.attack["gradient"]}
+    attack = {**typical.attack.settings, "gradient": asked.attack["gradient"]}
     return {
         "out": str(bare.out),
         "over": over,
@@ -230,13 +280,25 @@ def _swept(
             data=bare.patches.recipe_input(), classifier=bare.subject.fingerprint, ddpm=subject.ddpm,
         ),
         "attack": attack,
+        "attack_told": _told(attack, over),
         "defence": subject.settings,
         "undefended": mean_share(undefended.share).as_dict(),
         "rows": rows,
         "rule": f"{rule}: {RULES[rule]}",
-        "chosen": chosen.name,
-        "chosen_value": chosen.value,
+        "chosen": chosen and chosen.name,
+        "chosen_value": chosen and chosen.value,
+        "chosen_told": chosen and chosen.told,
     }  # fmt: skip
+
+
+def _told(attack: dict[str, Any], over: str) -> str:
+    from advdiff_cli.attacks.plan import describe
+
+    told = describe(attack)
+    if over != "eps":
+        return told
+    head, _, rest = told.partition(",")
+    return f"{head.rpartition(' ')[0]}{',' if rest else ''}{rest}"
 
 
 def _attack(point: "Point", quiet: bool) -> None:
@@ -280,11 +342,11 @@ def _text(result: dict[str, Any]) -> str:
         for r in result["rows"]
     ]  # fmt: skip
     head = (result["over"], "U-Net evaluations", "standard % [95 %]", "robust % [95 %]", "standard less undefended")
-    attack = result["attack"]
-    told = f"{attack['method']} {attack['norm']} eps {attack['eps'] * 255:g}/255, {attack['gradient']}"
+    chosen = f"chosen {result['chosen_told']} ({result['rule']})\n" if result["chosen"] else ""
     undefended = Estimate(**result["undefended"])
     return (
-        f"n = {result['n']}, {result['draws']} draws, attack {told}; undefended standard {undefended} %\n"
-        f"{console.table(head, rows)}\nchosen {result['chosen_value']:g} ({result['rule']})\n"
+        f"n = {result['n']}, {result['draws']} draws, attack {result['attack_told']}\n"
+        f"undefended standard {undefended} %\n"
+        f"{console.table(head, rows)}\n{chosen}"
         f"{result['out']}: sweep.json, sweep.csv, sweep.png, sweep.svg"
     )

@@ -73,6 +73,7 @@ def train_classifier(
     split: options.Split = None,
     batch_size: options.BatchSize = _BATCH,
     seed: options.Seed = 0,
+    allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     overwrite: options.Overwrite = False,
@@ -104,7 +105,10 @@ def train_classifier(
     if valid_set is not None:
         valid_set.require_labels()
     exact = fit_precision(precision, out, recorded, chip)
-    asked = asked_regime(augment, _adversary(adversarial, eps, attack_steps, loss, beta))
+    adversary = _adversary(adversarial, eps, attack_steps, loss, beta)
+    if adversary is not None and exact == "fp16":
+        raise AdvdiffError("--precision fp16: gradients of the attack underflow in it; train in bf16 or fp32")
+    asked = asked_regime(augment, adversary, allow_pickle=allow_pickle)
     plan = ClassifierPlan(epochs, batch_size or _BATCH, learning_rate, weight_decay, stain, seed, exact)
     made_by = recipe(
         "train-classifier",

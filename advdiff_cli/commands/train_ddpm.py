@@ -29,6 +29,7 @@ def train_ddpm(
     split: options.Split = None,
     batch_size: options.BatchSize = _BATCH,
     seed: options.Seed = 0,
+    allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     overwrite: options.Overwrite = False,
@@ -62,7 +63,7 @@ def train_ddpm(
         plan.parameters() | {"preset": preset} | ({} if data_range == "-1,1" else {"data_range": data_range}),
         data=[s.recipe_input() for s in sets],
         valid=valid_set and valid_set.recipe_input(),
-        init=init and zoo.fingerprint(zoo.find_ddpm(init)),
+        init=init and zoo.fingerprint(zoo.find_ddpm(init, allow_pickle=allow_pickle)),
     )
     work = WorkFolder(out, made_by, recorded, overwrite=overwrite)
     if work.up_to_date:
@@ -71,7 +72,7 @@ def train_ddpm(
         rows = TrainingRows(sets, labelled=False)
         shapes = [rows.shape, *([valid_set.require_shape()] if valid_set else [])]
         low, high = map(float, data_range.split(","))
-        model = zoo.initial_ddpm(init, preset, shapes, max_t, seed, (low, high))
+        model = zoo.initial_ddpm(init, preset, shapes, max_t, seed, (low, high), allow_pickle=allow_pickle)
         follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
         made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
         paper = Purification(t_star=min(Purification.t_star, max_t))

@@ -78,12 +78,12 @@ class AskedRegime:
         return Regime(purifiers, self.adversary, precision, seed)
 
 
-def asked_regime(augment: list[str] | None, adversary: "Adversary | None") -> AskedRegime:
+def asked_regime(augment: list[str] | None, adversary: "Adversary | None", *, allow_pickle: bool) -> AskedRegime:
     """Read the specifications of --augment: none, noise:T, or purify:MODEL, its t* and sampler steps after it."""
-    return AskedRegime([_augmentation(text) for text in augment or ["none"]], adversary)
+    return AskedRegime([_augmentation(text, allow_pickle) for text in augment or ["none"]], adversary)
 
 
-def _augmentation(text: str) -> Defence | None:
+def _augmentation(text: str, allow_pickle: bool) -> Defence | None:
     kind, _, rest = text.partition(":")
     if text == "none":
         return None
@@ -100,7 +100,7 @@ def _augmentation(text: str) -> Defence | None:
             "T a noise level in (0, 1]"
         )
     steps = int(numbers[1]) if len(numbers) == 2 else None
-    return build_defence("ddpm", model, float(numbers[0]) if numbers else None, None, steps)
+    return build_defence("ddpm", model, float(numbers[0]) if numbers else None, None, steps, allow_pickle=allow_pickle)
 
 
 def _is_number(text: str) -> bool:

@@ -42,7 +42,7 @@ class Contestant:
 
 @dataclass
 class Timing:
-    """The seconds a contestant took in each round, and the most memory it held in bytes; 0 where that is not known."""
+    """The seconds a contestant took in each round, and the most bytes it added to what stood in memory before it."""
 
     contestant: Contestant
     seconds: list[float] = field(default_factory=list)
@@ -76,13 +76,13 @@ def measure(
     timings = {c.name: Timing(c) for c in contestants}
     for turn in range(rounds + 1):
         for timing in timings.values():
-            _forget_memory(device)
+            before = _forget_memory(device)
             started = time.perf_counter()
             timing.contestant.run()
             _wait(device)
             if turn:
                 timing.seconds.append(time.perf_counter() - started)
-            timing.memory = max(timing.memory, _peak_memory(device))
+            timing.memory = max(timing.memory, _peak_memory(device) - before)
         advance()
     return timings
 
@@ -205,12 +205,13 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _forget_memory(device: torch.device) -> None:
-    """Let the peak that `_peak_memory` tells begin anew, where the system can."""
+def _forget_memory(device: torch.device) -> int:
+    """Let the peak that `_peak_memory` tells begin anew, where the system can; return where it stands."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
+    return _peak_memory(device)
 
 
 def _peak_memory(device: torch.device) -> int:

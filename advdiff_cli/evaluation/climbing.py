@@ -218,7 +218,7 @@ class Climb:
         defended = self.subject.purifier is not None and rung.before != "nothing"
         cost = attack_cost(rung.settings, defended=defended) if rung.settings else Cost()
         if self.subject.purifier is not None and rung.before != "defence":  # noise costs nothing beside the classifier
-            cost = Cost(classifier=cost.gradient + cost.forward)
+            cost = Cost(classifier=cost.classifier + cost.gradient + cost.forward)
         draws = self.spend.draws if self.subject.purifier is not None and rung.judged == "all" else 1
         return cost + Cost(forward=draws)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.stain import separate
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.intervals import Estimate, bootstrap, wilson
+from advdiff_cli.evaluation.intervals import bootstrap, wilson
 from advdiff_cli.evaluation.metrics import Predictions
 
 CENTRE = 32
@@ -69,7 +69,7 @@ def fidelity(
     Returns:
         n; psnr in dB (None where a patch did not change at all) and ssim, means over patches; nuclear_mass, its sum
         after over its sum before; flipped, the share of patches of each label on which the majority of draws decides
-        otherwise.
+        otherwise, None where there are none.
 
     Raises:
         AdvdiffError: the sets have no rows in common.
@@ -92,7 +92,7 @@ def fidelity(
         else None,
         "ssim": bootstrap(lambda rows: float(ssim[rows].mean()), one.labels).as_dict(),
         "nuclear_mass": _ratio(before, after, one.labels),
-        "flipped": {str(k): _share(turned[one.labels == k]).as_dict() for k in (0, 1)},
+        "flipped": {str(k): _share(turned[one.labels == k]) for k in (0, 1)},
     }
 
 
@@ -102,5 +102,5 @@ def _ratio(before: NDArray[np.float64], after: NDArray[np.float64], labels: NDAr
     return bootstrap(lambda rows: float(after[rows].sum() / max(before[rows].sum(), 1e-12)), labels).as_dict()
 
 
-def _share(which: NDArray[np.bool_]) -> Estimate:
-    return wilson(int(which.sum()), len(which))
+def _share(which: NDArray[np.bool_]) -> dict[str, Any] | None:
+    return wilson(int(which.sum()), len(which)).as_dict() if len(which) else None

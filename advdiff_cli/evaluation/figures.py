@@ -77,17 +77,16 @@ def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) ->
     if all(row["undefended_robust"] for row in rows):
         plain = [100 * row["undefended_robust"]["value"] for row in rows]
         axes.plot(x, plain, color=ROBUST, linestyle=":", label="undefended, robust")
-    chosen = next(row for row in rows if row["name"] == result["chosen"])
-    axes.axvline(chosen["value"], color=PLAIN, linewidth=0.8, linestyle="--", label=f"chosen: {chosen['value']:g}")
+    for row in rows:
+        if row["name"] == result["chosen"]:
+            axes.axvline(row["value"], color=PLAIN, linewidth=0.8, linestyle="--", label=f"chosen: {row['value']:g}")
     if min(x) > 0 and max(x) / min(x) > 8:
         axes.set_xscale("log")
         axes.set_xticks(x, [f"{v:g}" for v in x], rotation=45, fontsize=7)
         axes.minorticks_off()
     axes.set(xlabel=axis, ylabel="accuracy, %", ylim=(0, 100))
     axes.grid(alpha=0.25)
-    attack = result["attack"]
-    told = f"{attack['method']} {attack['norm']} {attack['eps'] * 255:g}/255, {attack['gradient']}"
-    axes.set_title(f"n = {result['n']}, {told if result['over'] != 'eps' else told.split()[0]}", fontsize=8)
+    axes.set_title(f"n = {result['n']}; {result['attack_told']}", fontsize=8)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3, frameon=False)
     _save(figure, paths)
 
@@ -96,7 +95,7 @@ def bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[Path]) ->
     """Draw standard and robust accuracy side by side with their intervals (the paper's Figure 3).
 
     Args:
-        rows: `name`, `standard` and `robust` of each, estimates as JSON has them.
+        rows: `name`, `n`, `standard` and `robust` of each, estimates as JSON has them.
         note: What the attack was, for the title.
         paths: Files, png or svg.
     """
@@ -109,7 +108,9 @@ def bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[Path]) ->
         axes.errorbar(places, value, [value - low, high - value], fmt="none", ecolor="black", capsize=3, linewidth=0.9)
         for x, v, top in zip(places, value, high, strict=True):
             axes.text(x, top + 1.5, f"{v:.1f}", ha="center", fontsize=7)
-    axes.set_xticks(np.arange(len(rows)), [row["name"].replace(", ", ",\n") for row in rows], fontsize=8)
+    axes.set_xticks(
+        np.arange(len(rows)), [f"{row['name']}\nn = {row['n']}".replace(", ", ",\n") for row in rows], fontsize=8
+    )
     axes.set(ylabel="accuracy, % [95 %]", ylim=(0, 105))
     axes.set_title(note, fontsize=8)
     axes.grid(axis="y", alpha=0.25)

@@ -32,6 +32,16 @@ def kept_predictions(kept: Path, recipe: Provenance, *, overwrite: bool = False)
     return found if _is_of(kept, standing, recipe, overwrite) else None
 
 
+def recorded_recipe(kept: Path) -> Provenance:
+    """Return the recipe of the predictions at `kept`; empty where there is none."""
+    try:
+        with safe_open(kept, "numpy") as file:
+            made: Provenance = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    return made
+
+
 def predict_and_keep(
     model: nn.Module, patches: PatchSet, kept: Path, recipe: Provenance, device: torch.device,
     advance: Callable[[int], None], **judging: Any,

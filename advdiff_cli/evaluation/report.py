@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from advdiff_cli import __version__
+from advdiff_cli.attacks.plan import describe, knows_the_defence
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.figures import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
 from advdiff_cli.evaluation.intervals import Estimate
@@ -87,27 +88,27 @@ def bar(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
             f"the result called {name} is not of a clean and an attacked set, in that order: "
             "advdiff evaluate CLEAN ATTACKED -c ... --json"
         )
-    draws = sets[1]["draws"]
-    told = attack_text(_attack(sets[1])) + (f"; mean of {draws} draws" if draws > 1 else "")
-    return {
-        "name": name, "n": sets[1]["n"], "standard": sets[0]["accuracy"], "robust": sets[1]["accuracy"], "attack": told
-    }  # fmt: skip
+    n, draws, made = sets[1]["n"], sets[1]["draws"], _attack(sets[1])
+    pair = (sets[0]["data"], sets[1]["data"])
+    compared = [c["n"] for c in result.get("comparisons", []) if (c["first"], c["second"]) == pair]
+    if compared[:1] != [n] or sets[0]["n"] != n:
+        raise AdvdiffError(
+            f"the sets of the result called {name} do not hold the same rows; evaluate them with one selection"
+        )
+    knows = "knows the defence" if knows_the_defence(made) else "knows the classifier alone"
+    told = [
+        describe(made),
+        *([] if made["method"] == "random" else [knows]),
+        *([f"{draws} draws"] if draws > 1 else []),
+    ]
+    figures = {"standard": sets[0]["accuracy"], "robust": sets[1]["accuracy"]}
+    return {"name": name, "n": n, **figures, "attack": "; ".join(told)}
 
 
 def _attack(judged: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of the attack that led to a set; empty where there is none."""
     made = [step["parameters"] for step in judged.get("history", []) if step["command"] == "attack"]
     return dict(made[-1]) if made else {}
-
-
-def attack_text(settings: Mapping[str, Any]) -> str:
-    """Tell an attack in a few words; nothing where there are no settings."""
-    if not settings:
-        return ""
-    shown = [f"{k} {settings[k]}" for k in ("steps", "queries", "loss", "eot") if settings.get(k) is not None]
-    knows = settings.get("gradient") or ("knows the defence" if "t_star" in settings else "blind to any defence")
-    eps = f"{settings['eps'] * 255:g}/255" if settings["norm"] == "linf" else f"{settings['eps']:g}"
-    return ", ".join([f"{settings['method']} {settings['norm']} {eps}", *shown, knows])
 
 
 def inline(path: Path, prefix: str, label: str) -> str:
@@ -134,7 +135,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )  # fmt: skip
     environment.filters["estimate"] = lambda value: str(Estimate(**value))
-    environment.filters["attack"] = attack_text
+    environment.filters["attack"] = describe
     return environment
 
 
@@ -142,6 +143,8 @@ def read_results(paths: Sequence[tuple[str, Path]]) -> dict[str, Any]:
     """Read named JSON results; AdvdiffError when a file is not there or no JSON object."""
     found: dict[str, Any] = {}
     for name, path in paths:
+        if name in found:
+            raise AdvdiffError(f"two results are called {name}; give each its own name")
         try:
             found[name] = json.loads(path.read_text())
         except OSError as e:

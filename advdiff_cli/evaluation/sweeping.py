@@ -29,10 +29,11 @@ CLEAN = Rung("clean", "control")
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a sweep: its value, what it is called, and how it is attacked and judged."""
+    """One setting of a sweep: its value, what it is called, what a flag takes, and how it is attacked and judged."""
 
     value: float
     name: str
+    told: str
     climb: Climb
     attack: Rung
 

@@ -73,17 +73,36 @@ def look(
     pair: Pair, model: DefendedClassifier, device: torch.device, seed: int, advance: Callable[[int], None]
 ) -> Seen:
     """Judge every pair: the classifier alone on clean and attacked, and the defended one on the first judging draw."""
-    found: list[list[Tensor]] = [[], [], []]
-    for start in range(0, len(pair), _BATCH):
-        clean, attacked, labels, index = pair.read(range(start, min(start + _BATCH, len(pair))))
-        noise = model.noise(attacked.to(device), rows=index, seed=seed, purpose="evaluate")
-        logits = (
-            model.classifier(clean.to(device)), model.classifier(attacked.to(device)), model(attacked.to(device), noise)
-        )  # fmt: skip
-        for column, z in zip(found, logits, strict=True):
-            column.append(z.cpu().double().softmax(1)[torch.arange(len(labels)), labels])
-        advance(len(labels))
-    return Seen(*(torch.cat(column).numpy() for column in found))
+    found: dict[str, list[Tensor]] = {"clean": [], "attacked": [], "purified": []}
+    for rows in _batches(range(len(pair))):
+        stages, labels, _ = _staged(pair, rows, model, device, seed)
+        for name, column in found.items():
+            column.append(_belief(model, stages[name], labels))
+        advance(len(rows))
+    return Seen(*(torch.cat(column)[: len(pair)].numpy() for column in found.values()))
+
+
+def _batches(rows: Sequence[int]) -> list[list[int]]:
+    return [list(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
+
+
+def _staged(
+    pair: Pair, rows: Sequence[int], model: DefendedClassifier, device: torch.device, seed: int
+) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+    """Return clean, attacked, noised and purified images, labels and indices of rows, at the full batch shape."""
+    full = [rows[min(i, len(rows) - 1)] for i in range(_BATCH)]
+    clean, attacked, labels, index = pair.read(full)
+    clean, attacked = clean.to(device), attacked.to(device)
+    noise = model.noise(attacked, rows=index, seed=seed, purpose="evaluate")
+    noised, purified = model.purifier.noised(attacked, noise), model.purified(attacked, noise)
+    stages = {"clean": clean, "attacked": attacked, "noised": noised, "purified": purified}
+    return {name: images[: len(rows)] for name, images in stages.items()}, labels[: len(rows)], index[: len(rows)]
+
+
+def _belief(model: DefendedClassifier, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the probability of the true class (B,) under the classifier."""
+    logits: Tensor = model.classifier(images)
+    return logits.cpu().double().softmax(1)[torch.arange(len(labels)), labels]
 
 
 def most_telling(seen: Seen, count: int) -> list[int]:
@@ -98,40 +117,35 @@ def most_telling(seen: Seen, count: int) -> list[int]:
 
 @torch.inference_mode()
 def pictures(
-    pair: Pair, rows: Sequence[int], model: DefendedClassifier, device: torch.device, seed: int, eps: float
+    pair: Pair, rows: Sequence[int], seen: Seen, model: DefendedClassifier, device: torch.device, seed: int, eps: float
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return the stages of some pairs: each patch's index, label and images, with the belief in its true class.
 
     Args:
         pair: The patches.
         rows: Positions in `pair`.
+        seen: What `look` made of all of them.
         model: The defended classifier.
         device: Where to compute.
         seed: Of the first judging draw.
         eps: Of the attack, in [0, 1] pixels, that its perturbation is amplified by.
     """
     found = []
-    for row in rows:
-        clean, attacked, labels, index = pair.read([row])
-        clean, attacked = clean.to(device), attacked.to(device)
-        noise = model.noise(attacked, rows=index, seed=seed, purpose="evaluate")
-        noised, purified = model.purifier.noised(attacked, noise), model.purified(attacked, noise)
-
-        def belief(images: Tensor, label: int = int(labels[0])) -> float:
-            return float(model.classifier(images).softmax(1)[0, label])
-
-        stages = [
-            ("clean", clean, belief(clean)),
-            ("adversarial", attacked, belief(attacked)),
-            (f"perturbation, {1 / (2 * eps):.0f}x", amplified(attacked, clean, eps), None),
-            ("noised", noised, belief(noised)),
-            ("purified", purified, belief(purified)),
-            (f"what purification changed, {1 / (2 * _CHANGE):.0f}x", amplified(purified, attacked, _CHANGE), None),
-        ]
-        shown = [
-            {"title": title, "images": images, "belief": b, "png": data_uri(images[0])} for title, images, b in stages
-        ]
-        found.append({"index": index[0], "label": int(labels[0]), "stages": shown})
+    for some in _batches(rows):
+        stages, labels, index = _staged(pair, some, model, device, seed)
+        noised = _belief(model, stages["noised"], labels)
+        for i, row in enumerate(some):
+            clean, attacked, purified = (stages[k][i : i + 1] for k in ("clean", "attacked", "purified"))
+            columns = [
+                ("clean", clean, float(seen.clean[row])),
+                ("adversarial", attacked, float(seen.attacked[row])),
+                (f"perturbation, {1 / (2 * eps):.0f}x", amplified(attacked, clean, eps), None),
+                ("noised", stages["noised"][i : i + 1], float(noised[i])),
+                ("purified", purified, float(seen.purified[row])),
+                (f"what purification changed, {1 / (2 * _CHANGE):.0f}x", amplified(purified, attacked, _CHANGE), None),
+            ]
+            shown = [{"title": title, "images": x, "belief": b, "png": data_uri(x[0])} for title, x, b in columns]
+            found.append({"index": index[i], "label": int(labels[i]), "stages": shown})
     return found
 
 

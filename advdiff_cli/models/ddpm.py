@@ -155,7 +155,7 @@ def load_card(folder: Path) -> DdpmCard:
         raw = json.loads(path.read_text())
         recommended = Purification(**raw.pop("recommended", {}))
         low, high = raw.pop("data_range", (-1.0, 1.0))
-        return DdpmCard(**raw, data_range=(low, high), recommended=recommended)
+        return DdpmCard(**raw, data_range=(float(low), float(high)), recommended=recommended)
     except (ValueError, TypeError, AttributeError) as e:
         raise AdvdiffError(f"{path} is no advdiff.json of a diffusion model ({e})") from None
 

@@ -6,6 +6,7 @@ is ToTensor alone: pixels in [0, 1], no normalisation.
 """
 
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.errors import AdvdiffError
 
 TIATOOLBOX = "tiatoolbox:"
@@ -114,6 +116,13 @@ def from_callable(name: str) -> nn.Module:
         raise AdvdiffError(f"{name} returned {type(made).__name__}, not a torch module")
     _check_logits(name, made.eval())
     return TwoLogits(made).eval()
+
+
+def source_digest(name: str) -> str:
+    """Return the SHA-256 of the source of the module in module:callable; nothing where it has no file."""
+    found = importlib.util.find_spec(name.partition(":")[0])
+    source = Path(found.origin) if found and found.origin else None
+    return file_digest(source) if source and source.is_file() else ""
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from advdiff_cli.models.classifiers import (
     load_tiatoolbox,
 )
 from advdiff_cli.models.ddpm import CARD, PICKLED_UNET, UNET_WEIGHTS, Ddpm, build_ddpm, load_card, load_ddpm
-from advdiff_cli.models.foreign import from_callable, read_weights
+from advdiff_cli.models.foreign import from_callable, read_weights, source_digest
 
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 
@@ -54,11 +54,11 @@ def frozen_classifier(name: str, device: torch.device, *, allow_pickle: bool = F
         model = load_tiatoolbox(Path(name), allow_pickle=allow_pickle)
         told = model.config.arch
     elif re.fullmatch(r"[\w.]+:[\w.]+", name):
-        model, told = from_callable(name), name
+        model, told = from_callable(name), f"{name} {source_digest(name)}"
     else:
         folder = find_classifier(name)
         model, told = load_classifier(folder), ""
-    made_of = fingerprint(folder) if not told else digest([told.encode(), *_tensors(model.state_dict())])
+    made_of = fingerprint(folder) if not told else digest([told.encode(), *_tensors(_everything(model))])
     model = model.to(device).to(memory_format=torch.channels_last)  # the faster layout
     return model.requires_grad_(False), made_of
 
@@ -139,10 +139,15 @@ def _meaning(folder: Path) -> Iterator[bytes]:
         yield from _tensors(read_weights(path, allow_pickle=True))  # the model was loaded from them
 
 
+def _everything(model: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor of a model, those that it does not save too."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def _tensors(state: dict[str, Tensor]) -> Iterable[bytes]:
     for name, tensor in sorted(state.items()):
         yield f"\n{name} {tensor.dtype} {list(tensor.shape)}".encode()
-        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        yield tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def initial_classifier(init: str | None, config: ClassifierConfig, seed: int, shape: tuple[int, int]) -> Classifier:
@@ -174,7 +179,7 @@ def _begun_classifier(init: str | None, config: ClassifierConfig, seed: int) -> 
 
 def initial_ddpm(
     init: str | None, preset: str, shapes: Sequence[tuple[int, int]], max_t: float, seed: int,
-    data_range: tuple[float, float] = (-1.0, 1.0),
+    data_range: tuple[float, float] = (-1.0, 1.0), *, allow_pickle: bool = False,
 ) -> Ddpm:  # fmt: skip
     """Return the diffusion model a fit starts from: fresh weights of (preset, seed), or those of the model `init`."""
     model = build_ddpm(preset, shapes[0][0], max_t, seed, data_range)
@@ -185,7 +190,7 @@ def initial_ddpm(
             )
     if init is None:
         return model
-    start = load_ddpm(find_ddpm(init))
+    start = load_ddpm(find_ddpm(init, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
     if list(start.unet.config.block_out_channels) != list(model.unet.config.block_out_channels):
         raise AdvdiffError(f"--init {init} is not of preset {preset}; give its own --preset")
     if start.card.data_range != data_range:

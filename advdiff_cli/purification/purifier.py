@@ -46,6 +46,8 @@ class DiffusionPurifier(nn.Module):
             raise AdvdiffError(
                 f"t* = {t_star:g} is above max_t = {ddpm.card.max_t:g}, the noise this model was trained on"
             )
+        if sampler_steps is not None and sampler_steps < 1:
+            raise AdvdiffError(f"--sampler-steps {sampler_steps}: at least one U-Net evaluation is needed")
         if sampler_steps is not None and sampler_steps > n:
             raise AdvdiffError(f"--sampler-steps {sampler_steps} is more than the {n} noise levels of t* = {t_star:g}")
         self.ddpm = ddpm

@@ -73,7 +73,7 @@ def fit_classifier(
         plan: Recipe of the fit.
         work: Where checkpoints are written and found again.
         device: Where to compute; processes of torch.distributed share each batch.
-        regime: What the classifier is shown of a batch, and its loss; its purifiers are on `device`.
+        regime: What the classifier is shown of a batch, and its loss.
         checkpoint_seconds: Seconds between checkpoints within an epoch.
 
     Yields:
@@ -82,6 +82,9 @@ def fit_classifier(
     """
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=plan.precision.replace("fp32", "no"))
     optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
+    for purifier in regime.purifiers:
+        if purifier is not None:
+            purifier.to(accelerator.device)
     per_epoch = train.steps(plan.batch_size)
     total, step, best = plan.epochs * per_epoch, 0, -1.0
     model.to(memory_format=torch.channels_last)

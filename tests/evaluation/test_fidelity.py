@@ -59,6 +59,17 @@ def test_sets_are_matched_by_row(advdiff, test_x, classifier, ddpm, tmp_path):
     assert "decisions changed, label 0 %" in text
 
 
+def test_one_class_alone_is_told_as_such(advdiff, test_x, classifier, tmp_path):
+    one = {"images": torch.rand(4, 3, 96, 96), "labels": torch.ones(4, dtype=torch.long)}
+    save_file(one, tmp_path / "one.safetensors")
+    evaluate = ["evaluate", tmp_path / "one.safetensors", tmp_path / "one.safetensors", "-c", classifier, "--fidelity"]
+    (found,) = advdiff(*evaluate, "--json").json["fidelity"]
+    assert found["flipped"]["0"] is None
+    assert found["psnr"] is None
+    assert "NaN" not in advdiff(*evaluate, "--json").out
+    assert "nan" not in advdiff(*evaluate).out.split("faithful")[1].split("paired")[0]
+
+
 def test_what_was_made_of_something_else_is_refused(advdiff, test_x, classifier, tmp_path):
     save_file({"images": torch.rand(4, 3, 96, 96), "labels": torch.tensor([0, 1, 0, 1])}, tmp_path / "o.safetensors")
     evaluate = ["evaluate", test_x, "-c", classifier, "--fidelity"]

@@ -156,6 +156,12 @@ def test_what_is_no_module_to_logits_is_refused(module, name, says):
         zoo.frozen_classifier(f"{module}:{name}", CPU)
 
 
+def test_another_source_is_another_model(module, tmp_path):
+    _, before = zoo.frozen_classifier(f"{module}:two", CPU)
+    (tmp_path / f"{module}.py").write_text(MODULE.replace("* 9", "* 8"))
+    assert zoo.frozen_classifier(f"{module}:two", CPU)[1] != before
+
+
 def test_commands_take_a_callable(advdiff, module, test_x, tmp_path):
     assert advdiff("evaluate", test_x, "-c", f"{module}:two", "--limit", 8, "--json").json["sets"][0]["n"] == 8
     attack = ["attack", test_x, "-c", f"{module}:one", "--limit", 4, "--steps", 1, "-o", tmp_path / "adv.h5"]

@@ -146,6 +146,7 @@ def test_training_under_a_regime_end_to_end(advdiff, patches, ddpm, tmp_path):
         (["--augment", "noise:2"], "t* = 2 is not in"),
         (["--augment", "purify:"], "give none, noise:T"),
         (["--augment", f"purify:{ddpm}:0.05:1.5"], "give none, noise:T"),
+        (["--augment", f"purify:{ddpm}:0.05:0"], "at least one U-Net evaluation"),
         (["--augment", "purify:nowhere"], "no diffusion model called nowhere"),
         (["--eps", "2/255"], "are of --adversarial"),
         (["--adversarial", "--beta", "3"], "--beta is of --loss trades"),
