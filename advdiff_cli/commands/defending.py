@@ -1,6 +1,6 @@
 """The defence that the flags --defense, -m, --t-star, --sampler and --sampler-steps ask for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import device as Chip
     from torch import nn
 
+    from advdiff_cli.models.ddpm import Ddpm
     from advdiff_cli.purification.defended import DefendedClassifier
     from advdiff_cli.purification.purifier import Purifier
 
@@ -49,17 +50,27 @@ def asked_defence(
     return None
 
 
+def load_model(name: str, allow_pickle: bool) -> "tuple[Ddpm, str]":
+    """Return the diffusion model called `name` and its fingerprint."""
+    from advdiff_cli.models import zoo
+    from advdiff_cli.models.ddpm import load_ddpm
+
+    folder = zoo.find_ddpm(name, allow_pickle=allow_pickle)
+    return load_ddpm(folder, allow_pickle=allow_pickle), zoo.fingerprint(folder)
+
+
 def build_defence(
     defense: str, ddpm: str | None, t_star: float | None, sampler: str | None, sampler_steps: int | None,
-    *, allow_pickle: bool = False,
+    *, allow_pickle: bool = False, load: "Callable[[str, bool], tuple[Ddpm, str]]" = load_model,
 ) -> Defence:  # fmt: skip
     """Build the purifier; what is not asked for is the model's recommendation, said on stderr.
+
+    `load` is how a diffusion model is loaded, for commands that build many defences of one.
 
     Raises:
         AdvdiffError: the model is not there, or the settings do not fit it.
     """
-    from advdiff_cli.models import zoo
-    from advdiff_cli.models.ddpm import PAPER, load_ddpm
+    from advdiff_cli.models.ddpm import PAPER
     from advdiff_cli.purification.diffusion import noise_levels
     from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 
@@ -72,8 +83,7 @@ def build_defence(
             )
         level = PAPER.t_star if t_star is None else t_star
         return Defence(NoisePurifier(linear_alpha_bar(), level), {"defense": "noise", "t_star": level}, None)
-    folder = zoo.find_ddpm(ddpm or DEFAULT_DDPM, allow_pickle=allow_pickle)
-    model = load_ddpm(folder, allow_pickle=allow_pickle)
+    model, fingerprint = load(ddpm or DEFAULT_DDPM, allow_pickle)
     settings = asdict(model.card.recommended)
     if t_star is not None and sampler_steps is None and settings["sampler_steps"] is not None:
         settings["sampler_steps"] = min(settings["sampler_steps"], noise_levels(t_star, model.timesteps))
@@ -82,9 +92,7 @@ def build_defence(
     if None in asked.values():
         steps = settings["sampler_steps"] or "every noise level"
         console.log(f"{ddpm or DEFAULT_DDPM}: t* {settings['t_star']:g}, sampler {settings['sampler']}, steps {steps}")
-    return Defence(
-        DiffusionPurifier(model, **settings).eval(), {"defense": "ddpm", **settings}, zoo.fingerprint(folder)
-    )
+    return Defence(DiffusionPurifier(model, **settings).eval(), {"defense": "ddpm", **settings}, fingerprint)
 
 
 def attack_precision(asked: str, begun: Mapping[str, Any], chip: "Chip") -> str:

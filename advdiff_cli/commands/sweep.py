@@ -4,13 +4,14 @@ import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import Defence, attack_precision, build_defence
+from advdiff_cli.commands.defending import Defence, attack_precision, build_defence, load_model
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
 
@@ -193,9 +194,9 @@ def _points(
     text = values or _DEFAULTS.get(over)
     if text is None:
         raise AdvdiffError("--over ddpm needs --values: the models, separated by commas")
-    points = []
+    points, load = [], cache(load_model)
     for one in text.split(","):
-        value, defence = _setting(over, one.strip(), asked)
+        value, defence = _setting(over, one.strip(), asked, load)
         budget = value / 255 if over == "eps" else asked.eps
         ignored = {"eot", "gradient"} if asked.blind else {"gradient"} if asked.method == "square" else set()
         through = {k: v for k, v in asked.attack.items() if k not in ignored}
@@ -215,12 +216,12 @@ def _points(
     return sorted(points, key=lambda p: p.value)
 
 
-def _setting(over: str, text: str, asked: _Asked) -> tuple[float, Defence]:
+def _setting(over: str, text: str, asked: _Asked, load: Any) -> tuple[float, Defence]:
     """Return a point's value on the axis, and its defence."""
     a = asked
     settings: list[Any] = [a.defense, a.ddpm, a.t_star, a.sampler, a.sampler_steps]
     if over == "ddpm":
-        defence = build_defence("ddpm", text, *settings[2:], allow_pickle=a.allow_pickle)
+        defence = build_defence("ddpm", text, *settings[2:], allow_pickle=a.allow_pickle, load=load)
         return _training_steps(text), defence
     try:
         value = options.fraction(text)
@@ -234,7 +235,7 @@ def _setting(over: str, text: str, asked: _Asked) -> tuple[float, Defence]:
             settings[4] = min(a.sampler_steps, max(1, round(value * 1000)))
     elif over == "sampler-steps":
         settings[4] = int(value)
-    return value * 255 if over == "eps" else value, build_defence(*settings, allow_pickle=a.allow_pickle)
+    return value * 255 if over == "eps" else value, build_defence(*settings, allow_pickle=a.allow_pickle, load=load)
 
 
 def _training_steps(name: str) -> float:

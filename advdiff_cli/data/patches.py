@@ -72,6 +72,7 @@ class PatchSet:
         self.labels: Rows | None = None if source.labels is None else source.labels[self._rows]
         self.index: Rows = source.index[self._rows]
         self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
+        self._fingerprint: str | None = None  # made once: the rows of a set do not change
 
     def first(self, n: int) -> "PatchSet":
         """Return the first n of the selected rows, or all where there are fewer."""
@@ -125,7 +126,9 @@ class PatchSet:
 
     def fingerprint(self) -> str:
         """Return the content fingerprint of the selected rows: images, labels and index, in order."""
-        return digest(self._content(np.arange(len(self))))
+        if self._fingerprint is None:
+            self._fingerprint = digest(self._content(np.arange(len(self))))
+        return self._fingerprint
 
     def origin(self) -> str:
         """Return what names the set these rows first came from, carried along by every file made from it.
