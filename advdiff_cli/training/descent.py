@@ -4,7 +4,14 @@ import math
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
+
+
+def accelerator_at(precision: str, device: torch.device) -> Accelerator:
+    """Return the accelerator of a fit at fp32, bf16 or fp16; another fit of this process may have had another."""
+    AcceleratorState._reset_state()  # it keeps the first precision of a process, and refuses any other
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision.replace("fp32", "no"))
 
 
 def cosine(step: int, total: int, peak: float, warmup: float = 0.05) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -21,7 +20,7 @@ from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
-from advdiff_cli.training.descent import cosine, descend
+from advdiff_cli.training.descent import accelerator_at, cosine, descend
 from advdiff_cli.training.regime import Regime
 from advdiff_cli.training.rows import TrainingRows
 
@@ -80,7 +79,7 @@ def fit_classifier(
         {"step", "of", "loss"} after each step; an epoch's record has "epoch" and the valid figures too, the accuracy
         on attacked patches among them where the regime has an adversary. That accuracy then chooses the epoch.
     """
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=plan.precision.replace("fp32", "no"))
+    accelerator = accelerator_at(plan.precision, device)
     optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
     for purifier in regime.purifiers:
         if purifier is not None:

@@ -23,7 +23,7 @@ from advdiff_cli.models.ddpm import Ddpm
 from advdiff_cli.purification.diffusion import add_noise, estimate_x_0, noise_levels
 from advdiff_cli.training.augment import turn
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
-from advdiff_cli.training.descent import cosine, descend
+from advdiff_cli.training.descent import accelerator_at, cosine, descend
 from advdiff_cli.training.rows import TrainingRows
 
 GRID = "samples.png"
@@ -77,7 +77,7 @@ def fit_ddpm(
     Yields:
         {"step", "of", "loss"}; a validation adds "valid_loss", by noise level.
     """
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=plan.precision.replace("fp32", "no"))
+    accelerator = accelerator_at(plan.precision, device)
     model.to(accelerator.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.unet.parameters(), plan.learning_rate)
     ema = EMAModel(model.unet.parameters(), decay=plan.ema, use_ema_warmup=True, power=3 / 4)

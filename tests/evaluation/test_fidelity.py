@@ -28,15 +28,18 @@ def test_a_known_error_has_a_known_psnr(images):
 
 
 def test_paler_nuclei_lose_their_mass_and_only_the_centre_counts(images):
+    lost = 0.0
     for image in images[:, None]:
         stains = separate(image)
         before, same = nuclear_mass(image, image)
         stains[:, 0] *= 0.5
         _, paler = nuclear_mass(image, mix(stains))
-        assert paler < same == before
+        assert paler <= same == before  # a patch may have no nucleus in its centre
+        lost += before - paler
         ring = image.clone()
         ring[..., :30, :] = ring[..., -30:, :] = 1.0
         assert nuclear_mass(image, ring)[1] == before
+    assert lost > 0
 
 
 def test_sets_are_matched_by_row(advdiff, test_x, classifier, ddpm, tmp_path):

@@ -79,6 +79,13 @@ def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path
     assert steps[0] == steps[1]
 
 
+def test_fits_of_one_process_may_differ_in_precision(rows, tmp_path):
+    for precision in ("bf16", "fp32"):
+        plan = DdpmPlan(1, 4, 1e-3, 0.9, 0.3, 0, precision)
+        (record,) = fit_ddpm(build_ddpm("tiny", 96, 0.3, 0), rows, None, plan, work(tmp_path, precision), CPU)
+        assert record["loss"] > 0
+
+
 def test_published_weights_are_the_ema(rows, tmp_path):
     """The fit ends in the moving average, recomputed here from the weights after each step."""
     model = build_ddpm("tiny", 96, 0.3, 0)
