@@ -3,16 +3,16 @@
 import csv
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import Defence, attack_precision, build_defence, load_model
+from advdiff_cli.commands.defending import attack_precision
 from advdiff_cli.commands.opening import open_selected
+from advdiff_cli.commands.sweep_points import Asked, build_points, refuse_ignored
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
@@ -23,32 +23,6 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 _SHUFFLE_SEED = 0
-_DEFAULTS = {
-    "t-star": "0.001,0.005,0.01,0.02,0.03,0.04,0.06,0.085,0.1,0.15,0.2,0.25,0.3",
-    "eps": "0.5/255,1/255,2/255,4/255,8/255",
-    "sampler-steps": "1,2,4,8",
-}
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What every point has in common: the defence's flags and the attack's."""
-
-    defense: Literal["noise", "ddpm"]
-    ddpm: str | None
-    t_star: float | None
-    sampler: str | None
-    sampler_steps: int | None
-    allow_pickle: bool
-    method: str
-    norm: str
-    eps: float
-    attack: dict[str, Any]
-
-    @property
-    def blind(self) -> bool:
-        """Whether the attack does not know the defence, so that every point is judged on the same examples."""
-        return bool(self.attack["gradient"] == "blind")
 
 
 def sweep(
@@ -109,6 +83,7 @@ def sweep(
     """
     from advdiff_cli.evaluation.climbing import Climb, Subject
     from advdiff_cli.evaluation.ladder import Preset
+    from advdiff_cli.evaluation.sweeping import planned_seconds
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
@@ -121,18 +96,18 @@ def sweep(
     )
     patches.require_labels()
     patches.require_shape()
-    _refuse(over, gradient, {"ddpm": ddpm, "t-star": t_star, "sampler-steps": sampler_steps}, defense, eot)
+    refuse_ignored(over, gradient, {"ddpm": ddpm, "t-star": t_star, "sampler-steps": sampler_steps}, defense, eot)
     attack = {"steps": steps, "gradient": gradient, "eot": eot}
-    asked = _Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, eps, attack)
+    asked = Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, eps, attack)
     model, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
     spend = Preset(len(patches), 0, eot or 8, 0, draws)
     begun = _begun(out)
     batch = batch_size or begun.get("batch_size", _BATCH)
     bare = Climb(Subject(model, mark), patches, spend, out, seed, batch, chip, overwrite)
     exact = begun.get("precision", "auto") if precision == "auto" else precision
-    points = _points(over, values, asked, bare, attack_precision(exact, {}, chip))
+    points = build_points(over, values, asked, bare, attack_precision(exact, {}, chip))
     if dry_run:
-        seconds = _seconds(points, bare, asked)
+        seconds = planned_seconds(points, bare, blind=asked.blind)
         what = {"out": str(out), "status": "would sweep", "points": [p.name for p in points], "seconds": seconds}
         text = f"{out}: would sweep {', '.join(p.name for p in points)}; about {seconds / 60:.0f} min if none is there"
         console.emit(what, text, out, as_json=as_json, quiet=quiet)
@@ -141,17 +116,6 @@ def sweep(
     result = _swept(points, bare, asked, over, rule, quiet)
     _write(result, over, out)
     console.emit(result, _text(result), result["chosen_told"] or "", as_json=as_json, quiet=quiet)
-
-
-def _refuse(over: str, gradient: str, settings: dict[str, Any], defense: str, eot: int | None) -> None:
-    """Refuse what would be ignored: a setting beside the values that are swept, draws of a blind attack."""
-    if over == "ddpm" and defense == "noise":
-        raise AdvdiffError("--over ddpm sweeps diffusion models; --defense noise has none")
-    if settings.get(over) is not None:
-        flag = "-m" if over == "ddpm" else f"--{over}"
-        raise AdvdiffError(f"--over {over} takes its values from --values; leave out {flag}")
-    if gradient == "blind" and eot is not None:
-        raise AdvdiffError("--eot is of an attack through the defence: give --gradient full or bpda")
 
 
 def _begun(out: Path) -> dict[str, Any]:
@@ -169,87 +133,8 @@ def _begun(out: Path) -> dict[str, Any]:
     return found
 
 
-def _seconds(points: "list[Point]", bare: "Climb", asked: _Asked) -> float:
-    """Return what a sweep that has nothing yet takes: patches that points share are attacked once."""
-    from advdiff_cli.evaluation.sweeping import CLEAN
-
-    costs, done = bare.costs([CLEAN]), set[str]()
-    for point in points:
-        both = point.climb.costs([CLEAN, point.attack])
-        if point.attack.name in done:
-            both[1:] = point.climb.costs([CLEAN])  # judged as the clean ones are
-        costs += both + (bare.costs([CLEAN]) if asked.blind else [])
-        done.add(point.attack.name)
-    return float(sum(c["seconds"] for c in costs))
-
-
-def _points(
-    over: str, values: str | None, asked: _Asked, bare: "Climb", precision: str
-) -> "list[Point]":  # fmt: skip
-    """Return the points in ascending order of value; `bare` is of the classifier without a defence."""
-    from advdiff_cli.attacks.plan import resolve
-    from advdiff_cli.evaluation.ladder import Rung
-    from advdiff_cli.evaluation.sweeping import Point
-
-    text = values or _DEFAULTS.get(over)
-    if text is None:
-        raise AdvdiffError("--over ddpm needs --values: the models, separated by commas")
-    points, load = [], cache(load_model)
-    for one in text.split(","):
-        value, defence = _setting(over, one.strip(), asked, load)
-        budget = value / 255 if over == "eps" else asked.eps
-        ignored = {"eot", "gradient"} if asked.blind else {"gradient"} if asked.method == "square" else set()
-        through = {k: v for k, v in asked.attack.items() if k not in ignored}
-        settings = resolve(asked.method, asked.norm, budget, through, defended=not asked.blind)
-        name = f"{over}-{value:g}" if over != "ddpm" else Path(one.strip()).name
-        shared = asked.blind and over != "eps"
-        rung = Rung("adv" if shared else f"adv-{name}", "white-box", settings, "nothing" if asked.blind else "defence")
-        purifier = defence.before(bare.subject.classifier, bare.device, precision).purifier
-        subject = replace(
-            bare.subject, purifier=purifier, defence=defence.parameters, ddpm=defence.model, precision=precision
-        )
-        told = f"{value:g}/255" if over == "eps" else one.strip() if over == "ddpm" else f"{value:g}"
-        points.append(Point(value, name, told, replace(bare, subject=subject, label=f"{name}-"), rung))
-    names = [p.name for p in points]
-    if len(set(names)) < len(names):
-        raise AdvdiffError(f"--values {text}: {next(n for n in names if names.count(n) > 1)} is there twice")
-    return sorted(points, key=lambda p: p.value)
-
-
-def _setting(over: str, text: str, asked: _Asked, load: Any) -> tuple[float, Defence]:
-    """Return a point's value on the axis, and its defence."""
-    a = asked
-    settings: list[Any] = [a.defense, a.ddpm, a.t_star, a.sampler, a.sampler_steps]
-    if over == "ddpm":
-        defence = build_defence("ddpm", text, *settings[2:], allow_pickle=a.allow_pickle, load=load)
-        return _training_steps(text), defence
-    try:
-        value = options.fraction(text)
-    except typer.BadParameter:
-        raise AdvdiffError(f"--values: {text!r} is no number") from None
-    if not 0 < value < float("inf") or (over == "sampler-steps" and value != int(value)):
-        raise AdvdiffError(f"--values: {text} is no value of {over}")
-    if over == "t-star":
-        settings[2] = value
-        if a.sampler_steps is not None:  # a low noise level has fewer
-            settings[4] = min(a.sampler_steps, max(1, round(value * 1000)))
-    elif over == "sampler-steps":
-        settings[4] = int(value)
-    return value * 255 if over == "eps" else value, build_defence(*settings, allow_pickle=a.allow_pickle, load=load)
-
-
-def _training_steps(name: str) -> float:
-    from advdiff_cli.models import zoo
-
-    recorded = zoo.recorded_recipe(zoo.find_ddpm(name)) or {}
-    steps = recorded.get("parameters", {}).get("steps")
-    if steps is None:
-        raise AdvdiffError(f"{name} does not say how many steps it was trained; --over ddpm takes models of train-ddpm")
-    return float(steps)
-
-
 def _swept(
-    points: "Sequence[Point]", bare: "Climb", asked: _Asked, over: str, rule: "Rule", quiet: bool
+    points: "Sequence[Point]", bare: "Climb", asked: Asked, over: str, rule: "Rule", quiet: bool
 ) -> dict[str, Any]:  # fmt: skip
     """Make and judge every point, and return what sweep.json holds."""
     from advdiff_cli.data.provenance import recipe

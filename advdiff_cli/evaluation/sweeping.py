@@ -70,3 +70,15 @@ def row(
         "undefended_robust": attacked,
         "seconds": point.climb.seconds(CLEAN) + point.climb.seconds(point.attack),
     }
+
+
+def planned_seconds(points: Sequence[Point], bare: Climb, *, blind: bool) -> float:
+    """Return what a sweep that has nothing yet takes: patches that points share are attacked once."""
+    costs, done = bare.costs([CLEAN]), set[str]()
+    for point in points:
+        both = point.climb.costs([CLEAN, point.attack])
+        if point.attack.name in done:
+            both[1:] = point.climb.costs([CLEAN])  # judged as the clean ones are
+        costs += both + (bare.costs([CLEAN]) if blind else [])
+        done.add(point.attack.name)
+    return float(sum(c["seconds"] for c in costs))

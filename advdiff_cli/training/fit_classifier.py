@@ -125,15 +125,20 @@ def fit_classifier(
             save()
             last = time.monotonic()
         yield record
-    if (kept := work.load(BEST)) is not None:
-        model.load_state_dict(kept[0])
-    if valid is not None:
-        model.config = replace(model.config, slope=1.0, bias=0.0)
-        slope, bias = platt(*OnValid(model, valid, plan.batch_size, regime, accelerator.device).logits())
-        model.config = replace(model.config, slope=slope, bias=bias)
+    _finish(model, work, None if valid is None else OnValid(model, valid, plan.batch_size, regime, accelerator.device))
     model.eval()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # mixed precision was the training's alone
+
+
+def _finish(model: Classifier, work: WorkFolder, on_valid: "OnValid | None") -> None:
+    """Put back the weights of the best epoch and calibrate their log-odds on valid."""
+    if (kept := work.load(BEST)) is not None:
+        model.load_state_dict(kept[0])
+    if on_valid is not None:
+        model.config = replace(model.config, slope=1.0, bias=0.0)
+        slope, bias = platt(*on_valid.logits())
+        model.config = replace(model.config, slope=slope, bias=bias)
 
 
 def _keep_best(model: Classifier, record: dict[str, Any], best: float, work: WorkFolder) -> float:
