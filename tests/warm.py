@@ -26,6 +26,7 @@ def client(path):
 
 
 def serve(path):
+    # imported for the forks to find, not for use here: what the linter calls unused
     import diffusers  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import skimage.metrics  # noqa: F401
