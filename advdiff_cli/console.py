@@ -1,6 +1,7 @@
 """The only module that prints: results to stdout; log lines, warnings and progress to stderr."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,17 @@ Advance = Callable[..., None]
 
 
 _heard = True
+_first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+"""Whether this process speaks for those that torchrun started with it; warnings and errors come from each."""
 
 
 def log(message: str) -> None:
     """Print one line to stderr."""
+    if _first:
+        _say(message)
+
+
+def _say(message: str) -> None:
     if _heard:
         print(message, file=sys.stderr, flush=True)
 
@@ -34,16 +42,18 @@ def unheard() -> Iterator[None]:
 
 def warn(message: str) -> None:
     """Print one warning line to stderr."""
-    log(f"advdiff: warning: {message}")
+    _say(f"advdiff: warning: {message}")
 
 
 def error(message: str) -> None:
     """Print one error line to stderr."""
-    log(f"advdiff: error: {' '.join(message.split())}")
+    _say(f"advdiff: error: {' '.join(message.split())}")
 
 
 def emit(data: Mapping[str, Any], text: str, brief: object, *, as_json: bool, quiet: bool) -> None:
     """Print a command's result to stdout: one JSON object, the `brief` value alone, or `text`."""
+    if not _first:
+        return
     if as_json:
         print(json.dumps(data))
     else:
@@ -69,7 +79,7 @@ def progress(total: int, what: str, *, done: int = 0, quiet: bool = False) -> It
     `done` of the `total` were finished by an earlier run. Yields `advance(n=1, note="")`, to be called after each
     finished piece of work.
     """
-    if quiet or not _heard:
+    if quiet or not (_heard and _first):
         yield lambda n=1, note="": None
     elif sys.stderr.isatty():
         with _bar(total, what, done) as advance:

@@ -1,6 +1,8 @@
 """Folders in, folders out: one lossless file for each, bad files named, re-runs that touch nothing."""
 
+import io
 import json
+import shutil
 import time
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from advdiff_cli.data.folder_writer import output_names
+from advdiff_cli.data.locking import OutputLock
 
 
 @pytest.fixture
@@ -131,6 +134,90 @@ def test_another_recipe_and_other_peoples_folders_are_refused(advdiff, folder, d
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x.txt").touch()
     assert "was not made by advdiff purify" in purify(advdiff, folder, tmp_path / "mine", ddpm, code=1).err
+
+
+def test_a_list_of_files(advdiff, folder, ddpm, tmp_path, monkeypatch):
+    out, listed = tmp_path / "out", tmp_path / "list.txt"
+    listed.write_text("a.png\nsub dir/b é.jpg\n\n./a.png\n")
+    assert purify(advdiff, folder, out, ddpm, "--files-from", listed).json["purified"] == 2
+    assert set(files(out)) == {"a.png", "sub dir/b é.png"}
+    listed.write_text("c.jpg\n")
+    purify(advdiff, folder, tmp_path / "one", ddpm, "--files-from", listed)
+    (folder / "c.bmp").write_bytes((folder / "D.BMP").read_bytes())
+    purify(advdiff, folder, tmp_path / "two", ddpm, "--files-from", listed)
+    assert (set(files(tmp_path / "one")), set(files(tmp_path / "two"))) == ({"c.png"}, {"c.jpg.png"})
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"a.png\n{folder}/c.tif\nno such.png\n"))
+    result = purify(advdiff, folder, out, ddpm, "--files-from", "-", code=3)
+    assert (result.json["purified"], result.json["kept"], result.json["failed"]) == (1, 1, 1)
+    assert "no such.png does not exist" in result.err
+    listed.write_text("../elsewhere.png\n")
+    assert "is not below" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
+    listed.write_text("\n")
+    assert "lists no images" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
+
+
+def test_strict_stops_at_the_first_that_fails(advdiff, folder, ddpm, tmp_path):
+    (folder / "b.png").touch()
+    result = purify(advdiff, folder, tmp_path / "out", ddpm, "--strict", code=1)
+    assert "b.png is not an image that can be read (--strict" in result.err.splitlines()[-1]
+    assert result.out == ""
+    (folder / "b.png").unlink()
+    assert purify(advdiff, folder, tmp_path / "out", ddpm, "--strict").json["status"] == "done"
+
+
+def test_shards_share_a_folder(advdiff, folder, ddpm, tmp_path):
+    (folder / "bad.png").touch()
+    purify(advdiff, folder, tmp_path / "whole", ddpm, code=3)
+    out = tmp_path / "out"
+    counts = [purify(advdiff, folder, out, ddpm, "--shard", f"{i}/3", code=code).json for i, code in ((1, 0), (0, 0))]
+    assert [(c["files"], c["purified"]) for c in counts] == [(2, 2), (2, 2)]
+    assert sorted(p.name for p in out.glob("*.jsonl")) == ["advdiff.0of3.jsonl", "advdiff.1of3.jsonl"]
+    assert "made otherwise" in purify(advdiff, folder, out, ddpm, "--shard", "2/3", "--seed", 1, code=1).err
+    purify(advdiff, folder, out, ddpm, "--shard", "2/3", code=3)
+    result = purify(advdiff, folder, out, ddpm, code=3).json
+    assert (result["purified"], result["kept"], result["failed"]) == (0, 5, 1)
+    assert [p.name for p in out.glob("*.jsonl")] == ["advdiff.jsonl"]
+    assert files(out) == files(tmp_path / "whole")
+    assert not list(out.rglob("*.lock"))
+
+
+def test_shards_that_differ_about_a_file_do_it_again(advdiff, folder, ddpm, tmp_path):
+    out, white, pink = tmp_path / "out", Image.new("RGB", (96, 96), "white"), Image.new("RGB", (96, 96), "pink")
+    for image, shard in ((white, "0/4"), (pink, "0/2")):
+        image.save(folder / "D.BMP")  # the first in order
+        purify(advdiff, folder, out, ddpm, "--shard", shard)
+    white.save(folder / "D.BMP")
+    purify(advdiff, folder, out, ddpm)
+    purify(advdiff, folder, tmp_path / "whole", ddpm)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_one_process_at_a_time(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    with OutputLock(out / "advdiff.jsonl"):
+        assert "is being written by another process" in purify(advdiff, folder, out, ddpm, code=1).err
+    purify(advdiff, folder, out, ddpm)
+
+
+def test_links_out_of_the_output_are_not_written_through(advdiff, folder, ddpm, tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    purify(advdiff, folder, out, ddpm)
+    elsewhere.mkdir()
+    precious = elsewhere / "precious"
+    precious.write_text("mine")
+    shutil.rmtree(out / "sub dir")
+    (out / "sub dir").symlink_to(elsewhere)
+    (out / "a.png").unlink()
+    (out / ".a.part.png").symlink_to(precious)
+    (out / "D.png").unlink()
+    (out / "D.png").symlink_to(precious)
+    result = purify(advdiff, folder, out, ddpm, "--overwrite", code=3)
+    assert "is a link out of" in result.err
+    assert result.json["failed"] == 1
+    assert [p.name for p in elsewhere.iterdir()] == ["precious"]
+    assert precious.read_text() == "mine"
+    assert not (out / "D.png").is_symlink()
 
 
 def test_globs_and_single_images(advdiff, folder, ddpm, tmp_path):

@@ -7,6 +7,7 @@ import typer
 
 from advdiff_cli import console, options
 from advdiff_cli.commands.defending import asked_defence, attack_precision
+from advdiff_cli.commands.filling import fill
 from advdiff_cli.commands.opening import open_selected
 
 _BATCH = 32
@@ -96,8 +97,9 @@ def attack(
     Example: advdiff attack test.h5 -c pcam-resnet18 --eps 2/255 -o adv.safetensors
     """
     from advdiff_cli.attacks.plan import aim, resolve
-    from advdiff_cli.attacks.stored import attack_recipe
+    from advdiff_cli.attacks.stored import attack_recipe, attack_rows
     from advdiff_cli.data import writer
+    from advdiff_cli.data.processes import together
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
@@ -130,26 +132,22 @@ def attack(
         plan = {"out": str(out), "status": "would attack", "patches": count, "parameters": parameters}
         console.emit(plan, f"{out}: would attack {count} patches", out, as_json=as_json, quiet=quiet)
         return
-    sink = writer.PatchWriter(
-        out, made_by, patches, part, shape=patches.require_shape(), device=chip.type, overwrite=overwrite
-    )
-    if sink.up_to_date:
-        console.log(f"{out} is up to date")
-    else:
-        _run(target, patches, sink, parameters, chip, quiet)
+
+    def work(sink: writer.PatchWriter) -> None:
+        done = int(sink.finished.sum())
+        with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
+            for count in attack_rows(target, parameters, patches, sink, chip):
+                advance(count)
+
+    with together() as processes:
+        status = fill(
+            out, made_by, patches, cast("Any", shard), processes, work, device=chip.type, overwrite=overwrite
+        )  # fmt: skip
+    if not processes.first:
+        return
     summary = _summary(judged, patches, out, part, parameters, chip) | {"precision": exact}
-    status = "up to date" if sink.up_to_date else "done"
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
-
-
-def _run(target: Any, patches: Any, sink: Any, parameters: dict[str, Any], chip: Any, quiet: bool) -> None:
-    from advdiff_cli.attacks.stored import attack_rows
-
-    done = int(sink.finished.sum())
-    with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
-        for count in attack_rows(target, parameters, patches, sink, chip):
-            advance(count)
 
 
 def _summary(

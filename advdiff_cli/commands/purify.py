@@ -1,10 +1,15 @@
 """`advdiff purify`."""
 
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
 
 from advdiff_cli import console, options
 from advdiff_cli.commands.defending import Defence, build_defence
+from advdiff_cli.commands.filling import fill
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError, SomeInputsFailed
 
@@ -12,6 +17,7 @@ if TYPE_CHECKING:
     from torch import device as Chip
 
     from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.processes import Processes
 
 _BATCH = 16
 
@@ -19,6 +25,11 @@ _BATCH = 16
 def purify(
     data: options.Data,
     out: options.Out,
+    files_from: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Only the images listed, a name a line, relative to DATA; - is stdin."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image of a folder that fails.")] = False,
     ddpm: options.DdpmName = None,
     defense: options.Defense = "ddpm",
     t_star: options.TStar = None,
@@ -43,11 +54,12 @@ def purify(
     """Purify patches: a file to a .safetensors or .h5 file, a folder or glob of images to a folder of the same names.
 
     Run again, it goes on where it was stopped; a folder gets new, changed and failed files only (exit 3 while any
-    fails).
+    fails). Shards of a folder share it; those of a file are joined by merge.
 
     Example: advdiff purify patches/ -o purified/
     """
     from advdiff_cli.data import folder_writer, writer
+    from advdiff_cli.data.processes import together
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
@@ -59,22 +71,27 @@ def purify(
         "precision": earlier.get("precision", "auto") if precision == "auto" else precision,
     }
     machine["precision"] = resolve_precision(machine["precision"], chip)
+    if to_file and (files_from is not None or strict):
+        raise AdvdiffError(f"--out {out}: --files-from and --strict are for folders of images that go to a folder")
     if to_file:
         patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
         patches.require_shape()
-    elif (split, limit, rows, shuffle_seed, shard) != (None,) * 5 or not _holds_images(data):
+    elif (split, limit, rows, shuffle_seed) != (None,) * 4 or not _holds_images(data):
         raise AdvdiffError(
             f"--out {out}: rows of a patch set go to a .safetensors or .h5 file, whole folders of images to a folder"
         )
     defence = build_defence(defense or "ddpm", ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     defence.purifier.to(chip)
     parameters = defence.parameters | {"seed": seed} | machine
-    if to_file:
-        made_by = recipe("purify", parameters, data=patches.recipe_input(), ddpm=defence.model)
-        result = _to_file(patches, out, made_by, defence, cast("Any", shard), chip, overwrite, dry_run, quiet)
-    else:
-        made_by = recipe("purify", parameters, ddpm=defence.model)
-        result = _to_folder(data, out, made_by, defence, chip, overwrite, dry_run, quiet)
+    part = cast("tuple[int, int] | None", shard)
+    with together() as processes:
+        if to_file:
+            made_by = recipe("purify", parameters, data=patches.recipe_input(), ddpm=defence.model)
+            result = _to_file(patches, out, made_by, defence, part, processes, chip, overwrite, dry_run, quiet)
+        else:
+            made_by = recipe("purify", parameters, ddpm=defence.model)
+            files = _listed(data, out, files_from)
+            result = _to_folder(files, out, made_by, defence, part, processes, chip, overwrite, dry_run, strict, quiet)
     counts = ", ".join(f"{v} {k}" for k, v in result.items() if isinstance(v, int))
     console.emit(result, f"{out}: {result['status']}, {counts}", out, as_json=as_json, quiet=quiet)
     if result.get("failed"):
@@ -87,71 +104,96 @@ def _holds_images(data: str) -> bool:
 
 def _to_file(
     patches: "PatchSet", out: Path, made_by: dict[str, Any], defence: Defence, shard: tuple[int, int] | None,
-    chip: "Chip", overwrite: bool, dry_run: bool, quiet: bool,
+    processes: "Processes", chip: "Chip", overwrite: bool, dry_run: bool, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    from advdiff_cli.data import writer
+    from advdiff_cli.data.writer import PatchWriter, shard_rows
     from advdiff_cli.purification.bulk import purify_batch
 
     machine = made_by["parameters"]
-    part = writer.shard_rows(len(patches), machine["batch_size"], shard)
+    part = shard_rows(len(patches), machine["batch_size"], shard)
     count = part.stop - part.start
     if dry_run:
         return {"out": str(out), "status": "would purify", "patches": count}
-    sink = writer.PatchWriter(
-        out, made_by, patches, part, shape=patches.require_shape(), device=chip.type, overwrite=overwrite
-    )
-    if sink.up_to_date:
-        console.log(f"{out} is up to date")
-        return {"out": str(out), "status": "up to date", "patches": count}
-    with sink, console.progress(count, "purify", done=int(sink.finished.sum()), quiet=quiet) as advance:
-        for batch in sink.batches(machine["batch_size"]):
-            keys = [patches.keys[i] for i in batch.rows]
-            clean = purify_batch(
-                defence.purifier, patches.read(batch.rows), keys, machine["seed"], machine["precision"], chip
-            )
-            sink.write(batch, clean.numpy())
-            advance(batch.count)
-    return {"out": str(out), "status": "done", "patches": count}
+
+    def work(sink: PatchWriter) -> None:
+        done, of = int(sink.finished.sum()), len(sink.finished)
+        with sink, console.progress(of, "purify", done=done, quiet=quiet) as advance:
+            for batch in sink.batches(machine["batch_size"]):
+                keys = [patches.keys[i] for i in batch.rows]
+                clean = purify_batch(
+                    defence.purifier, patches.read(batch.rows), keys, machine["seed"], machine["precision"], chip
+                )
+                sink.write(batch, clean.numpy())
+                advance(batch.count)
+
+    status = fill(out, made_by, patches, shard, processes, work, device=chip.type, overwrite=overwrite)
+    return {"out": str(out), "status": status, "patches": count}
 
 
-def _to_folder(
-    data: str,
-    out: Path,
-    made_by: dict[str, Any],
-    defence: Defence,
-    chip: "Chip",
-    overwrite: bool,
-    dry_run: bool,
-    quiet: bool,
-) -> dict[str, Any]:
-    from advdiff_cli.data.folder_writer import FolderWriter
-    from advdiff_cli.data.image_folder import list_images
-    from advdiff_cli.purification.bulk import purify_files
+def _listed(data: str, out: Path, files_from: str | None) -> "tuple[Path, list[Path], dict[str, str]]":
+    """Return the folder that names are relative to, the images to purify, and the output's name for each image below.
+
+    What was made from them is left out; a list does not change what a file's output is called.
+    """
+    from advdiff_cli.data.folder_writer import output_names
+    from advdiff_cli.data.image_folder import list_images, listed_images
 
     if not Path(data).exists() and not any(c in data for c in "*?["):
         raise AdvdiffError(f"no such file or folder: {data}")
-    root, files = list_images(data)
-    files = [f for f in files if not f.resolve().is_relative_to(out.resolve())]
+    root, below = list_images(data)
+    made = os.path.realpath(out) + os.sep
+    files = below = [f for f in below if not os.path.realpath(f).startswith(made)]
+    if files_from is not None:
+        text = sys.stdin.read() if files_from == "-" else Path(files_from).read_text()
+        files = listed_images(root, text.splitlines())
     if not files:
-        raise AdvdiffError(f"no images in {data}")
+        raise AdvdiffError(f"no images in {data}" if files_from is None else f"{files_from} lists no images")
+    names = output_names(sorted({f.relative_to(root).as_posix() for f in [*below, *files]}))
+    return root, files, names
+
+
+def _to_folder(
+    listed: "tuple[Path, list[Path], dict[str, str]]", out: Path, made_by: dict[str, Any], defence: Defence,
+    shard: tuple[int, int] | None, processes: "Processes", chip: "Chip", overwrite: bool, dry_run: bool, strict: bool,
+    quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    from advdiff_cli.data.folder_writer import FolderWriter
+    from advdiff_cli.purification.bulk import purify_files
+
+    root, files, names = listed
+    if processes.count > 1:
+        if shard is not None:
+            raise AdvdiffError("--shard: under torchrun each process takes the shard of its rank; leave it out")
+        shard = (processes.rank, processes.count)
+        if overwrite and processes.first:
+            FolderWriter(out, made_by, device=chip.type, overwrite=True).close()
+        processes.wait()
+        overwrite = False
+    mine = files if shard is None else files[shard[0] :: shard[1]]
     if dry_run:
-        return {"out": str(out), "status": "would purify", "files": len(files)}
-    sink = FolderWriter(out, made_by, device=chip.type, overwrite=overwrite)
+        return {"out": str(out), "status": "would purify", "files": len(mine)}
     counts = {"ok": 0, "kept": 0, "failed": 0}
     p = made_by["parameters"]
     settings = {"batch_size": p["batch_size"], "seed": p["seed"], "precision": p["precision"]}
-    with console.progress(len(files), "purify", quiet=quiet) as advance:
-        for outcome in purify_files(defence.purifier, root, files, sink, device=chip, **settings):
+    with (
+        FolderWriter(out, made_by, shard, device=chip.type, overwrite=overwrite) as sink,
+        console.progress(len(mine), "purify", quiet=quiet) as advance,
+    ):
+        for outcome in purify_files(defence.purifier, root, mine, names, sink, device=chip, **settings):
             counts[outcome.status] += 1
+            if outcome.status == "failed" and strict:
+                raise AdvdiffError(f"{outcome.reason} (--strict: nothing after it was begun)")
             if outcome.status == "failed":
                 console.warn(outcome.reason)
             advance()
-    status = "up to date" if counts["kept"] == len(files) else "done"
+    ok, kept, failed, of = processes.sums([*counts.values(), len(mine)])
+    if processes.first and processes.count > 1:
+        FolderWriter(out, made_by, device=chip.type).close()  # which joins the journals
     return {
         "out": str(out),
-        "status": status,
-        "files": len(files),
-        "purified": counts["ok"],
-        "kept": counts["kept"],
-        "failed": counts["failed"],
+        "status": "up to date" if kept == of else "done",
+        "files": of,
+        "purified": ok,
+        "kept": kept,
+        "failed": failed,
     }

@@ -90,6 +90,7 @@ def train_classifier(
 
     Example: advdiff train-classifier train.h5 --valid valid.h5 -o classifier
     """
+    from advdiff_cli.data.processes import together
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import zoo
     from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
@@ -117,23 +118,28 @@ def train_classifier(
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_classifier(init)),
     )
-    work = WorkFolder(out, made_by, recorded, overwrite=overwrite)
-    if work.up_to_date:
-        console.log(f"{out} is up to date")
-    else:
-        rows = TrainingRows(sets, labelled=True)
-        mean, std = channel_statistics(rows, seed)
-        model = zoo.initial_classifier(init, ClassifierConfig(arch, mean, std), seed, rows.shape)
-        regime, steps = asked.build(exact, seed, chip), rows.steps(plan.batch_size) * epochs
-        records = fit_classifier(model, rows, valid_set, plan, work, chip, regime)
-        follow(records, steps, "train-classifier", quiet=quiet)
-        if valid_set is not None:
-            found = OnValid(model, valid_set, plan.batch_size, regime, chip)
-            work.log({"step": steps, "published": _judge(found, work)})
-        made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
-        save_classifier(model, work.part, made)
-        work.publish(BEST)
-    _report(out, arch, epochs, zoo.training_log(out), as_json, quiet)
+    with together() as processes, WorkFolder(
+        out, made_by, recorded, overwrite=overwrite, first=processes.first
+    ) as work:  # fmt: skip
+        processes.wait()  # for the first to lay it down
+        if work.up_to_date:
+            console.log(f"{out} is up to date")
+        else:
+            rows = TrainingRows(sets, labelled=True)
+            mean, std = channel_statistics(rows, seed)
+            model = zoo.initial_classifier(init, ClassifierConfig(arch, mean, std), seed, rows.shape)
+            regime, steps = asked.build(exact, seed, chip), rows.steps(plan.batch_size) * epochs
+            records = fit_classifier(model, rows, valid_set, plan, work, chip, regime)
+            follow(records, steps, "train-classifier", quiet=quiet)
+            if processes.first:
+                if valid_set is not None:
+                    found = OnValid(model, valid_set, plan.batch_size, regime, chip)
+                    work.log({"step": steps, "published": _judge(found, work)})
+                made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
+                save_classifier(model, work.part, made)
+                work.publish(BEST)
+    if processes.first:
+        _report(out, arch, epochs, zoo.training_log(out), as_json, quiet)
 
 
 def _adversary(

@@ -44,6 +44,7 @@ def train_ddpm(
 
     Example: advdiff train-ddpm train.h5 --valid valid.h5 --max-t 0.3 -o ddpm
     """
+    from advdiff_cli.data.processes import together
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import zoo
     from advdiff_cli.models.ddpm import DdpmCard, Purification, save_ddpm
@@ -65,20 +66,26 @@ def train_ddpm(
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_ddpm(init, allow_pickle=allow_pickle)),
     )
-    work = WorkFolder(out, made_by, recorded, overwrite=overwrite)
-    if work.up_to_date:
-        console.log(f"{out} is up to date")
-    else:
-        rows = TrainingRows(sets, labelled=False)
-        shapes = [rows.shape, *([valid_set.require_shape()] if valid_set else [])]
-        low, high = map(float, data_range.split(","))
-        model = zoo.initial_ddpm(init, preset, shapes, max_t, seed, (low, high), allow_pickle=allow_pickle)
-        follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
-        made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
-        paper = Purification(t_star=min(Purification.t_star, max_t))
-        model.card = DdpmCard(model.card.space_to_depth, max_t, (low, high), recommended=paper, provenance=made)
-        save_ddpm(model.cpu(), work.part)
-        work.publish()
+    with together() as processes, WorkFolder(
+        out, made_by, recorded, overwrite=overwrite, first=processes.first
+    ) as work:  # fmt: skip
+        processes.wait()  # for the first to lay it down
+        if work.up_to_date:
+            console.log(f"{out} is up to date")
+        else:
+            rows = TrainingRows(sets, labelled=False)
+            shapes = [rows.shape, *([valid_set.require_shape()] if valid_set else [])]
+            low, high = map(float, data_range.split(","))
+            model = zoo.initial_ddpm(init, preset, shapes, max_t, seed, (low, high), allow_pickle=allow_pickle)
+            follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
+            made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
+            paper = Purification(t_star=min(Purification.t_star, max_t))
+            model.card = DdpmCard(model.card.space_to_depth, max_t, (low, high), recommended=paper, provenance=made)
+            if processes.first:
+                save_ddpm(model.cpu(), work.part)
+                work.publish()
+    if not processes.first:
+        return
     log = zoo.training_log(out)
     text = f"{out}: {preset}, {log[-1]['step']} steps, loss {log[-1]['loss']:.4f}"
     console.emit({"out": str(out), "log": log}, text, out, as_json=as_json, quiet=quiet)

@@ -2,6 +2,8 @@
 
 import csv
 import glob
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,17 +60,33 @@ def list_images(path: str) -> tuple[Path, list[Path]]:
     """Return the folder that names are relative to, and the image files below it in sorted order."""
     place = Path(path)
     if place.is_dir():
-        found = [p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+        found = [p for p in place.rglob("*") if _is_image_name(p)]
         return place, sorted(found, key=lambda p: p.relative_to(place).as_posix())
     if place.is_file():
         if place.suffix.lower() not in SUFFIXES:
             raise AdvdiffError(f"{place} is no patch set: .safetensors, .h5, or images ({', '.join(sorted(SUFFIXES))})")
         return place.parent, [place]
     found = [Path(p) for p in glob.glob(path, recursive=True)]
-    found = sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = sorted(p for p in found if _is_image_name(p))
     parts = Path(path).parts
     magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     return Path(*parts[:magic]), found
+
+
+def listed_images(root: Path, names: Sequence[str]) -> list[Path]:
+    """Return the files that `names` lists, relative to `root`, each once; AdvdiffError where one is not below it."""
+    found: dict[Path, None] = {}
+    for name in filter(None, names):
+        file = Path(os.path.normpath(root / name))
+        if not file.is_relative_to(os.path.normpath(root)):
+            raise AdvdiffError(f"{name} is not below {root}, which the listed names are relative to")
+        found[root / file.relative_to(os.path.normpath(root))] = None
+    return list(found)
+
+
+def _is_image_name(path: Path) -> bool:
+    """Tell whether a path is called like an image; what is no file is then named as one that cannot be read."""
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 def _labels(root: Path, files: list[Path], table: Path | None) -> Rows | None:
@@ -88,21 +106,42 @@ def _labels(root: Path, files: list[Path], table: Path | None) -> Rows | None:
 def _size(file: Path) -> tuple[int, int] | None:
     """Return (H, W) from an image's header, or None when it cannot be read."""
     try:
-        with Image.open(file) as image:
+        check_file(file)
+        with _opened(file) as image:
             turned = image.getexif().get(0x0112, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (AdvdiffError, OSError, ValueError, Image.DecompressionBombError):
         return None
+
+
+def check_file(file: Path) -> None:
+    """Check that `file` can be opened without waiting for ever; AdvdiffError when it is no regular file."""
+    if not file.is_file():
+        exists = "is no regular file" if file.exists() else "does not exist"
+        raise AdvdiffError(f"{file} {'is a link to nothing' if file.is_symlink() else exists}")
+
+
+def _opened(file: Path) -> Image.Image:
+    with warnings.catch_warnings():  # of size: `read_image` refuses it
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 def read_image(file: Path) -> NDArray[np.uint8]:
     """Return an image as (3, H, W) uint8 RGB, EXIF rotation applied.
 
     Raises:
-        AdvdiffError: it cannot be decoded, has more than 8 bits a channel, or is transparent.
+        AdvdiffError: it cannot be decoded, has more than 8 bits a channel, is transparent, or too large to be an image
+            that one reads whole (Pillow's own bound, 89 megapixels).
     """
+    check_file(file)
     try:
-        with Image.open(file) as image:
+        with _opened(file) as image:
+            if image.width * image.height > (most := Image.MAX_IMAGE_PIXELS or 0):
+                raise AdvdiffError(
+                    f"{file} has {image.width * image.height / 1e6:.0f} megapixels, more than {most / 1e6:.0f}; "
+                    "cut it into tiles"
+                )
             if image.mode.startswith(("I", "F")) or _is_deep(image):
                 raise AdvdiffError(f"{file} has more than 8 bits a channel; convert it to 8-bit RGB")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

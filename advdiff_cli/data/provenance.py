@@ -68,12 +68,16 @@ def history(made: Provenance | None) -> list[Provenance]:
 
 
 def whole_lines(journal: Path) -> list[str]:
-    """Return the lines of a journal; half a line at its end, cut off by a crash, is removed."""
+    """Return the lines of a journal, without half a line at its end that a crash cut off, or that is being written."""
     text = journal.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(journal, len(whole))
-    return whole.decode().splitlines()
+    return text[: text.rfind(b"\n") + 1].decode().splitlines()
+
+
+def mend(journal: Path) -> None:
+    """Remove half a line at the end of a journal that no other process writes."""
+    text = journal.read_bytes()
+    if (whole := text.rfind(b"\n") + 1) < len(text):
+        os.truncate(journal, whole)
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:

@@ -12,8 +12,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from advdiff_cli.data.hdf5_file import Hdf5Target
+from advdiff_cli.data.locking import OutputLock
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import Provenance, canonical, difference, provenance, same_recipe, whole_lines
+from advdiff_cli.data.provenance import Provenance, canonical, difference, mend, provenance, same_recipe, whole_lines
 from advdiff_cli.data.safetensors_file import SafetensorsTarget
 from advdiff_cli.data.source import Images, Rows
 from advdiff_cli.errors import AdvdiffError
@@ -123,29 +124,48 @@ class PatchWriter:
         if part.stop - part.start < part.of:
             record["part"] = [part.start, part.stop, part.of]
         self._record = record
-        self.up_to_date = out.exists() and not overwrite and self._settled()
         self.finished = np.zeros(part.stop - part.start, bool)
         self._target: _Target | None = None
-        if not self.up_to_date:
-            rows = slice(part.start, part.stop)
-            vectors = {"index": np.ascontiguousarray(source.index[rows])}
-            if source.labels is not None:
-                vectors["labels"] = np.ascontiguousarray(source.labels[rows])
-            resume = self._resume(overwrite)
-            if not resume:  # before the rows it speaks of are gone
-                self._sidecar.unlink(missing_ok=True)
-            full = (len(self.finished), 3, *shape)
-            kind: Callable[..., _Target] = _TARGETS[out.suffix]
-            try:
-                self._target = kind(self._work, full, dtype, vectors, record, resume=resume)
-            except OSError:
-                if not resume:
-                    self._work.unlink(missing_ok=True)
-                raise
+        self.up_to_date = self._stands(overwrite)
+        if self.up_to_date:
+            return
+        self._lock = OutputLock(out)
+        try:
+            self.up_to_date = self._stands(overwrite)  # another process may have ended meanwhile
+            if not self.up_to_date:
+                self._lay_down(source, shape, dtype, overwrite)
+        finally:
+            if self._target is None:
+                self._lock.release()
+
+    def _stands(self, overwrite: bool) -> bool:
+        return self.out.exists() and not overwrite and self._settled()
+
+    def _lay_down(self, source: PatchSet, shape: tuple[int, int], dtype: str, overwrite: bool) -> None:
+        """Open OUT.part, taken over from an earlier run or new, and its sidecar."""
+        for file in (self._work, self._sidecar):
+            if file.is_symlink():
+                raise AdvdiffError(f"{file} is a symbolic link, which is not written through; remove it")
+        rows = slice(self.part.start, self.part.stop)
+        vectors = {"index": np.ascontiguousarray(source.index[rows])}
+        if source.labels is not None:
+            vectors["labels"] = np.ascontiguousarray(source.labels[rows])
+        resume = self._resume(overwrite)
+        if not resume:  # before the rows it speaks of are gone
+            self._sidecar.unlink(missing_ok=True)
+        full = (len(self.finished), 3, *shape)
+        kind: Callable[..., _Target] = _TARGETS[self.out.suffix]
+        try:
+            self._target = kind(self._work, full, dtype, vectors, self._record, resume=resume)
             if not resume:
-                self._sidecar.write_text(canonical(record) + "\n")
-            self._pending: list[tuple[int, int]] = []
-            self._flushed = time.monotonic()
+                self._sidecar.write_text(canonical(self._record) + "\n")
+        except OSError:
+            if not resume:
+                self._work.unlink(missing_ok=True)
+                self._sidecar.unlink(missing_ok=True)
+            raise
+        self._pending: list[tuple[int, int]] = []
+        self._flushed = time.monotonic()
 
     def _settled(self) -> bool:
         have = recorded(self.out)
@@ -170,6 +190,7 @@ class PatchWriter:
             raise AdvdiffError(
                 f"{self._work} holds unfinished work of another recipe ({what}); give --overwrite or another --out"
             )
+        mend(self._sidecar)
         for line in whole_lines(self._sidecar)[1:]:
             start, stop = json.loads(line)
             self.finished[start:stop] = True
@@ -212,13 +233,16 @@ class PatchWriter:
         if self._target is None:
             return
         try:
-            self._flush()
+            try:
+                self._flush()
+            finally:
+                self._target.close()
+            if kind is None and self.finished.all():
+                self._sidecar.unlink()
+                os.replace(self._work, self.out)
         finally:
-            self._target.close()
             self._target = None
-        if kind is None and self.finished.all():
-            self._sidecar.unlink()
-            os.replace(self._work, self.out)
+            self._lock.release()
 
 
 def _work_files(out: Path) -> tuple[Path, Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from advdiff_cli.data.provenance import Provenance, canonical, digest, whole_lines
+from advdiff_cli.data.provenance import Provenance, canonical, digest, mend, whole_lines
 
 
 class Stopwatch:
@@ -17,7 +17,7 @@ class Stopwatch:
         self._journal, self._of, self._anew = journal, digest([canonical(recipe).encode()]), anew
         self._since = time.monotonic()
         if journal.is_file():
-            whole_lines(journal)  # half a line at its end would spoil the next
+            mend(journal)  # half a line at its end would spoil the next
 
     def __enter__(self) -> Self:
         """Start."""

@@ -1,6 +1,6 @@
 """Purify a folder: images of any sizes, batched by size, one bad file never stopping the rest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advdiff_cli.data.folder_writer import FolderWriter, output_names
-from advdiff_cli.data.image_folder import read_image, told_of
+from advdiff_cli.data.folder_writer import FolderWriter
+from advdiff_cli.data.image_folder import check_file, read_image, told_of
 from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.data.source import MIN_SIZE
 from advdiff_cli.data.streams import RowKey
@@ -55,7 +55,7 @@ def purify_batch(
 
 
 def purify_files(
-    purifier: Purifier, root: Path, files: list[Path], writer: FolderWriter, *,
+    purifier: Purifier, root: Path, files: list[Path], names: Mapping[str, str], writer: FolderWriter, *,
     batch_size: int, seed: int, precision: str, device: torch.device,
 ) -> Iterator[Outcome]:  # fmt: skip
     """Purify image files to the same relative names, yielding what became of each.
@@ -64,14 +64,18 @@ def purify_files(
         purifier: On `device`.
         root: What names are relative to; the relative name of a file names its noise.
         files: Image files below `root`.
+        names: The output's relative name for each relative name.
         writer: Where results and the journal go.
         batch_size: Images of one size computed at once; one that is denoised in windows is computed alone.
         seed: Of the noise.
         precision: fp32, bf16 or fp16.
         device: Where to compute.
     """
-    names = output_names([f.relative_to(root).as_posix() for f in files])
     waiting: dict[tuple[int, ...], list[_Waiting]] = {}
+
+    def failed(key: str, sha256: str | None, why: Exception) -> Outcome:
+        writer.fail(key, sha256, str(why))
+        return Outcome(key, "failed", str(why))
 
     def at_once(shape: tuple[int, ...]) -> int:
         return batch_size if max(shape) <= LARGEST else 1
@@ -83,13 +87,18 @@ def purify_files(
         clean = purify_batch(purifier, images, [one.key for one in full], seed, precision, device)
         for one, image in zip(group, clean, strict=False):
             pixels = (image * 255).round().byte().numpy()
-            writer.write(one.key, one.sha256, names[one.key], pixels, one.about)
-            yield Outcome(one.key, "ok")
+            try:
+                writer.write(one.key, one.sha256, names[one.key], pixels, one.about)
+            except AdvdiffError as e:
+                yield failed(one.key, one.sha256, e)
+            else:
+                yield Outcome(one.key, "ok")
 
     for file in files:
         key = file.relative_to(root).as_posix()
         sha256 = None
         try:
+            check_file(file)
             sha256 = file_digest(file)
             if writer.is_done(key, sha256, names[key]):
                 yield Outcome(key, "kept")
@@ -100,8 +109,7 @@ def purify_files(
                     f"{file} is {image.shape[1]}x{image.shape[2]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
                 )
         except (AdvdiffError, OSError) as e:
-            writer.fail(key, sha256, str(e))
-            yield Outcome(key, "failed", str(e))
+            yield failed(key, sha256, e)
             continue
         waiting.setdefault(image.shape, []).append(_Waiting(key, sha256, image, about))
         if len(waiting[image.shape]) == at_once(image.shape):

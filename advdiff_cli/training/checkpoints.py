@@ -5,13 +5,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from advdiff_cli.data.locking import OutputLock
 from advdiff_cli.data.provenance import Provenance, canonical, difference, same_recipe
 from advdiff_cli.errors import AdvdiffError
 
@@ -33,9 +34,11 @@ def begun(out: Path, recorded: Provenance | None) -> Mapping[str, Any]:
 
 
 class WorkFolder:
-    """OUT.part: where a model is made; `publish` gives it the name OUT."""
+    """OUT.part: where a model is made; `publish` gives it the name OUT. Of several processes, the first one writes."""
 
-    def __init__(self, out: Path, recipe: Provenance, recorded: Provenance | None, *, overwrite: bool) -> None:
+    def __init__(
+        self, out: Path, recipe: Provenance, recorded: Provenance | None, *, overwrite: bool, first: bool = True
+    ) -> None:
         """Decide whether `out` is up to date, and open or resume the work folder.
 
         Args:
@@ -43,11 +46,14 @@ class WorkFolder:
             recipe: what is to be made.
             recorded: the recipe of what stands at `out`, or None where it is no model folder.
             overwrite: whether another model or another recipe's unfinished work may be replaced.
+            first: whether this process is the one that writes; on the others nothing is written.
 
         Raises:
-            AdvdiffError: something else stands at `out`, or in the work folder.
+            AdvdiffError: something else stands at `out`, or in the work folder, or another command is at work there.
         """
         self.out = out
+        self._first = first
+        self._lock: OutputLock | None = None
         self.part = out.with_name(out.name + ".part")
         self.up_to_date = False
         if out.exists():
@@ -58,8 +64,22 @@ class WorkFolder:
                 raise AdvdiffError(
                     f"{out} was made otherwise ({difference(recorded, recipe)}); give --overwrite or another --out"
                 )
-        if not self.up_to_date:
-            self._open(recipe, overwrite)
+        if not self.up_to_date and first:
+            self._lock = OutputLock(out)
+            try:
+                self._open(recipe, overwrite)
+            except BaseException:
+                self._lock.release()
+                raise
+
+    def __enter__(self) -> Self:
+        """Return the work folder."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another process have it."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _open(self, recipe: Provenance, overwrite: bool) -> None:
         known = self.part / _RECIPE
@@ -79,17 +99,19 @@ class WorkFolder:
         if self.part.exists():
             shutil.rmtree(self.part)
         self.part.mkdir(parents=True)
-        fresh = known.with_name(known.name + ".new")
-        fresh.write_text(canonical(recipe))
-        os.replace(fresh, known)
+        _replace(known, canonical(recipe))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to training.jsonl."""
+        if not self._first:
+            return
         with (self.part / LOG).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], name: str = CHECKPOINT) -> None:
         """Write a checkpoint: tensors, and a state that JSON can hold; the old one stays until the new one is whole."""
+        if not self._first:
+            return
         target = self.part / name
         fresh = target.with_name(name + ".new")
         copies = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -109,9 +131,10 @@ class WorkFolder:
     def cut_log(self, step: int) -> None:
         """Drop log records after `step`, which are about to be made again."""
         path = self.part / LOG
-        if path.is_file():
+        if self._first and path.is_file():
             lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+            kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+            _replace(path, kept)
 
     def publish(self, *leftovers: str) -> None:
         """Rename the work folder to the output's name, then remove checkpoints and `leftovers` from it."""
@@ -125,6 +148,12 @@ class WorkFolder:
             (self.out / name).unlink(missing_ok=True)
         if old.exists():
             shutil.rmtree(old)
+
+
+def _replace(file: Path, text: str) -> None:
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(text)
+    os.replace(fresh, file)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ def fit_classifier(
     model: Classifier, train: TrainingRows, valid: PatchSet | None, plan: ClassifierPlan, work: WorkFolder,
     device: torch.device, regime: Regime = PLAIN, *, checkpoint_seconds: float = 120,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Fit `model` in place, yielding a record after each step; it holds the best epoch's weights at the end.
+    """Fit `model` in place, yielding a record after each step; it holds the best epoch's weights at the end,
+    in the first of several processes.
 
     Args:
         model: Classifier; trained on `device`, back in eval mode at the end.
@@ -125,7 +126,9 @@ def fit_classifier(
             save()
             last = time.monotonic()
         yield record
-    _finish(model, work, None if valid is None else OnValid(model, valid, plan.batch_size, regime, accelerator.device))
+    if accelerator.is_main_process:
+        judge = None if valid is None else OnValid(model, valid, plan.batch_size, regime, accelerator.device)
+        _finish(model, work, judge)
     model.eval()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # mixed precision was the training's alone

@@ -1,0 +1,93 @@
+"""Started by torchrun: data commands give one process's rows, training its curve; one process at a time writes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advdiff_cli.data.locking import OutputLock
+from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.processes import together
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(*arguments, code=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "advdiff_cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_rows_of_a_file(advdiff, test_x, classifier, tmp_path):
+    attack = ["attack", test_x, "-c", classifier, "--steps", 2, "--batch-size", 4, "--limit", 14]
+    one, two = tmp_path / "one.h5", tmp_path / "two.h5"
+    alone = advdiff(*attack, "-o", one, "--json").json
+    shared = json.loads(torchrun(*attack, "-o", two, "--json").stdout)
+    assert shared | {"out": ""} == alone | {"out": ""}
+    assert open_patches(two).fingerprint() == open_patches(one).fingerprint()
+    assert open_patches(two).provenance["recipe"] == open_patches(one).provenance["recipe"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5", "two.h5"]
+    assert "up to date" in advdiff(*attack, "-o", two).err
+
+
+def test_files_of_a_folder(advdiff, ddpm, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(tmp_path / "in" / f"{i}.png")
+    purify = ["purify", tmp_path / "in", "-m", ddpm, "--t-star", "0.02", "--sampler-steps", 1]
+    advdiff(*purify, "-o", tmp_path / "one")
+    told = json.loads(torchrun(*purify, "-o", tmp_path / "two", "--json").stdout)
+    assert (told["files"], told["purified"], told["failed"]) == (5, 5, 0)
+    for file in (tmp_path / "one").glob("*.png"):
+        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
+    assert sorted(p.name for p in (tmp_path / "two").iterdir() if p.suffix != ".png") == ["advdiff.jsonl"]
+    assert advdiff(*purify, "-o", tmp_path / "two", "--json").json["status"] == "up to date"
+
+
+def test_training_follows_the_curve_of_one_process(advdiff, test_x, tmp_path):
+    """Each batch is split between the processes: other noise and other augmentations, the same loss but for those."""
+    train = ["train-ddpm", test_x, "--valid", test_x, "--preset", "tiny", "--steps", 12, "--batch-size", 16]
+    train += ["--precision", "fp32", "--max-t", "0.3", "--learning-rate", "1e-3"]
+    advdiff(*train, "-o", tmp_path / "one")
+    torchrun(*train, "-o", tmp_path / "two")
+    one, two = (json.loads((tmp_path / k / "training.jsonl").read_text().splitlines()[-1]) for k in ("one", "two"))
+    assert one["step"] == two["step"] == 12
+    assert two["loss"] == pytest.approx(one["loss"], rel=0.05)
+    for level, loss in one["valid_loss"].items():
+        assert two["valid_loss"][level] == pytest.approx(loss, rel=0.05)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_classifier_is_published_once(advdiff, test_x, tmp_path):
+    train = ["train-classifier", test_x, "--valid", test_x, "--arch", "squeezenet1_1", "--epochs", 2]
+    train += ["--batch-size", 20, "--precision", "fp32"]
+    done = torchrun(*train, "-o", tmp_path / "c")
+    assert "published" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["config.json", "model.safetensors", "training.jsonl"]
+    advdiff("evaluate", test_x, "-c", tmp_path / "c", "--limit", 4)
+
+
+def test_one_process_at_a_time(advdiff, test_x, ddpm, tmp_path):
+    commands = {
+        "p.h5": ["purify", test_x, "-m", ddpm, "--t-star", "0.02", "--sampler-steps", 1, "--limit", 2],
+        "d": ["train-ddpm", test_x, "--preset", "tiny", "--steps", 1, "--batch-size", 2],
+    }
+    for name, command in commands.items():
+        with OutputLock(tmp_path / name):
+            assert "is being written by another process" in advdiff(*command, "-o", tmp_path / name, code=1).err
+        advdiff(*command, "-o", tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "p.h5"]
+
+
+def test_alone_there_is_nobody_to_wait_for(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with together() as processes:
+        assert processes.first
+        assert processes.sums([2, 3]) == [2, 3]
