@@ -51,14 +51,13 @@ def _chain(made: dict[str, Any], indent: str) -> list[str]:
     """Return the lines that tell how a thing was made, then how its inputs were."""
     recipe = made["recipe"]
     parameters = ", ".join(f"{k} {v}" for k, v in recipe["parameters"].items())
-    versions = ", ".join(f"{k} {v}" for k, v in made["recorded"]["versions"].items())
-    lines = [
-        f"{indent}{recipe['command']}: {parameters}",
-        f"{indent}  with {versions} on {made['recorded']['device']}",
-    ]
+    lines = [f"{indent}{recipe['command']}: {parameters}"]
+    if recorded := made.get("recorded"):
+        versions = ", ".join(f"{k} {v}" for k, v in recorded["versions"].items())
+        lines.append(f"{indent}  with {versions} on {recorded['device']}")
     for name, value in recipe.items():
         if name not in ("command", "format", "parameters") and value is not None:
             lines.append(f"{indent}  {name}: {value}")
-    for below in made["inputs"]:
+    for below in made.get("inputs", []):
         lines += _chain(below, indent + "    ")
     return lines

@@ -20,6 +20,7 @@ from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 _CHUNK_BYTES = 1 << 20
+_DEFLATED = 1032  # times smaller at most, which deflate makes of zeros
 
 
 class Hdf5Source:
@@ -28,7 +29,11 @@ class Hdf5Source:
     def __init__(self, path: Path) -> None:
         """Check the datasets of `path` and open it."""
         self.path = path
-        self._file = _open(path)
+        with _whole(path):
+            self._begin(path)
+
+    def _begin(self, path: Path) -> None:
+        self._file = h5py.File(path, "r")
         self._pcam = "images" not in self._file and "x" in self._file
         self._images = _dataset(self._file, path, "x" if self._pcam else "images")
         stored = tuple(int(s) for s in self._images.shape)
@@ -57,8 +62,11 @@ class Hdf5Source:
         sibling = self.path.with_name(self.path.name.replace("_x.h5", "_y.h5"))
         if sibling == self.path or not sibling.exists():
             return None
-        with _open(sibling) as file:
-            return np.asarray(_dataset(file, sibling, "y")[()]).reshape(-1)
+        with _whole(sibling), h5py.File(sibling, "r") as file:
+            labels = _dataset(file, sibling, "y")
+            if labels.dtype.kind not in "iu":
+                raise AdvdiffError(f"y in {sibling} is {labels.dtype}; integers are needed")
+            return np.asarray(labels[()]).reshape(-1)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -67,15 +75,11 @@ class Hdf5Source:
     def read(self, rows: Rows) -> Images:
         """Return the images at `rows`."""
         first, n = int(rows[0]), len(rows)
-        try:
+        with _whole(self.path):
             if np.array_equal(rows, np.arange(first, first + n)):
                 images = self._images[first : first + n]
             else:
                 images = np.stack([self._images[int(row)] for row in rows])
-        except OSError as e:
-            raise AdvdiffError(
-                f"rows {first}.. of {self.path} cannot be read ({e}); make or download it again"
-            ) from None
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if self._pcam else images
 
 
@@ -84,20 +88,32 @@ def open_hdf5(path: Path) -> Hdf5Source:
     return Hdf5Source(path)
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turn what h5py raises of a broken file, which may be nearly anything, into one line that names it."""
     try:
-        return h5py.File(path, "r")
-    except OSError as e:
-        raise AdvdiffError(f"{path} is not a whole HDF5 file ({e}); make or download it again") from None
+        yield
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as e:
+        why = str(e).strip("'\"").splitlines()[0] if str(e) else type(e).__name__
+        raise AdvdiffError(f"{path} is not a whole HDF5 file ({why}); make or download it again") from None
 
 
 def _dataset(file: Any, path: Path, name: str) -> Any:
-    """Return a dataset that is held in the file itself: no link, external storage or virtual dataset is followed."""
+    """Return a dataset that is held in the file itself: no link, external storage or virtual dataset is followed.
+
+    Nor one that claims more than the file can hold: what is read of it would be memory alone.
+    """
     if file.get(name, getlink=True).__class__ is not h5py.HardLink:
         raise AdvdiffError(f"{path} has no dataset {name} of its own; a patch set holds images, labels and index")
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.external is not None or dataset.is_virtual:
         raise AdvdiffError(f"{name} in {path} is not a plain dataset; external and virtual data are not read")
+    stored, filters = dataset.id.get_storage_size(), dataset.id.get_create_plist().get_nfilters()
+    most = stored * (_DEFLATED if filters else 1)
+    if dataset.nbytes > most or stored > path.stat().st_size:
+        raise AdvdiffError(
+            f"{name} in {path} is {dataset.nbytes} bytes, of which the file holds {stored}; make it again"
+        )
     return dataset
 
 

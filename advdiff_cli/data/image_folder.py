@@ -4,7 +4,8 @@ import csv
 import glob
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from advdiff_cli.data.provenance import Provenance
-from advdiff_cli.data.source import Images, Rows
+from advdiff_cli.data.source import MAX_PIXELS, Images, Rows
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
@@ -121,27 +122,26 @@ def check_file(file: Path) -> None:
         raise AdvdiffError(f"{file} {'is a link to nothing' if file.is_symlink() else exists}")
 
 
-def _opened(file: Path) -> Image.Image:
-    with warnings.catch_warnings():  # of size: `read_image` refuses it
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """Open an image without Pillow's warnings of its size, which is checked here, and of its metadata."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file) as image:
+            yield image
 
 
 def read_image(file: Path) -> NDArray[np.uint8]:
     """Return an image as (3, H, W) uint8 RGB, EXIF rotation applied.
 
     Raises:
-        AdvdiffError: it cannot be decoded, has more than 8 bits a channel, is transparent, or too large to be an image
-            that one reads whole (Pillow's own bound, 89 megapixels).
+        AdvdiffError: it cannot be decoded, has more than 8 bits a channel, is transparent, or has more than MAX_PIXELS.
     """
     check_file(file)
     try:
         with _opened(file) as image:
-            if image.width * image.height > (most := Image.MAX_IMAGE_PIXELS or 0):
-                raise AdvdiffError(
-                    f"{file} has {image.width * image.height / 1e6:.0f} megapixels, more than {most / 1e6:.0f}; "
-                    "cut it into tiles"
-                )
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                raise AdvdiffError(f"{file} has {pixels / 1e6:.0f} megapixels; cut it into tiles")
             if image.mode.startswith(("I", "F")) or _is_deep(image):
                 raise AdvdiffError(f"{file} has more than 8 bits a channel; convert it to 8-bit RGB")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -165,7 +165,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 def told_of(file: Path) -> dict[str, Any]:
     """Return what an image's file tells about it that stays true: resolution (dpi) and, of RGB, the ICC profile."""
-    with Image.open(file) as image:
+    with _opened(file) as image:
         found: dict[str, Any] = {k: image.info[k] for k in ("dpi", "icc_profile") if image.info.get(k)}
         if image.mode not in ("RGB", "P"):
             found.pop("icc_profile", None)  # of the colours it was converted from

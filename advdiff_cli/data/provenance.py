@@ -98,8 +98,30 @@ def parse(text: str | bytes, where: Path) -> Provenance:
     """Read a provenance JSON; AdvdiffError when it is none."""
     try:
         value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise AdvdiffError(f"the provenance record in {where} is not a JSON object; write the file again")
-    return value
+        whole = _is_provenance(value)
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise AdvdiffError(f"the provenance record in {where} is none of advdiff's; write the file again")
+    record: Provenance = value
+    return record
+
+
+def _is_provenance(value: Any) -> bool:
+    """Tell whether a record, and those of its inputs, hold what is built on."""
+    if not isinstance(value, dict) or not isinstance(recipe := value.get("recipe"), dict):
+        return False
+    part, inputs = value.get("part", [0, 0, 0]), value.get("inputs", [])
+    recorded = value.get("recorded", {"versions": {}, "device": ""})
+    return (
+        isinstance(recipe.get("command"), str)
+        and isinstance(recipe.get("parameters"), dict)
+        and isinstance(value.get("origin"), str | None)
+        and isinstance(recorded, dict)
+        and isinstance(recorded.get("versions"), dict)
+        and isinstance(recorded.get("device"), str)
+        and isinstance(part, list)
+        and [type(p) for p in part] == [int] * 3
+        and isinstance(inputs, list)
+        and all(map(_is_provenance, inputs))
+    )

@@ -15,6 +15,7 @@ Images = NDArray[Any]  # (B, 3, H, W) uint8 or float32
 Rows = NDArray[np.int64]
 
 MIN_SIZE = 32  # pixels
+MAX_PIXELS = 89_478_485  # of an image that is read whole: Pillow's own bound
 
 
 class Source(Protocol):
@@ -40,6 +41,8 @@ def check_layout(path: Path, images: tuple[int, ...], dtype: str, counts: dict[s
         raise AdvdiffError(f"the images of {path} have shape {images}; (N, 3, H, W) is needed")
     if dtype not in ("uint8", "float32"):
         raise AdvdiffError(f"the images of {path} are {dtype}; float32 in [0, 1] or uint8 is needed")
+    if images[2] * images[3] > MAX_PIXELS:
+        raise AdvdiffError(f"the images of {path} are {images[2]}x{images[3]} pixels; cut them into tiles")
     if images[0] == 0:
         raise AdvdiffError(f"{path} holds no patches")
     for name, count in counts.items():
