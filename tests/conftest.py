@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from warm import client
 
+from advdiff_cli.data.provenance import recipe
 from advdiff_cli.data.synthetic import SyntheticSource
 from advdiff_cli.main import main
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
@@ -125,7 +126,7 @@ def classifier(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Classifier(ClassifierConfig("squeezenet1_1", (0.7, 0.55, 0.7), (0.2, 0.25, 0.2)))
-    save_classifier(model, folder, {"recipe": {"command": "test"}})
+    save_classifier(model, folder, {"recipe": recipe("test", {})})
     return folder
 
 

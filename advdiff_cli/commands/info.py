@@ -49,6 +49,8 @@ def _patch_set(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 def _chain(made: dict[str, Any], indent: str) -> list[str]:
     """Return the lines that tell how a thing was made, then how its inputs were."""
+    if "recipe" not in made:
+        return []
     recipe = made["recipe"]
     parameters = ", ".join(f"{k} {v}" for k, v in recipe["parameters"].items())
     lines = [f"{indent}{recipe['command']}: {parameters}"]

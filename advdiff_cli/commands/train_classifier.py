@@ -96,7 +96,7 @@ def train_classifier(
     from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.training.checkpoints import WorkFolder
-    from advdiff_cli.training.fit_classifier import BEST, ClassifierPlan, OnValid, channel_statistics, fit_classifier
+    from advdiff_cli.training.fit_classifier import ClassifierPlan, OnValid, channel_statistics, fit_classifier
     from advdiff_cli.training.rows import TrainingRows
 
     options.need_positive(learning_rate=learning_rate)
@@ -136,8 +136,8 @@ def train_classifier(
                     found = OnValid(model, valid_set, plan.batch_size, regime, chip)
                     work.log({"step": steps, "published": _judge(found, work)})
                 made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
-                save_classifier(model, work.part, made)
-                work.publish(BEST)
+                save_classifier(model, work.final, made)
+                work.publish()
     if processes.first:
         _report(out, arch, epochs, zoo.training_log(out), as_json, quiet)
 

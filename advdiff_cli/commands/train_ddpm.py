@@ -50,7 +50,7 @@ def train_ddpm(
     from advdiff_cli.models.ddpm import DdpmCard, Purification, save_ddpm
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.training.checkpoints import WorkFolder
-    from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
+    from advdiff_cli.training.fit_ddpm import GRID, DdpmPlan, fit_ddpm
     from advdiff_cli.training.rows import TrainingRows
 
     options.need_positive(learning_rate=learning_rate)
@@ -82,8 +82,8 @@ def train_ddpm(
             paper = Purification(t_star=min(Purification.t_star, max_t))
             model.card = DdpmCard(model.card.space_to_depth, max_t, (low, high), recommended=paper, provenance=made)
             if processes.first:
-                save_ddpm(model.cpu(), work.part)
-                work.publish()
+                save_ddpm(model.cpu(), work.final)
+                work.publish(GRID)
     if not processes.first:
         return
     log = zoo.training_log(out)

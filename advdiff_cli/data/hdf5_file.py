@@ -20,6 +20,7 @@ from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 _CHUNK_BYTES = 1 << 20
+_STRUCTURE = 1 << 20  # bytes that HDF5 takes for its own, generously
 _DEFLATED = 1032  # times smaller at most, which deflate makes of zeros
 
 
@@ -130,11 +131,14 @@ class Hdf5Target:
             self._file = h5py.File(path, "r+")
             self._images = self._file["images"]
             return
+        row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+        record = canonical(provenance)
+        with path.open("wb") as file:  # HDF5 itself dies of a full disk, and not quietly
+            reserve(file.fileno(), shape[0] * row + sum(v.nbytes for v in vectors.values()) + len(record) + _STRUCTURE)
         self._file = h5py.File(path, "w")
         for name, vector in vectors.items():
             self._file[name] = vector
-        self._file[KEY] = canonical(provenance)
-        row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+        self._file[KEY] = record
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plan.set_chunk((max(1, min(shape[0], _CHUNK_BYTES // row)), *shape[1:]))
         plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # a killed writer then leaves the file's structure whole
@@ -143,7 +147,7 @@ class Hdf5Target:
         space = h5py.h5s.create_simple(shape)
         self._images = h5py.Dataset(h5py.h5d.create(self._file.id, b"images", kind, space, plan))
         self._file.flush()
-        reserve(self._file.id.get_vfd_handle(), self._file.id.get_filesize())  # HDF5 itself dies of a full disk
+        reserve(self._file.id.get_vfd_handle(), self._file.id.get_filesize())
 
     def write(self, start: int, images: Images) -> None:
         """Write `images` as rows start, start + 1, ..."""

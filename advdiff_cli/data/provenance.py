@@ -96,15 +96,21 @@ def file_digest(path: Path) -> str:
 
 def parse(text: str | bytes, where: Path) -> Provenance:
     """Read a provenance JSON; AdvdiffError when it is none."""
+    record = parse_object(text, where)
+    if not _is_provenance(record):
+        raise AdvdiffError(f"the provenance record in {where} is none of advdiff's; write the file again")
+    return record
+
+
+def parse_object(text: str | bytes, where: Path) -> dict[str, Any]:
+    """Read a JSON object; AdvdiffError when it is none."""
     try:
         value = json.loads(text)
-        whole = _is_provenance(value)
     except (ValueError, RecursionError):
-        whole = False
-    if not whole:
-        raise AdvdiffError(f"the provenance record in {where} is none of advdiff's; write the file again")
-    record: Provenance = value
-    return record
+        value = None
+    if not isinstance(value, dict):
+        raise AdvdiffError(f"{where} holds no JSON object where one is needed; write the file again")
+    return value
 
 
 def _is_provenance(value: Any) -> bool:
@@ -123,5 +129,6 @@ def _is_provenance(value: Any) -> bool:
         and isinstance(part, list)
         and [type(p) for p in part] == [int] * 3
         and isinstance(inputs, list)
-        and all(map(_is_provenance, inputs))
+        and all(isinstance(i, dict) for i in inputs)
+        and all("recipe" not in i or _is_provenance(i) for i in inputs)
     )

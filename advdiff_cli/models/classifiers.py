@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from advdiff_cli.data.disk import writing
 from advdiff_cli.data.provenance import KEY, Provenance, canonical
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.foreign import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
@@ -76,7 +77,8 @@ def save_classifier(model: Classifier, folder: Path, provenance: Provenance) -> 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, {"format": "pt", KEY: canonical(provenance)})
+    with writing(folder / WEIGHTS):
+        save_file(state, folder / WEIGHTS, {"format": "pt", KEY: canonical(provenance)})
 
 
 def load_classifier(folder: Path) -> Classifier:

@@ -14,6 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from advdiff_cli.data.disk import writing
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.errors import AdvdiffError
 
@@ -136,7 +137,8 @@ def build_ddpm(
 
 def save_ddpm(model: Ddpm, folder: Path) -> None:
     """Write the pipeline folder and advdiff.json."""
-    DDPMPipeline(unet=model.unet, scheduler=model.scheduler).save_pretrained(folder, safe_serialization=True)
+    with writing(folder):
+        DDPMPipeline(unet=model.unet, scheduler=model.scheduler).save_pretrained(folder, safe_serialization=True)
     save_card(model.card, folder)
 
 

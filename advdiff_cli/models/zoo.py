@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from advdiff_cli.data.provenance import KEY, Provenance, canonical, digest, parse
+from advdiff_cli.data.provenance import KEY, Provenance, canonical, digest, parse, parse_object
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import (
     CONFIG,
@@ -132,7 +132,7 @@ def _meaning(folder: Path) -> Iterator[bytes]:
         told["index_offset"] = card["index_offset"]
     yield canonical(told).encode()
     for path in sorted(folder.rglob("*config.json")):
-        told = {k: v for k, v in parse(path.read_text(), path).items() if not k.startswith("_")}
+        told = {k: v for k, v in parse_object(path.read_text(), path).items() if not k.startswith("_")}
         yield f"\n{path.relative_to(folder).as_posix()} {canonical(told)}".encode()
     whole = sorted(folder.rglob("*.safetensors"))
     for path in whole or sorted(folder.glob(PICKLED_UNET)):
@@ -205,7 +205,7 @@ def recorded_provenance(folder: Path) -> Provenance | None:
     """Return the provenance of a model folder, or None where there is none."""
     try:
         if (folder / CARD).is_file():
-            return parse((folder / CARD).read_text(), folder / CARD).get("provenance")
+            return parse_object((folder / CARD).read_text(), folder / CARD).get("provenance")
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             with safe_open(folder / WEIGHTS, "pt") as file:
                 return parse((file.metadata() or {})[KEY], folder / WEIGHTS)

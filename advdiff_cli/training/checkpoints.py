@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from advdiff_cli.data.disk import writing
 from advdiff_cli.data.locking import OutputLock
-from advdiff_cli.data.provenance import Provenance, canonical, difference, same_recipe
+from advdiff_cli.data.provenance import Provenance, canonical, difference, same_recipe, whole_lines
 from advdiff_cli.errors import AdvdiffError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -55,6 +56,7 @@ class WorkFolder:
         self._first = first
         self._lock: OutputLock | None = None
         self.part = out.with_name(out.name + ".part")
+        self.final = self.part / "final"
         self.up_to_date = False
         if out.exists():
             if recorded is None and not (out.is_dir() and not any(out.iterdir())):
@@ -64,7 +66,10 @@ class WorkFolder:
                 raise AdvdiffError(
                     f"{out} was made otherwise ({difference(recorded, recipe)}); give --overwrite or another --out"
                 )
-        if not self.up_to_date and first:
+        if first and self.up_to_date and self._begun() == recipe:  # a process died before it had tidied up
+            with OutputLock(out):
+                shutil.rmtree(self.part)
+        elif first and not self.up_to_date:
             self._lock = OutputLock(out)
             try:
                 self._open(recipe, overwrite)
@@ -82,9 +87,8 @@ class WorkFolder:
             self._lock.release()
 
     def _open(self, recipe: Provenance, overwrite: bool) -> None:
-        known = self.part / _RECIPE
-        if known.is_file():
-            begun = json.loads(known.read_text())
+        begun = self._begun()
+        if begun is not None:
             if same_recipe(begun, recipe):
                 return
             if not overwrite:
@@ -99,7 +103,12 @@ class WorkFolder:
         if self.part.exists():
             shutil.rmtree(self.part)
         self.part.mkdir(parents=True)
-        _replace(known, canonical(recipe))
+        _replace(self.part / _RECIPE, canonical(recipe))
+
+    def _begun(self) -> Provenance | None:
+        known = self.part / _RECIPE
+        recipe: Provenance | None = json.loads(known.read_text()) if known.is_file() else None
+        return recipe
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to training.jsonl."""
@@ -115,7 +124,8 @@ class WorkFolder:
         target = self.part / name
         fresh = target.with_name(name + ".new")
         copies = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(copies, fresh, {_STATE: canonical(dict(state))})
+        with writing(target):
+            save_file(copies, fresh, {_STATE: canonical(dict(state))})
         os.replace(fresh, target)
 
     def load(self, name: str = CHECKPOINT) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -129,25 +139,27 @@ class WorkFolder:
         return tensors, state
 
     def cut_log(self, step: int) -> None:
-        """Drop log records after `step`, which are about to be made again."""
+        """Drop the log records after `step`, and of publishing, which are about to be made again."""
         path = self.part / LOG
         if self._first and path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-            _replace(path, kept)
+            lines = [(line, json.loads(line)) for line in whole_lines(path)]
+            kept = [line for line, record in lines if record["step"] <= step and "published" not in record]
+            _replace(path, "".join(f"{line}\n" for line in kept))
 
-    def publish(self, *leftovers: str) -> None:
-        """Rename the work folder to the output's name, then remove checkpoints and `leftovers` from it."""
+    def publish(self, *kept: str) -> None:
+        """Give what was saved in `final` the output's name, with the files called `kept`; the rest is removed."""
+        for name in (LOG, *kept):
+            if (self.part / name).is_file():
+                shutil.copyfile(self.part / name, self.final / name)
         old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
             if old.exists():
                 shutil.rmtree(old)
             os.replace(self.out, old)
-        os.replace(self.part, self.out)
-        for name in (CHECKPOINT, _RECIPE, *leftovers):
-            (self.out / name).unlink(missing_ok=True)
-        if old.exists():
-            shutil.rmtree(old)
+        os.replace(self.final, self.out)
+        for folder in (self.part, old):
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 def _replace(file: Path, text: str) -> None:

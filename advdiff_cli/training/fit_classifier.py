@@ -4,6 +4,7 @@ What it is shown, as it is, behind a defence or attacked, is its regime's.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -87,23 +88,24 @@ def fit_classifier(
             purifier.to(accelerator.device)
     per_epoch = train.steps(plan.batch_size)
     total, step, best = plan.epochs * per_epoch, 0, -1.0
+    losses: deque[float] = deque(maxlen=per_epoch)
     model.to(memory_format=torch.channels_last)
     if (saved := work.load()) is not None:
         tensors, state = saved
         model.load_state_dict(prefixed(tensors, "model"))
         load_optimizer(optimizer, tensors)
         step, best = state["step"], state["best"]
-        work.cut_log(step)
+        losses.extend(state["losses"])
+    work.cut_log(step)
     network, optimizer = accelerator.prepare(model, optimizer)
     part = (accelerator.process_index, accelerator.num_processes)
 
     def save() -> None:
         if accelerator.is_main_process:
             tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | optimizer_tensors(optimizer)
-            work.save(tensors, {"step": step, "best": best})
+            work.save(tensors, {"step": step, "best": best, "losses": list(losses)})
 
     last = time.monotonic()
-    losses: list[float] = []
     for images, labels in train.batches(step, total, plan.batch_size, plan.seed, part):
         network.train()
         rng = stream(plan.seed, "augment", step, part[0])
@@ -117,7 +119,7 @@ def fit_classifier(
         step += 1
         record: dict[str, Any] = {"step": step, "of": total, "loss": losses[-1]}
         if step % per_epoch == 0 and accelerator.is_main_process:
-            record |= {"epoch": step // per_epoch, "loss": float(np.mean(losses[-per_epoch:]))}
+            record |= {"epoch": step // per_epoch, "loss": float(np.mean(losses))}
             if valid is not None:
                 record |= _figures(OnValid(model, valid, plan.batch_size, regime, accelerator.device))
                 best = _keep_best(model, record, best, work)

@@ -4,6 +4,7 @@ Source: Ho et al. 2020, algorithm 1 and eq. 14; timesteps are drawn below max_t 
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,10 +82,10 @@ def fit_ddpm(
     model.to(accelerator.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.unet.parameters(), plan.learning_rate)
     ema = EMAModel(model.unet.parameters(), decay=plan.ema, use_ema_warmup=True, power=3 / 4)
-    first = _resume(model, optimizer, ema, work)
+    first, before = _resume(model, optimizer, ema, work)
+    losses = deque(before, every)
     network, optimizer = accelerator.prepare(model, optimizer)
     part = (accelerator.process_index, accelerator.num_processes)
-    losses: list[float] = []
     last = time.monotonic()
     for step, (images, _) in enumerate(train.batches(first, plan.steps, plan.batch_size, plan.seed, part), first + 1):
         rng = stream(plan.seed, "augment", step - 1, part[0])
@@ -95,10 +96,10 @@ def fit_ddpm(
         record: dict[str, Any] = {"step": step, "of": plan.steps, "loss": losses[-1]}
         if accelerator.is_main_process:
             if step % every == 0 or step == plan.steps:
-                record |= {"loss": float(np.mean(losses[-every:])), **_look(model, ema, valid, plan, work, accelerator)}
+                record |= {"loss": float(np.mean(losses)), **_look(model, ema, valid, plan, work, accelerator)}
                 work.log(record)
             if time.monotonic() - last > checkpoint_seconds and step < plan.steps:
-                _save(model, optimizer, ema, step, work)
+                _save(model, optimizer, ema, {"step": step, "losses": list(losses)}, work)
                 last = time.monotonic()
         yield record
     ema.copy_to(model.unet.parameters())
@@ -114,17 +115,22 @@ def _loss(network: nn.Module, model: Ddpm, images: Tensor, max_t: float, rng: np
     return mse_loss(network(x_t, t), noise)
 
 
-def _save(model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, step: int, work: WorkFolder) -> None:
+def _save(
+    model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, state: dict[str, Any], work: WorkFolder
+) -> None:  # fmt: skip
     shadow = {f"ema.{i:05}": p for i, p in enumerate(ema.shadow_params)}
     weights = {f"unet.{k}": v for k, v in model.unet.state_dict().items()}
-    work.save(weights | shadow | optimizer_tensors(optimizer), {"step": step})
+    work.save(weights | shadow | optimizer_tensors(optimizer), state)
 
 
-def _resume(model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, work: WorkFolder) -> int:
-    """Put back the last checkpoint; return its step, 0 where there is none."""
+def _resume(
+    model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, work: WorkFolder
+) -> tuple[int, list[float]]:  # fmt: skip
+    """Put back the last checkpoint; return its step, 0 where there is none, and the losses before it."""
     saved = work.load()
     if saved is None:
-        return 0
+        work.cut_log(0)
+        return 0, []
     tensors, state = saved
     model.unet.load_state_dict(prefixed(tensors, "unet"))
     load_optimizer(optimizer, tensors)
@@ -132,7 +138,7 @@ def _resume(model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, work: 
     ema.shadow_params = [shadow[k].to(p.device) for k, p in zip(sorted(shadow), ema.shadow_params, strict=True)]
     ema.optimization_step = int(state["step"])
     work.cut_log(state["step"])
-    return int(state["step"])
+    return int(state["step"]), list(state["losses"])
 
 
 @torch.inference_mode()

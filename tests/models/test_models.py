@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import zoo
 from advdiff_cli.models.bundling import bundle
@@ -73,7 +74,7 @@ def test_bundling_halves_the_weights_and_keeps_the_model(classifier, ddpm, tmp_p
         load_classifier(classifier)(images), load_classifier(tmp_path / "classifier")(images), atol=1e-2
     )
     assert next(load_ddpm(tmp_path / "ddpm").parameters()).dtype == torch.float32
-    assert zoo.recorded_recipe(tmp_path / "classifier") == {"command": "test"}
+    assert zoo.recorded_recipe(tmp_path / "classifier") == recipe("test", {})
 
 
 def test_fingerprint_is_of_the_tensors_and_not_of_the_record(classifier, tmp_path):
