@@ -1,0 +1,31 @@
+"""The harnesses of benchmarks/ that inject faults and mix images, on a small scale: what they count is none lost."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("commands", [["train-ddpm", "purify"], ["train-classifier", "attack", "download"]])
+def test_faults_at_random_moments(commands, tmp_path):
+    told = run("faults.py", tmp_path / "work", "--faults", 1, "--only", *commands)
+    assert re.findall(r"(\d+) lost or wrong", told) == ["0"] * 3
+
+
+def test_a_folder_of_all_kinds_of_images(tmp_path):
+    told = run("folder.py", tmp_path / "work", "-n", 64)
+    assert "; 0 lost or wrong" in told
+    assert not re.search(r"(purified|named) +0$", told, re.M), told
