@@ -1,7 +1,9 @@
 """What every command promises the shell."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -98,9 +100,69 @@ def test_usage_errors_exit_2():
     assert "2/255" in done.stderr
 
 
-def test_a_closed_pipe_is_no_traceback():
+def test_what_is_mistyped_is_answered_with_what_was_meant():
+    assert "Did you mean 'attack'" in run("atack").stderr
+    for typed, meant in (("--epz", "--eps"), ("--tstar", "--t-star"), ("--sampler-step", "--sampler-steps")):
+        done = run("attack", "x", "-c", "y", "-o", "z.h5", typed, "1")
+        assert done.returncode == 2
+        assert meant in done.stderr, typed
+
+
+def test_shells_complete_commands_and_options():
+    def complete(words, at):
+        env = {**ENV, "_ADVDIFF_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+        command = [sys.executable, "-c", "from advdiff_cli.main import app; app(prog_name='advdiff')"]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout.split()
+
+    assert complete("advdiff pur", 1) == ["purify"]
+    assert complete("advdiff purify --sampler", 2) == ["--sampler", "--sampler-steps"]
+
+
+def test_narrow_terminals(test_x, classifier):
+    for columns in ("20", "1"):
+        done = subprocess.run(
+            [sys.executable, "-m", "advdiff_cli", "evaluate", str(test_x), "-c", str(classifier), "--limit", "2"],
+            env={**os.environ, "COLUMNS": columns}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "accuracy" in done.stdout  # a table is not cut: it may be read by a program
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_no_colour_when_asked(test_x, ddpm, tmp_path, colour):
+    """On a terminal there is a live bar; NO_COLOR keeps colour out of it, and of nothing else."""
+    ours, theirs = pty.openpty()
+    command = ["purify", test_x, "-m", ddpm, "--t-star", "0.02", "--sampler-steps", 1, "--limit", 2]
+    env = {**ENV, "TERM": "xterm-256color"} | ({} if colour else {"NO_COLOR": "1"})
+    done = subprocess.Popen(
+        [sys.executable, "-m", "advdiff_cli", *map(str, command), "-o", str(tmp_path / "p.h5")],
+        env=env, stdout=subprocess.PIPE, stderr=theirs, text=True,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal ends with the process
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    assert "\x1b" not in done.communicate()[0]
+    assert b"purify" in shown
+    assert bool(re.search(rb"\x1b\[[0-9;]*m", shown)) == colour
+
+
+def test_names_as_long_as_a_disk_takes(advdiff, test_x, ddpm, tmp_path):
+    deep = tmp_path.joinpath(*["d" * 200] * 5)
+    deep.mkdir(parents=True)
+    command = ["purify", test_x, "-m", ddpm, "--t-star", "0.02", "--sampler-steps", 1, "--limit", 1]
+    advdiff(*command, "-o", deep / "p.h5")
+    told = advdiff(*command, "-o", tmp_path / ("x" * 252 + ".h5"), code=1)
+    assert "File name too long" in told.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["models --json", "info {adv}", "evaluate {adv} -c {classifier}"])
+def test_a_closed_pipe_is_no_traceback(command, advdiff, steps, classifier):
+    advdiff("attack", *steps["attack"])
+    words = command.format(adv=steps["attack"][4], classifier=classifier)
     done = subprocess.run(
-        f"{sys.executable} -m advdiff_cli models --json | true",
+        f"{sys.executable} -m advdiff_cli {words} | true",
         shell=True,
         capture_output=True,
         text=True,

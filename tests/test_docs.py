@@ -46,6 +46,22 @@ def test_code_blocks_run(warm, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_the_script_runs_verbatim_and_again(warm, patches, tmp_path):
+    (script,) = blocks("shell")
+    assert 15 <= len(script.splitlines()) <= 22
+    (tmp_path / "pipeline.sh").write_text(script)
+    env = {**warm, "PYTHONPATH": str(ROOT), "N": "6", "STEPS": "1", "ATTACK_STEPS": "2"}
+    for _ in range(2):
+        command = ["bash", "pipeline.sh", str(patches)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "purified.json").read_text())["sets"]
+    assert [(s["data"], s["n"]) for s in found] == [("clean-ddpm.h5", 6), ("adv-ddpm.h5", 6)]
+    assert "adv.h5 is up to date" in done.stderr
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
 def test_json_comparisons_have_the_documented_keys(advdiff, test_x, classifier):
     (documented,) = (json.loads(block) for block in blocks("json"))
     printed = advdiff("evaluate", test_x, test_x, "-c", classifier, "--limit", 4, "--json").json
@@ -57,7 +73,9 @@ def test_shell_blocks_name_real_commands_and_options():
     import typer.main
 
     group = typer.main.get_command(app)
-    lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
-    for words in (line for line in lines if line[:1] == ["advdiff"]):
+    lines = [line.split("#")[0].replace("-m advdiff_cli", "advdiff") for b in blocks("sh") for line in b.splitlines()]
+    told = [line[line.index("advdiff ") :].split() for line in lines if "advdiff " in line]
+    assert {"purify", "train-ddpm", "attack"} <= {words[1] for words in told}
+    for words in told:
         known = {flag for p in group.commands[words[1]].params for flag in p.opts}
-        assert {w for w in words if w.startswith("-")} <= known
+        assert {w for w in words if w.startswith("-") and w != "-"} <= known

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,61 @@ def test_other_attack_libraries(test_x, classifier, ddpm):
     assert done.returncode == 0, done.stderr
     assert re.search(r"foolbox PGD-5 through the defence: accuracy [01]\.\d\d over 5 draws", done.stdout)
     assert re.search(r"pyautoattack on frozen noise: accuracy [01]\.\d\d", done.stdout)
+
+
+@pytest.mark.slow
+def test_slurm_array(run, test_x, classifier, tmp_path, advdiff):
+    options = "--steps 2 --limit 10 --batch-size 4"
+    for i in (1, 0):
+        task = {"SLURM_ARRAY_TASK_ID": str(i), "SLURM_ARRAY_TASK_COUNT": "2", "ATTACK_OPTIONS": options}
+        done = run("slurm_array.sh", test_x, classifier, tmp_path / "parts", **task)
+        assert done.returncode == 0, done.stderr
+    advdiff("merge", *sorted((tmp_path / "parts").glob("*.h5")), "-o", tmp_path / "adv.h5")
+    advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / "one.h5", *options.split())
+    assert open_patches(tmp_path / "one.h5").fingerprint() == open_patches(tmp_path / "adv.h5").fingerprint()
+    assert "run it with sbatch" in run("slurm_array.sh", test_x, classifier, tmp_path / "parts").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
+def test_parallel(run, patches, ddpm, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for file in sorted((patches / "images" / "test").rglob("*.jpg"))[:5]:
+        (source / file.name).write_bytes(file.read_bytes())
+    done = run("parallel.sh", source, tmp_path / "out", 2, "-m", ddpm, "--t-star", "0.02", "--sampler-steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+    assert [p.name for p in (tmp_path / "out").glob("*.jsonl")] == ["advdiff.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("snakemake"), reason="Snakemake is not installed")
+def test_snakemake(warm, test_x, classifier, ddpm, tmp_path):
+    config = [f"data={test_x}", f"classifier={classifier}", f"ddpm={ddpm}", f"out={tmp_path / 'out'}", "shards=2"]
+    config += ["attack_options=--limit 8 --steps 2 --batch-size 4", "purify_options=--t-star 0.02 --sampler-steps 1"]
+    command = ["snakemake", "-s", str(EXAMPLES / "Snakefile"), "--cores", "2", "--config", *config]
+    done = subprocess.run(command, env=warm, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sets = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]
+    assert [s["n"] for s in sets] == [8, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("dvc") and shutil.which("git")), reason="DVC is not installed")
+def test_dvc(warm, test_x, classifier, ddpm, tmp_path):
+    shutil.copytree(EXAMPLES / "dvc", tmp_path, dirs_exist_ok=True)
+    shutil.copy(test_x, tmp_path / "test_x.h5")
+    shutil.copy(str(test_x).replace("_x.h5", "_y.h5"), tmp_path / "test_y.h5")
+    params = {"data": "test_x.h5", "classifier": str(classifier), "ddpm": str(ddpm), "eps": "2/255", "limit": 6}
+
+    def repro(**changed):
+        (tmp_path / "params.yaml").write_text(json.dumps({**params, "attack_steps": 1, **changed}))
+        done = subprocess.run(["dvc", "repro"], env=warm, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr + done.stdout
+        return json.loads((tmp_path / "evaluation.json").read_text())["sets"][0]
+
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
+        subprocess.run(command, env=warm, cwd=tmp_path, check=True)
+    assert repro()["n"] == 6
+    assert repro(attack_steps=2)["history"][0]["parameters"]["steps"] == 2

@@ -13,6 +13,7 @@ from advdiff_cli.data.writer import Part, PatchWriter
 from advdiff_cli.errors import AdvdiffError
 
 _BATCH = 64
+_TOLD = 10  # ranges of missing rows that an error names
 
 
 class _Joined:
@@ -96,12 +97,13 @@ def _shards(sets: list[PatchSet]) -> tuple[list[PatchSet], Provenance, list[Prov
     if len({canonical(r.get("recipe")) for r in records}) > 1 or not all("part" in r for r in records):
         raise AdvdiffError("the sets are not shards of one recipe; see advdiff info FILE for how each was made")
     order = sorted(range(len(sets)), key=lambda i: records[i]["part"][0])
-    end = 0
-    for start, stop, _ in (records[i]["part"] for i in order):
-        if start != end:
-            how = "missing" if start > end else "there twice"
-            raise AdvdiffError(f"rows {min(start, end)} to {max(start, end) - 1} are {how} among the shards")
+    end, missing = 0, []
+    for start, stop, _ in (*(records[i]["part"] for i in order), (of := records[0]["part"][2], of, of)):
+        if start < end:
+            raise AdvdiffError(f"rows {start} to {end - 1} are there twice among the shards")
+        missing += [f"{end} to {start - 1}"] if start > end else []
         end = stop
-    if end != (of := records[0]["part"][2]):
-        raise AdvdiffError(f"rows {end} to {of - 1} are missing among the shards")
+    if missing:
+        more = f" and {len(missing) - _TOLD} more ranges" if len(missing) > _TOLD else ""
+        raise AdvdiffError(f"rows {', '.join(missing[:_TOLD])}{more} are missing among the shards; make those again")
     return [sets[i] for i in order], records[0]["recipe"], records[0]["inputs"]

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Purify a folder of images with GNU parallel, N processes at a time: the shards share the output folder.
+#
+#   examples/parallel.sh IN_DIR OUT_DIR N [more options of `advdiff purify`]
+#
+# Killed or failed, the same line goes on where it was; the last command joins the journals and names what failed.
+set -uo pipefail
+in=$1 out=$2 n=$3
+shift 3
+OMP_NUM_THREADS=1 parallel -j "$n" --line-buffer advdiff purify "$in" -o "$out" --shard {}/"$n" -q "$@" \
+    ::: $(seq 0 $((n - 1))) >/dev/null
+advdiff purify "$in" -o "$out" -q "$@"
