@@ -6,6 +6,7 @@ under the same names, is read too.
 
 import json
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advdiff_cli.data.disk import writing
-from advdiff_cli.data.provenance import KEY, Provenance, canonical
+from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse_object
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.foreign import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
 
@@ -34,6 +35,13 @@ class ClassifierConfig:
     std: tuple[float, float, float]
     slope: float = 1.0
     bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where something is not what it should be; a config may be anybody's."""
+        numbers = [*self.mean, *self.std, self.slope, self.bias]
+        good = len(self.mean) == len(self.std) == 3 and all(type(n) in (int, float) and isfinite(n) for n in numbers)
+        if not good or min(self.std) <= 0 or not isinstance(self.arch, str):
+            raise ValueError(f"not an architecture with three means, three deviations, slope and bias: {self}")
 
 
 class Classifier(nn.Module):
@@ -91,7 +99,7 @@ def load_classifier(folder: Path) -> Classifier:
         if not (folder / name).is_file():
             raise AdvdiffError(f"{folder} is no classifier folder: {name} is missing")
     try:
-        raw = json.loads((folder / CONFIG).read_text())
+        raw = parse_object((folder / CONFIG).read_text(), folder / CONFIG)
         timm = "pretrained_cfg" in raw
         if timm:
             raw = {"arch": raw["architecture"], **{k: raw["pretrained_cfg"][k] for k in ("mean", "std")}}

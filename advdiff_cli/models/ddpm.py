@@ -7,7 +7,7 @@ depth factor, and the settings recommended for purification. Source: Ho et al. 2
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from advdiff_cli.data.disk import writing
-from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.data.provenance import Provenance, parse_object
 from advdiff_cli.errors import AdvdiffError
 
 CARD = "advdiff.json"
@@ -23,6 +23,7 @@ UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PICKLED_UNET = "unet/diffusion_pytorch_model.bin"
 
 SamplerName = Literal["ddpm", "ddim"]
+_MOST_LEVELS = 100_000
 
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "paper": (
@@ -67,6 +68,16 @@ class DdpmCard:
     index_offset: int = 0
     recommended: Purification = field(default_factory=Purification)
     provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where something is not what it should be; a card may be anybody's."""
+        whole = (self.space_to_depth, self.index_offset, self.recommended.sampler_steps or 1)
+        low, high = self.data_range
+        good = all(type(n) is int for n in whole) and 1 <= self.space_to_depth <= 32 and self.index_offset >= 0
+        good &= all(type(n) in (int, float) and 0 < n <= 1 for n in (self.max_t, self.recommended.t_star))
+        good &= -1e3 < low < high < 1e3 and self.recommended.sampler in get_args(SamplerName) and whole[2] >= 1
+        if not good or not isinstance(self.provenance, dict | None):
+            raise ValueError("space-to-depth, noise levels, data range or settings that no model has")
 
     def to_range(self, images: Tensor) -> Tensor:
         """Return images in [0, 1] in the data range; the identity for a range of [0, 1]."""
@@ -154,7 +165,7 @@ def load_card(folder: Path) -> DdpmCard:
         cached = {f"models--{name.replace('/', '--')}": card for name, card in KNOWN.items()}
         return next((cached[part] for part in folder.parts if part in cached), DdpmCard())
     try:
-        raw = json.loads(path.read_text())
+        raw = parse_object(path.read_text(), path)
         recommended = Purification(**raw.pop("recommended", {}))
         low, high = raw.pop("data_range", (-1.0, 1.0))
         return DdpmCard(**raw, data_range=(float(low), float(high)), recommended=recommended)
@@ -173,13 +184,15 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
         raise AdvdiffError(
             f"{folder / PICKLED_UNET} holds pickled weights; give --allow-pickle if you trust where it came from"
         )
+    _check_schedule(folder / "scheduler" / "scheduler_config.json")
     try:
         unet = UNet2DModel.from_pretrained(
             folder / "unet", use_safetensors=not pickled, local_files_only=True, torch_dtype=torch.float32
         )
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise AdvdiffError(f"{folder} is no diffusion model folder: {str(e).strip().splitlines()[0]}") from None
+    except Exception as e:  # a folder may be anybody's, and diffusers builds whatever its configuration says
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise AdvdiffError(f"{folder} is no diffusion model folder: {why}") from None
     card = load_card(folder)
     if scheduler.config.prediction_type != "epsilon":
         raise AdvdiffError(
@@ -190,7 +203,18 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
             f"{folder}: a U-Net of {unet.config.in_channels} channels does not fit RGB at its space-to-depth factor"
         )
     model = Ddpm(unet, scheduler, card).eval()
+    if not ((model.alpha_bar > 0) & (model.alpha_bar <= 1)).all():
+        raise AdvdiffError(f"{folder / 'scheduler'} is no noise schedule: alpha_bar leaves (0, 1]")
     return model.to(memory_format=torch.channels_last)
+
+
+def _check_schedule(path: Path) -> None:
+    """Check that a schedule has a number of noise levels that memory holds."""
+    if not path.is_file():
+        raise AdvdiffError(f"{path.parent.parent} is no diffusion model folder: {path.name} is missing")
+    levels = parse_object(path.read_text(), path).get("num_train_timesteps", 1000)
+    if type(levels) is not int or not 1 <= levels <= _MOST_LEVELS:
+        raise AdvdiffError(f"{path}: num_train_timesteps is {str(levels)[:40]}; 1 to {_MOST_LEVELS} is needed")
 
 
 def recommend(folder: Path, settings: Purification) -> None:

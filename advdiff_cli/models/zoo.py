@@ -209,7 +209,7 @@ def recorded_provenance(folder: Path) -> Provenance | None:
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             with safe_open(folder / WEIGHTS, "pt") as file:
                 return parse((file.metadata() or {})[KEY], folder / WEIGHTS)
-    except (KeyError, SafetensorError):
+    except (KeyError, SafetensorError, AdvdiffError):
         return None
     return None
 

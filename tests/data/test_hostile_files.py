@@ -7,14 +7,13 @@ import io
 import json
 import os
 import pickle
-import resource
-import signal
 import struct
 import traceback
 
 import h5py
 import numpy as np
 import pytest
+from confined import ends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,7 +27,6 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 3, 40, 32), np.uint8)
 VECTORS = {"labels": np.array([0, 1, 0]), "index": np.array([5, 6, 9])}
 MADE = json.dumps({"recipe": {"command": "test", "parameters": {}}, "origin": "o", "inputs": [], "part": [0, 3, 5]})
-MEMORY, SECONDS = 4 << 30, 30
 
 
 def hdf5(**options):
@@ -83,26 +81,6 @@ def attempt(path):
     expected = straight(path)
     scale = 255 if expected.dtype == np.uint8 else 1
     return "read" if np.array_equal(images, (expected / np.float32(scale)).astype(np.float32)) else "read otherwise"
-
-
-def ends(work):
-    """Return what `work` returns in a process with little memory and time, or how that process died."""
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        signal.alarm(SECONDS)
-        resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, resource.RLIM_INFINITY))
-        os.write(writing, work().encode()[:4000])
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        told = pipe.read()
-    _, status = os.waitpid(child, 0)
-    return f"died of signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else told
-
-
-def _memory():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 FORMS = {

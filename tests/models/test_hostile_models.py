@@ -1,0 +1,104 @@
+"""Model folders that lie: loaded, or refused in one line that names a file; never executed or allocated for."""
+
+import json
+import os
+import shutil
+import traceback
+
+import pytest
+from confined import ends
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models import zoo
+from advdiff_cli.models.classifiers import load_classifier
+from advdiff_cli.models.ddpm import load_ddpm
+
+NASTY = [None, True, -1, 0, 3, 10**12, 1e308, float("nan"), "x", "../../../etc/passwd", [], [0, 0, 0], {}, {"a": 1}]
+CLASSIFIER = ["config.json"]
+DDPM = ["advdiff.json", "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"]
+
+
+def places(value, path=()):
+    """Yield the path of every value in a JSON document."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in items:
+        yield from places(below, (*path, key))
+
+
+def replaced(document, path, value):
+    if not path:
+        return value
+    changed = json.loads(json.dumps(document))
+    place = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return changed
+
+
+def attempt(folder, load):
+    try:
+        load(folder)
+        zoo.fingerprint(folder), zoo.recorded_provenance(folder)
+    except AdvdiffError as e:
+        return "refused" if str(folder) in str(e) and "\n" not in str(e) else f"does not name the file: {e}"
+    except BaseException:
+        return traceback.format_exc()
+    return "loaded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "file"), [*(("c", f) for f in CLASSIFIER), *(("d", f) for f in DDPM)])
+def test_a_config_that_lies(kind, file, classifier, ddpm, tmp_path):
+    folder, load = tmp_path / kind, load_classifier if kind == "c" else load_ddpm
+    shutil.copytree(classifier if kind == "c" else ddpm, folder)
+    document, seen = json.loads((folder / file).read_text()), set()
+    assert attempt(folder, load) == "loaded"
+
+    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "40")), deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from(list(places(document))), st.sampled_from(NASTY))
+    def run(path, value):
+        (folder / file).write_text(json.dumps(replaced(document, path, value)))
+        told = ends(lambda: attempt(folder, load))
+        assert told in ("loaded", "refused"), told
+        seen.add(told)
+
+    run()
+    assert "refused" in seen or file == "model_index.json"
+
+
+@pytest.mark.parametrize("text", ["", "[", "[" * 200_000, "7", "\0\0", '{"a":'])
+def test_a_config_that_is_none(text, classifier, ddpm, tmp_path):
+    for kind, source, files, load in (("c", classifier, CLASSIFIER, load_classifier), ("d", ddpm, DDPM[:3], load_ddpm)):
+        for file in files:
+            folder = tmp_path / f"{kind} {file.replace('/', ' ')}"
+            shutil.copytree(source, folder)
+            (folder / file).write_text(text)
+            assert ends(lambda: attempt(folder, load)) == "refused", file  # noqa: B023 (called at once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "file"), [("c", "model.safetensors"), ("d", "unet/diffusion_pytorch_model.safetensors")]
+)
+def test_weights_that_lie(kind, file, classifier, ddpm, tmp_path):
+    folder, load = tmp_path / kind, load_classifier if kind == "c" else load_ddpm
+    shutil.copytree(classifier if kind == "c" else ddpm, folder)
+    whole, seen = (folder / file).read_bytes(), set()
+    header = 8 + int.from_bytes(whole[:8], "little")
+
+    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "40")), deadline=None, derandomize=True, database=None)
+    @given(st.integers(0, header - 1), st.integers(0, 255), st.booleans())
+    def run(at, value, cut):
+        changed = bytearray(whole)
+        changed[at] = value
+        (folder / file).write_bytes(changed[: len(whole) - 7] if cut else changed)
+        told = ends(lambda: attempt(folder, load))
+        assert told in ("loaded", "refused"), told
+        seen.add(told)
+
+    run()
+    assert "refused" in seen
