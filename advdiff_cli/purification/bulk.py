@@ -22,6 +22,7 @@ from advdiff_cli.purification.purifier import Purifier
 from advdiff_cli.purification.windows import LARGEST
 
 _WAITING = 4  # batches' worth of images that may wait for company of their size
+_SIZES = 32  # pixels: sizes are rounded up to multiples of it, so that images of many sizes fill batches
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """An image that waits for company of its size, and what its file tells about it."""
+    """An image, its size rounded up, that waits for company; its own (H, W), and what its file tells about it."""
 
     key: str
     sha256: str
     image: NDArray[np.uint8]
+    size: tuple[int, ...]
     about: dict[str, Any]
 
 
@@ -66,7 +68,7 @@ def purify_files(
         files: Image files below `root`.
         names: The output's relative name for each relative name.
         writer: Where results and the journal go.
-        batch_size: Images of one size computed at once; one that is denoised in windows is computed alone.
+        batch_size: Images of one size, rounded up, computed at once; one denoised in windows is computed alone.
         seed: Of the noise.
         precision: fp32, bf16 or fp16.
         device: Where to compute.
@@ -86,7 +88,8 @@ def purify_files(
         images = torch.from_numpy(np.stack([one.image for one in full]).astype(np.float32) / np.float32(255))
         clean = purify_batch(purifier, images, [one.key for one in full], seed, precision, device)
         for one, image in zip(group, clean, strict=False):
-            pixels = (image * 255).round().byte().numpy()
+            height, width = one.size
+            pixels = (image[:, :height, :width] * 255).round().byte().numpy()
             try:
                 writer.write(one.key, one.sha256, names[one.key], pixels, one.about)
             except AdvdiffError as e:
@@ -111,10 +114,22 @@ def purify_files(
         except (AdvdiffError, OSError) as e:
             yield failed(key, sha256, e)
             continue
-        waiting.setdefault(image.shape, []).append(_Waiting(key, sha256, image, about))
+        image, size = _rounded(image), image.shape[1:]
+        waiting.setdefault(image.shape, []).append(_Waiting(key, sha256, image, size, about))
         if len(waiting[image.shape]) == at_once(image.shape):
             yield from run(image.shape)
         elif sum(map(len, waiting.values())) >= _WAITING * batch_size:
             yield from run(max(waiting, key=lambda shape: len(waiting[shape])))
     for shape in list(waiting):
         yield from run(shape)
+
+
+def _rounded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return an image (3, H, W) reflected beyond its lower and right borders to a size that others share.
+
+    One that is denoised in windows is computed alone, and stays as it is.
+    """
+    if max(image.shape) > LARGEST:
+        return image
+    below, right = (-side % _SIZES for side in image.shape[1:])
+    return np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect")
