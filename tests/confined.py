@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import traceback
 
 MEMORY, SECONDS = 4 << 30, 30  # beyond what this process has; bytes
 
@@ -11,9 +12,13 @@ def ends(work):
     """Return what `work` returns in a process with little memory and time, or how that process died."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
-        signal.alarm(SECONDS)
-        resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, resource.RLIM_INFINITY))
-        os.write(writing, work().encode()[:4000])
+        try:
+            signal.alarm(SECONDS)
+            resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, resource.RLIM_INFINITY))
+            told = work()
+        except BaseException:
+            told = traceback.format_exc()
+        os.write(writing, told.encode()[-4000:])
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:

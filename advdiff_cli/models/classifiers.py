@@ -126,7 +126,10 @@ def load_tiatoolbox(path: Path, *, allow_pickle: bool = False) -> Classifier:
 
 
 def _filled(config: ClassifierConfig, state: dict[str, Tensor], path: Path, prefix: str) -> Classifier:
-    model = Classifier(config)
+    try:
+        model = Classifier(config)
+    except AdvdiffError as e:
+        raise AdvdiffError(f"{path.parent}: {e}") from None
     try:
         model.load_state_dict({prefix + k: v for k, v in state.items()})
     except RuntimeError as e:

@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import traceback
+import warnings
 
 import h5py
 import numpy as np
@@ -64,7 +65,7 @@ def straight(path):
     if path.suffix == ".h5":
         with h5py.File(path, "r") as file:
             return file["images"][()] if "images" in file else file["x"][()].transpose(0, 3, 1, 2)
-    with Image.open(path) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)[None]
 
 
