@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from advdiff_cli.data.disk import writing
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, difference, same_recipe
 from advdiff_cli.errors import AdvdiffError
@@ -64,9 +65,10 @@ def predict_and_keep(
     p1 = np.concatenate(done)
     tensors = {"p1": p1, "labels": labels, "index": np.asarray(patches.index)}
     fresh = kept.with_name(kept.name + ".part")
-    save_file(
-        {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, fresh, {KEY: canonical(recipe)}
-    )
+    with writing(kept):
+        save_file(
+            {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, fresh, {KEY: canonical(recipe)}
+        )
     os.replace(fresh, kept)
     return Predictions(labels, p1)
 
