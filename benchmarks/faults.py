@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from advdiff_cli.commands import attack, purify, train_classifier, train_ddpm  # noqa: F401 (a child finds them imported)
 from advdiff_cli.data import download
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.pcam import PREFIX, RemoteFile

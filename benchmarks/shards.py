@@ -16,17 +16,18 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from advdiff_cli.commands import merge, purify  # noqa: F401 (a child finds them imported)
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.main import main
 
 AT_ONCE = 4
+import_module("advdiff_cli.purification.bulk")  # once, before the forks
 
 
 def spawn(*arguments: object) -> int:

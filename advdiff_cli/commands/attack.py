@@ -1,7 +1,9 @@
 """`advdiff attack`."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -9,6 +11,9 @@ from advdiff_cli import console, options
 from advdiff_cli.commands.defending import asked_defence, attack_precision
 from advdiff_cli.commands.filling import fill
 from advdiff_cli.commands.opening import open_selected
+
+if TYPE_CHECKING:
+    from advdiff_cli.data.writer import PatchWriter
 
 _BATCH = 32
 
@@ -133,12 +138,7 @@ def attack(
         console.emit(plan, f"{out}: would attack {count} patches", out, as_json=as_json, quiet=quiet)
         return
 
-    def work(sink: writer.PatchWriter) -> None:
-        done = int(sink.finished.sum())
-        with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
-            for count in attack_rows(target, parameters, patches, sink, chip):
-                advance(count)
-
+    work = _followed(partial(attack_rows, target, parameters, patches, device=chip), quiet)
     with together() as processes:
         status = fill(
             out, made_by, patches, cast("Any", shard), processes, work, device=chip.type, overwrite=overwrite
@@ -148,6 +148,16 @@ def attack(
     summary = _summary(judged, patches, out, part, parameters, chip) | {"precision": exact}
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
+
+
+def _followed(rows: "Callable[[PatchWriter], Iterator[int]]", quiet: bool) -> "Callable[[PatchWriter], None]":
+    def work(sink: "PatchWriter") -> None:
+        done = int(sink.finished.sum())
+        with console.progress(len(sink.finished), "attack", done=done, quiet=quiet) as advance:
+            for count in rows(sink):
+                advance(count)
+
+    return work
 
 
 def _summary(

@@ -113,14 +113,13 @@ class PatchWriter:
             inputs: Provenance of the inputs; the source's own by default.
 
         Raises:
-            AdvdiffError: something else stands at `out`, or its folder is missing.
+            AdvdiffError: something else stands at `out`, its folder is missing, or another process writes it.
         """
         check_suffix(out)
         self.out, self.part = out, part
         self._work, self._sidecar = _work_files(out)
-        if inputs is None:
-            inputs = [source.provenance] if source.provenance else []
-        record = provenance(recipe, inputs=inputs, origin=source.origin(), device=device)
+        own = [source.provenance] if source.provenance else []
+        record = provenance(recipe, inputs=own if inputs is None else inputs, origin=source.origin(), device=device)
         if part.stop - part.start < part.of:
             record["part"] = [part.start, part.stop, part.of]
         self._record = record
@@ -138,24 +137,18 @@ class PatchWriter:
             if self._target is None:
                 self._lock.release()
 
-    def _stands(self, overwrite: bool) -> bool:
-        return self.out.exists() and not overwrite and self._settled()
-
     def _lay_down(self, source: PatchSet, shape: tuple[int, int], dtype: str, overwrite: bool) -> None:
         """Open OUT.part, taken over from an earlier run or new, and its sidecar."""
-        for file in (self._work, self._sidecar):
-            if file.is_symlink():
-                raise AdvdiffError(f"{file} is a symbolic link, which is not written through; remove it")
-        rows = slice(self.part.start, self.part.stop)
-        vectors = {"index": np.ascontiguousarray(source.index[rows])}
-        if source.labels is not None:
-            vectors["labels"] = np.ascontiguousarray(source.labels[rows])
+        if link := next((f for f in (self._work, self._sidecar) if f.is_symlink()), None):
+            raise AdvdiffError(f"{link} is a symbolic link, which is not written through; remove it")
+        rows, vectors = slice(self.part.start, self.part.stop), {"index": source.index, "labels": source.labels}
+        vectors = {k: np.ascontiguousarray(v[rows]) for k, v in vectors.items() if v is not None}
         resume = self._resume(overwrite)
         if not resume:  # before the rows it speaks of are gone
             self._sidecar.unlink(missing_ok=True)
         full = (len(self.finished), 3, *shape)
-        kind: Callable[..., _Target] = _TARGETS[self.out.suffix]
         try:
+            kind: Callable[..., _Target] = _TARGETS[self.out.suffix]
             self._target = kind(self._work, full, dtype, vectors, self._record, resume=resume)
             if not resume:
                 self._sidecar.write_text(canonical(self._record) + "\n")
@@ -167,7 +160,10 @@ class PatchWriter:
         self._pending: list[tuple[int, int]] = []
         self._flushed = time.monotonic()
 
-    def _settled(self) -> bool:
+    def _stands(self, overwrite: bool) -> bool:
+        """Tell whether the result is made; AdvdiffError when something else stands there that may not be replaced."""
+        if overwrite or not self.out.exists():
+            return False
         have = recorded(self.out)
         if have is not None and self._same(have):
             return True

@@ -109,12 +109,10 @@ def fit_classifier(
     for images, labels in train.batches(step, total, plan.batch_size, plan.seed, part):
         network.train()
         rng = stream(plan.seed, "augment", step, part[0])
-        images = turn(images.to(accelerator.device, non_blocking=True), rng)
-        if plan.stain:
-            images = vary_stain(images, plan.stain, rng)
+        images = _varied(images.to(accelerator.device, non_blocking=True), plan.stain, rng)
         first = step * plan.batch_size + part[0] * len(images)
-        names = range(first, first + len(images))
-        loss = regime.loss(network, model, _channels_last(images), labels.to(accelerator.device), names)
+        truth, names = labels.to(accelerator.device), range(first, first + len(images))
+        loss = regime.loss(network, model, _channels_last(images), truth, names)
         losses.append(descend(accelerator, optimizer, loss, cosine(step, total, plan.learning_rate)))
         step += 1
         record: dict[str, Any] = {"step": step, "of": total, "loss": losses[-1]}
@@ -134,6 +132,11 @@ def fit_classifier(
     model.eval()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # mixed precision was the training's alone
+
+
+def _varied(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:
+    turned = turn(images, rng)
+    return vary_stain(turned, stain, rng) if stain else turned
 
 
 def _finish(model: Classifier, work: WorkFolder, on_valid: "OnValid | None") -> None:
