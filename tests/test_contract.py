@@ -62,34 +62,53 @@ def test_the_same_flag_means_the_same_everywhere():
 
 @pytest.fixture
 def steps(test_x, classifier, ddpm, tmp_path):
-    """A small run of each command that works on data."""
-    adv, pure = tmp_path / "adv.safetensors", tmp_path / "pure.h5"
+    """A small run of each command."""
+    adv, pure, few = tmp_path / "adv.safetensors", tmp_path / "pure.h5", ["--limit", 5]
+    through = ["-c", classifier, "-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1]
+    plain = tmp_path / "plain.json"
     return {
         "synthesize": ["-n", 4, "-o", tmp_path / "s.h5"],
-        "attack": [test_x, "-c", classifier, "-o", adv, "--steps", 2, "--limit", 5, "--eps", "8/255"],
-        "purify": [adv, "-m", ddpm, "-o", pure, "--t-star", "0.05", "--sampler-steps", 1],
-        "evaluate": [test_x, adv, pure, "-c", classifier, "--limit", 5],
+        "attack": [test_x, "-c", classifier, "-o", adv, "--steps", 2, *few, "--eps", "8/255"],
+        "purify": [adv, *through[2:], "-o", pure],
+        "evaluate": [test_x, adv, pure, "-c", classifier, *few],
         "info": [pure],
         "merge": [adv, "-o", tmp_path / "merged.h5"],
         "models": [],
-    }
+        "train-ddpm": [test_x, "--preset", "tiny", "--steps", 1, "--batch-size", 2, "-o", tmp_path / "d"],
+        "train-classifier": [
+            adv, "--valid", adv, "--arch", "squeezenet1_1", "--epochs", 1, "--batch-size", 2, "-o", tmp_path / "c",
+        ],
+        "sweep": [test_x, *through[:4], *few, "--values", "0.02,0.05", "--steps", 1, "-o", tmp_path / "sweep"],
+        "robustness": [test_x, *through, *few, "--only", "random", "-o", tmp_path / "ladder"],
+        "report": ["--result", f"plain={plain}", "-o", tmp_path / "report"],
+        "download-pcam": ["--split", "test", "--data-dir", tmp_path, "--dry-run"],
+    }  # fmt: skip
 
 
-def test_streams(advdiff, steps):
+PRINT_NUMBERS = {"evaluate", "sweep", "robustness"}
+"""Commands whose --quiet prints a number; it is an accuracy, or what a sweep chose."""
+
+
+def test_streams(advdiff, steps, tmp_path):
     """--json is one object, --quiet one line (or one a set), and no ANSI; the result alone is on stdout."""
+    assert set(steps) | {"bench", "demo"} == set(COMMANDS)  # those two have tests of their own
     for command, arguments in steps.items():
         first = advdiff(command, *arguments, "--json")
         assert isinstance(json.loads(first.out), dict), command
+        if command == "evaluate":
+            two = advdiff(command, *arguments[:2], *arguments[3:], "--json")
+            (tmp_path / "plain.json").write_text(two.out)
         again = advdiff(command, *arguments)
         assert "\x1b" not in again.out + again.err
+        assert len(again.out.splitlines()) >= 1
         quiet = advdiff(command, *arguments, "-q").out.splitlines()
-        if command == "evaluate":
-            assert [float(line) <= 1 for line in quiet] == [True] * 3
+        if command in PRINT_NUMBERS:
+            assert [0 <= float(line) <= 1 for line in quiet] == [True] * (3 if command == "evaluate" else 1), command
         elif command != "models":
             assert len(quiet) == 1, command
-        if "-o" in map(str, arguments):
+        if "-o" in map(str, arguments) and command not in {*PRINT_NUMBERS, "report"}:
             assert quiet == [str(arguments[arguments.index("-o") + 1])]
-            assert "up to date" in again.err
+            assert "up to date" in again.err, command
 
 
 def test_usage_errors_exit_2():
