@@ -130,7 +130,7 @@ def test_a_mutated_file_is_read_or_refused(name, tmp_path):
     (tmp_path / name).write_bytes(whole)
     assert attempt(tmp_path / name) == "read"
 
-    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "60")), deadline=None, derandomize=True, database=None)
+    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "25")), deadline=None, derandomize=True, database=None)
     @given(st.lists(CHANGE, min_size=1, max_size=4))
     def run(changes):
         (tmp_path / name).write_bytes(mutate(whole, changes))

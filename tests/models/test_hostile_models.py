@@ -59,7 +59,7 @@ def test_a_config_that_lies(kind, file, classifier, ddpm, tmp_path):
     document, seen = json.loads((folder / file).read_text()), set()
     assert attempt(folder, load) == "loaded"
 
-    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "40")), deadline=None, derandomize=True, database=None)
+    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "15")), deadline=None, derandomize=True, database=None)
     @given(st.sampled_from(list(places(document))), st.sampled_from(NASTY))
     def run(path, value):
         (folder / file).write_text(json.dumps(replaced(document, path, value)))
@@ -91,7 +91,7 @@ def test_weights_that_lie(kind, file, classifier, ddpm, tmp_path):
     whole, seen = (folder / file).read_bytes(), set()
     header = 8 + int.from_bytes(whole[:8], "little")
 
-    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "40")), deadline=None, derandomize=True, database=None)
+    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "15")), deadline=None, derandomize=True, database=None)
     @given(st.integers(0, header - 1), st.integers(0, 255), st.booleans())
     def run(at, value, cut):
         changed = bytearray(whole)
