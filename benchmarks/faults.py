@@ -5,7 +5,8 @@
 
 Commands: train-ddpm, train-classifier, attack to HDF5, purify to safetensors, purify of a folder, and the download of a
 file from a server on this machine. Faults: kill -9; SIGTERM, which must end in 143 and one line; a limit on the size of
-files; and, where this process may mount one, a disk that is full. Each falls at a moment, or at a size, drawn anew.
+files; a clock that jumps by years at every look; and, where this process may mount one, a disk that is full. Each falls
+at a moment, or at a size, drawn anew.
 
 A fault is survived when nothing stands under the final name that is not the whole result, and the run that follows it
 ends in the rows, files or weights of a run without faults, to the bit. The tables count faults by kind and command.
@@ -155,7 +156,7 @@ def server(work: Path):
 class Run:
     """A task in a process of its own."""
 
-    def __init__(self, task: Task, folder: Path, log: Path, most: int | None = None) -> None:
+    def __init__(self, task: Task, folder: Path, log: Path, most: int | None = None, *, clock: bool = False) -> None:
         self.log = log
         self.process = os.fork()
         if self.process:
@@ -165,6 +166,8 @@ class Run:
         code = 1
         try:
             torch.set_num_threads(1)
+            if clock:
+                time.time = lambda: random.uniform(0, 4e9)
             if most is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
             task.run(folder)
@@ -216,6 +219,8 @@ class Trial:
                 code = Run(self.task, folder, self.log).wait()
         elif kind == "file size":
             code = Run(self.task, folder, self.log, self.rng.randrange(1, max(sizes))).wait()
+        elif kind == "clock":
+            code = Run(self.task, folder, self.log, clock=True).wait()
         else:
             run = Run(self.task, folder, self.log)
             if not run.ended(self.rng.uniform(0, self.seconds)):
@@ -226,7 +231,7 @@ class Trial:
 
     def _check(self, kind: str, code: int, folder: Path) -> None:
         told = self.log.read_text()
-        allowed = {"kill -9": (0, -9), "SIGTERM": (0, 143, -15)}.get(kind, (0, 1))
+        allowed = {"kill -9": (0, -9), "SIGTERM": (0, 143, -15), "clock": (0,)}.get(kind, (0, 1))
         if code not in allowed or "Traceback" in told or (code == 1 and told.count("advdiff: error") != 1):
             self.lost.append(f"{self.task.name}: {kind} ended in {code}: {told[-500:]}")
         found = self.task.result(folder)
@@ -265,12 +270,12 @@ def small_disk(place: Path):
 
 def try_faults(task: Task, work: Path, faults: int, rng: random.Random, disk: Path | None) -> tuple[Counter, list[str]]:
     trial, counts = Trial(task, work / task.name.replace(", ", "-"), rng), Counter()
-    for kind in ("kill -9", "SIGTERM", "file size", *(["full disk"] if disk else [])):
+    for kind in ("kill -9", "SIGTERM", "file size", "clock", *(["full disk"] if disk else [])):
         folder = (disk if kind == "full disk" and disk else trial.work) / kind.replace(" ", "-")
         folder.mkdir()
         for _ in range(faults):
             happened = trial.inject(kind, folder)
-            counts[kind] += happened
+            counts[kind] += happened or kind == "clock"  # which goes on to the end
             if not happened or rng.random() < 0.3:  # else the next fault falls on what this one left
                 trial.finish(folder)
                 subprocess.run(["rm", "-rf", str(folder)], check=True)

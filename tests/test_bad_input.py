@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from advdiff_cli.data.safetensors_file import SafetensorsTarget
+from advdiff_cli.errors import AdvdiffError
 
 IMAGES = np.full((4, 3, 48, 48), 0.5, np.float32)
 LABELS = np.array([0, 1, 0, 1])
@@ -143,6 +144,35 @@ def test_purify_settings_that_cannot_be(extra, message, advdiff, ddpm, test_x, t
     assert len([line for line in result.err.splitlines() if "error:" in line]) == 1
     refused(result.err.splitlines()[-1], f".*({message})")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["adv.h5.part", "adv.h5.part.rows", ".adv.h5.lock"])
+def test_links_in_the_place_of_work_are_not_written_through(name, advdiff, classifier, test_x, tmp_path):
+    precious, out = tmp_path / "precious", tmp_path / "adv.h5"
+    precious.write_text("mine")
+    (tmp_path / name).symlink_to(precious)
+    command = ["attack", test_x, "-c", classifier, "-o", out, "--steps", 1, "--limit", 1]
+    refused(advdiff(*command, code=1).err, ".*symbolic link")
+    assert precious.read_text() == "mine"
+    (tmp_path / name).unlink()
+    out.symlink_to(precious)
+    advdiff(*command, "--overwrite")
+    assert not out.is_symlink()
+    assert precious.read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_a_training_is_not_written_through(advdiff, test_x, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "d.part").symlink_to(tmp_path / "elsewhere")
+    command = ["train-ddpm", test_x, "--preset", "tiny", "--steps", 1, "--batch-size", 2, "-o", tmp_path / "d"]
+    refused(advdiff(*command, code=1).err, ".*symbolic link")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_traceback_is_there_for_who_asks(advdiff, monkeypatch, tmp_path):
+    monkeypatch.setenv("ADVDIFF_DEBUG", "1")
+    with pytest.raises(AdvdiffError, match="no such file"):
+        advdiff("info", tmp_path / "none.h5")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

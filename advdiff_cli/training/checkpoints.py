@@ -87,6 +87,8 @@ class WorkFolder:
             self._lock.release()
 
     def _open(self, recipe: Provenance, overwrite: bool) -> None:
+        if self.part.is_symlink():
+            raise AdvdiffError(f"{self.part} is a symbolic link, which is not written through; remove it")
         begun = self._begun()
         if begun is not None:
             if same_recipe(begun, recipe):
