@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import time
 
@@ -134,6 +135,31 @@ def test_another_recipe_and_other_peoples_folders_are_refused(advdiff, folder, d
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x.txt").touch()
     assert "was not made by advdiff purify" in purify(advdiff, folder, tmp_path / "mine", ddpm, code=1).err
+
+
+def test_names_and_metadata_that_no_one_expects(advdiff, ddpm, tmp_path):
+    root, out = tmp_path / "in", tmp_path / "out"
+    root.mkdir()
+    picture = Image.new("RGB", (96, 96), "pink")
+    picture.save(root / "plain.png")
+    for name in (b"line\xe2\x80\xa8break.png", b"next\xc2\x85line.png", b"new\nline.png", b"latin-\xe9.png"):
+        (root / os.fsdecode(name)).write_bytes((root / "plain.png").read_bytes())
+    exif = Image.Exif()
+    exif[0x011A], exif[0x011B], exif[0x0128] = 4294967295.0, 4294967295.0, 2
+    picture.save(root / "dpi.jpg", exif=exif)
+    picture.save(root / "dpi.tif", dpi=(1e9, 1e9))
+    assert purify(advdiff, root, out, ddpm).json["purified"] == 7
+    assert purify(advdiff, root, out, ddpm).json["status"] == "up to date"
+
+
+def test_a_dry_run_writes_nothing(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    assert purify(advdiff, folder, out, ddpm, "--dry-run").json["files"] == 5
+    assert not out.exists()
+    purify(advdiff, folder, out, ddpm)
+    before = (out / "advdiff.jsonl").read_bytes()
+    purify(advdiff, folder, out, ddpm, "--dry-run", "--overwrite", "--seed", 1)
+    assert (out / "advdiff.jsonl").read_bytes() == before
 
 
 def test_a_list_of_files(advdiff, folder, ddpm, tmp_path, monkeypatch):

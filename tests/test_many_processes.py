@@ -33,6 +33,10 @@ def test_rows_of_a_file(advdiff, test_x, classifier, tmp_path):
     assert open_patches(two).provenance["recipe"] == open_patches(one).provenance["recipe"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5", "two.h5"]
     assert "up to date" in advdiff(*attack, "-o", two).err
+    told = torchrun(*attack, "--eps", "1/255", "-o", two, code=1).stderr  # before the work, not after it
+    assert "was made otherwise" in told
+    assert "attack:" not in told
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5", "two.h5"]
 
 
 def test_files_of_a_folder(advdiff, ddpm, tmp_path):

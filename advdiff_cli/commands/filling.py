@@ -63,6 +63,8 @@ def _in_shards(
 
     if not overwrite and is_made(out, made_by):
         return "up to date"
+    if out.exists() and not overwrite:
+        raise AdvdiffError(f"{out} exists and was made otherwise; give --overwrite or another --out")
     batches = -(-len(patches) // made_by["parameters"]["batch_size"])
     shards = min(processes.count, batches)
     parts = [out.with_name(f"{out.stem}.{i}of{shards}{out.suffix}") for i in range(shards)]

@@ -90,7 +90,7 @@ def purify(
             result = _to_file(patches, out, made_by, defence, part, processes, chip, overwrite, dry_run, quiet)
         else:
             made_by = recipe("purify", parameters, ddpm=defence.model)
-            files = _listed(data, out, files_from)
+            files = _listed(data, out, files_from, processes)
             result = _to_folder(files, out, made_by, defence, part, processes, chip, overwrite, dry_run, strict, quiet)
     counts = ", ".join(f"{v} {k}" for k, v in result.items() if isinstance(v, int))
     console.emit(result, f"{out}: {result['status']}, {counts}", out, as_json=as_json, quiet=quiet)
@@ -130,7 +130,9 @@ def _to_file(
     return {"out": str(out), "status": status, "patches": count}
 
 
-def _listed(data: str, out: Path, files_from: str | None) -> "tuple[Path, list[Path], dict[str, str]]":
+def _listed(
+    data: str, out: Path, files_from: str | None, processes: "Processes"
+) -> "tuple[Path, list[Path], dict[str, str]]":
     """Return the folder that names are relative to, the images to purify, and the output's name for each image below.
 
     What was made from them is left out; a list does not change what a file's output is called.
@@ -144,6 +146,8 @@ def _listed(data: str, out: Path, files_from: str | None) -> "tuple[Path, list[P
     made = os.path.realpath(out) + os.sep
     files = below = [f for f in below if not os.path.realpath(f).startswith(made)]
     if files_from is not None:
+        if files_from == "-" and processes.count > 1:
+            raise AdvdiffError("--files-from -: the processes of torchrun share one stdin; give a file")
         text = sys.stdin.read() if files_from == "-" else Path(files_from).read_text()
         files = listed_images(root, text.splitlines())
     if not files:
@@ -165,13 +169,14 @@ def _to_folder(
         if shard is not None:
             raise AdvdiffError("--shard: under torchrun each process takes the shard of its rank; leave it out")
         shard = (processes.rank, processes.count)
-        if overwrite and processes.first:
-            FolderWriter(out, made_by, device=chip.type, overwrite=True).close()
-        processes.wait()
-        overwrite = False
     mine = files if shard is None else files[shard[0] :: shard[1]]
     if dry_run:
-        return {"out": str(out), "status": "would purify", "files": len(mine)}
+        return {"out": str(out), "status": "would purify", "files": processes.sums([len(mine)])[0]}
+    if processes.count > 1:
+        if processes.first:
+            FolderWriter(out, made_by, device=chip.type, overwrite=overwrite).close()
+        processes.wait()
+        overwrite = False
     counts = {"ok": 0, "kept": 0, "failed": 0}
     p = made_by["parameters"]
     settings = {"batch_size": p["batch_size"], "seed": p["seed"], "precision": p["precision"]}

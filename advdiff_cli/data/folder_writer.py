@@ -59,6 +59,11 @@ def begun(out: Path) -> Provenance:
     return {}
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    """Return a line of a journal, in ASCII: names may hold what ends a line elsewhere, or no text at all."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":")) + "\n"
+
+
 def _journals(out: Path) -> list[Path]:
     """Return the journals of a folder, its own before those of shards."""
     return [out / JOURNAL] * (out / JOURNAL).is_file() + sorted(out.glob("advdiff.*of*.jsonl"))
@@ -112,7 +117,7 @@ class FolderWriter:
         for journal in _journals(self.out):
             if journal.is_symlink():
                 raise AdvdiffError(f"{journal} is a symbolic link, which is not written through; remove it")
-            head, *lines = whole_lines(journal) or [""]
+            head, *lines = (whole_lines(journal) if journal.exists() else []) or [""]
             have = parse(head, journal)["recipe"] if head else None
             same = have is not None and same_recipe(have, recipe)
             if (overwrite and (whole or not same or journal == self._journal)) or have is None:
@@ -124,7 +129,9 @@ class FolderWriter:
             elif not overwrite:
                 self._take_over({line["file"]: line for line in map(json.loads, lines)})
         if not self._journal.exists():
-            self._journal.write_text(canonical(provenance(recipe, device=device)) + "\n")
+            fresh = self._journal.with_suffix(".new")  # others read it: it is there whole or not at all
+            fresh.write_text(canonical(provenance(recipe, device=device)) + "\n")
+            os.replace(fresh, self._journal)
         mend(self._journal)
         if whole:
             self._join()
@@ -140,7 +147,7 @@ class FolderWriter:
             journal.unlink()
         else:
             with OutputLock(journal):
-                journal.unlink()
+                journal.unlink(missing_ok=True)
 
     def _join(self) -> None:
         """Take the lines of the shards that ended into the journal."""
@@ -148,7 +155,7 @@ class FolderWriter:
             with suppress(AdvdiffError), OutputLock(journal):  # one that is at work keeps its own
                 files = {json.loads(line)["file"]: None for line in whole_lines(journal)[1:]}
                 with self._journal.open("a") as file:
-                    file.write("".join(canonical(self._lines[name]) + "\n" for name in files if name in self._lines))
+                    file.write("".join(_line(self._lines[name]) for name in files if name in self._lines))
                 journal.unlink()
 
     def is_done(self, file: str, sha256: str, name: str) -> bool:
@@ -181,4 +188,4 @@ class FolderWriter:
     def _say(self, line: dict[str, Any]) -> None:
         self._lines[line["file"]] = line
         with self._journal.open("a") as journal:
-            journal.write(canonical(line) + "\n")
+            journal.write(_line(line))

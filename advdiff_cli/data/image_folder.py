@@ -3,9 +3,11 @@
 import csv
 import glob
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from advdiff_cli.data.source import MAX_PIXELS, Images, Rows
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
+_MOST_DPI = 1e6
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
 
@@ -169,6 +172,8 @@ def told_of(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = {k: image.info[k] for k in ("dpi", "icc_profile") if image.info.get(k)}
         if image.mode not in ("RGB", "P"):
             found.pop("icc_profile", None)  # of the colours it was converted from
+        if not all(isfinite(dpi) and 0 < dpi < _MOST_DPI for dpi in found.get("dpi", ())):
+            del found["dpi"]
         if "dpi" in found and image.getexif().get(0x0112, 1) >= 5:
             found["dpi"] = found["dpi"][::-1]
     return found
@@ -181,4 +186,7 @@ def write_image(file: Path, image: NDArray[np.uint8], about: Mapping[str, Any] |
     """
     picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
     lossless = {"compression": "tiff_deflate"} if file.suffix.lower() in (".tif", ".tiff") else {}
-    picture.save(file, format="TIFF" if lossless else "PNG", **lossless, **(about or {}))
+    try:
+        picture.save(file, format="TIFF" if lossless else "PNG", **lossless, **(about or {}))
+    except (ValueError, RuntimeError, OverflowError, struct.error) as e:  # of what another file told
+        raise AdvdiffError(f"{file} cannot be written ({e})") from None

@@ -69,8 +69,7 @@ def history(made: Provenance | None) -> list[Provenance]:
 
 def whole_lines(journal: Path) -> list[str]:
     """Return the lines of a journal, without half a line at its end that a crash cut off, or that is being written."""
-    text = journal.read_bytes()
-    return text[: text.rfind(b"\n") + 1].decode().splitlines()
+    return journal.read_bytes().decode(errors="ignore").split("\n")[:-1]  # splitlines would split names, too
 
 
 def mend(journal: Path) -> None:

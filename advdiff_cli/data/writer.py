@@ -153,23 +153,23 @@ class PatchWriter:
             if not resume:
                 self._sidecar.write_text(canonical(self._record) + "\n")
         except OSError:
+            self._target = None
             if not resume:
                 self._work.unlink(missing_ok=True)
                 self._sidecar.unlink(missing_ok=True)
             raise
-        self._pending: list[tuple[int, int]] = []
-        self._flushed = time.monotonic()
+        self._pending, self._flushed = list[tuple[int, int]](), time.monotonic()
 
     def _stands(self, overwrite: bool) -> bool:
         """Tell whether the result is made; AdvdiffError when something else stands there that may not be replaced."""
+        if self.out.is_dir():
+            raise AdvdiffError(f"{self.out} is a folder; give another --out")
         if overwrite or not self.out.exists():
             return False
-        have = recorded(self.out)
-        if have is not None and self._same(have):
+        if (have := recorded(self.out)) is not None and self._same(have):
             return True
-        how = "was made otherwise" if have else "is no patch set of advdiff"
-        what = difference(_identity(have), _identity(self._record)) if have else ""
-        raise AdvdiffError(f"{self.out} {how}{f' ({what})' if what else ''}; give --overwrite or another --out")
+        what = f"was made otherwise ({difference(_identity(have), _identity(self._record))})" if have else ""
+        raise AdvdiffError(f"{self.out} {what or 'is no patch set of advdiff'}; give --overwrite or another --out")
 
     def _same(self, other: Provenance) -> bool:
         return same_recipe(_identity(other), _identity(self._record))

@@ -70,6 +70,7 @@ class WorkFolder:
             with OutputLock(out):
                 shutil.rmtree(self.part)
         elif first and not self.up_to_date:
+            out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = OutputLock(out)
             try:
                 self._open(recipe, overwrite)
@@ -104,7 +105,7 @@ class WorkFolder:
             )
         if self.part.exists():
             shutil.rmtree(self.part)
-        self.part.mkdir(parents=True)
+        self.part.mkdir()
         _replace(self.part / _RECIPE, canonical(recipe))
 
     def _begun(self) -> Provenance | None:

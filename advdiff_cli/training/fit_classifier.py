@@ -95,7 +95,7 @@ def fit_classifier(
         model.load_state_dict(prefixed(tensors, "model"))
         load_optimizer(optimizer, tensors)
         step, best = state["step"], state["best"]
-        losses.extend(state["losses"])
+        losses.extend(state.get("losses", []))
     work.cut_log(step)
     network, optimizer = accelerator.prepare(model, optimizer)
     part = (accelerator.process_index, accelerator.num_processes)

@@ -138,7 +138,7 @@ def _resume(
     ema.shadow_params = [shadow[k].to(p.device) for k, p in zip(sorted(shadow), ema.shadow_params, strict=True)]
     ema.optimization_step = int(state["step"])
     work.cut_log(state["step"])
-    return int(state["step"]), list(state["losses"])
+    return int(state["step"]), list(state.get("losses", []))
 
 
 @torch.inference_mode()
