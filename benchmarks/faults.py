@@ -96,7 +96,7 @@ def tasks(work: Path, mirror: str, registry: dict[str, RemoteFile]) -> list[Task
     fit = ["--valid", data, "--batch-size", 4]
     return [
         command("train-ddpm", "d", _model, "train-ddpm", data, *fit, "--preset", "tiny", "--steps", 24),
-        command("train-classifier", "c", _model, "train-classifier", data, *fit, "--arch", "squeezenet1_1",
+        command("train-classifier", "c", _model, "train-classifier", data, *fit, "--arch", "mobilenet_v3_small",
                 "--epochs", 4),
         command("attack, HDF5", "a.h5", _rows, "attack", data, *models, "--steps", 6, "--batch-size", 2),
         command("purify, safetensors", "p.safetensors", _rows, "purify", data, *through),

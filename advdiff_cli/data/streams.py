@@ -4,7 +4,8 @@ A stream is named by (seed, purpose, ...): its Philox key is a hash of the name,
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +19,14 @@ def stream(seed: int, purpose: str, *names: RowKey) -> np.random.Generator:
     name = repr((int(seed), purpose, *(n if isinstance(n, str) else int(n) for n in names)))
     key = hashlib.blake2b(name.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
+@contextmanager
+def drawing(device: torch.device, seed: int, purpose: str, *names: RowKey) -> Iterator[None]:
+    """Let what torch draws by itself on `device`, as dropout does, come from a stream; its own is put back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(stream(seed, purpose, *names).integers(2**63)))
+        yield
 
 
 class RowStreams:

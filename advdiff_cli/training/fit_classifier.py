@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.source import Rows
-from advdiff_cli.data.streams import stream
+from advdiff_cli.data.streams import drawing, stream
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt
@@ -83,12 +83,10 @@ def fit_classifier(
     """
     accelerator = accelerator_at(plan.precision, device)
     optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
-    for purifier in regime.purifiers:
-        if purifier is not None:
-            purifier.to(accelerator.device)
+    for purifier in filter(None, regime.purifiers):
+        purifier.to(accelerator.device)
     per_epoch = train.steps(plan.batch_size)
-    total, step, best = plan.epochs * per_epoch, 0, -1.0
-    losses: deque[float] = deque(maxlen=per_epoch)
+    total, step, best, losses = plan.epochs * per_epoch, 0, -1.0, deque[float](maxlen=per_epoch)
     model.to(memory_format=torch.channels_last)
     if (saved := work.load()) is not None:
         tensors, state = saved
@@ -112,7 +110,8 @@ def fit_classifier(
         images = _varied(images.to(accelerator.device, non_blocking=True), plan.stain, rng)
         first = step * plan.batch_size + part[0] * len(images)
         truth, names = labels.to(accelerator.device), range(first, first + len(images))
-        loss = regime.loss(network, model, _channels_last(images), truth, names)
+        with drawing(accelerator.device, plan.seed, "dropout", step, part[0]):
+            loss = regime.loss(network, model, _channels_last(images), truth, names)
         losses.append(descend(accelerator, optimizer, loss, cosine(step, total, plan.learning_rate)))
         step += 1
         record: dict[str, Any] = {"step": step, "of": total, "loss": losses[-1]}
