@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from advdiff_cli.attacks.plan import Target, run
+from advdiff_cli.data.ahead import ahead
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance, recipe
 from advdiff_cli.data.writer import PatchWriter
+from advdiff_cli.models.device import onto
 
 
 def attack_recipe(
@@ -49,10 +51,10 @@ def attack_rows(
     """Attack the rows of `patches` that `sink` has not got, yielding the number of rows after each batch."""
     labels = patches.require_labels()
     with sink:
-        for batch in sink.batches(parameters["batch_size"]):
-            keys = [patches.keys[i] for i in batch.rows]
+        batches = sink.batches(parameters["batch_size"])
+        for batch, images in ahead((batch, onto(patches.read(batch.rows), device)) for batch in batches):
+            keys, index = [patches.keys[i] for i in batch.rows], patches.index[batch.rows].tolist()
             truth = torch.from_numpy(labels[batch.rows]).to(device)
-            images, index = patches.read(batch.rows).to(device), patches.index[batch.rows].tolist()
             adv = run(target, parameters, images, truth, keys, parameters["seed"], index)
             sink.write(batch, adv.cpu().numpy())
             yield batch.count

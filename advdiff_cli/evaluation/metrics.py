@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import nn
 
+from advdiff_cli.data.ahead import ahead
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.evaluation.intervals import Estimate, bootstrap, mean_share, wilson
+from advdiff_cli.models.device import onto
 from advdiff_cli.purification.defended import DefendedClassifier
 
 BATCH = 64
@@ -88,10 +90,9 @@ def predict(
         first_draw: The first of the R draws.
     """
     size = DRAWN_BATCH if isinstance(model, DefendedClassifier) else BATCH
-    for start in range(0, len(patches), size):
-        stop = min(start + size, len(patches))
-        rows = np.minimum(np.arange(start, start + size), stop - 1)  # the full batch shape: rows do not depend on N
-        images = patches.read(rows).to(device)
+    n = len(patches)
+    batches = (np.minimum(np.arange(s, s + size), n - 1) for s in range(0, n, size))  # full: rows do not depend on N
+    for rows, images in ahead((rows, onto(patches.read(rows), device)) for rows in batches):
         if isinstance(model, DefendedClassifier):
             keys = patches.index[rows].tolist()  # what every set made from these rows carries along
             logits = []
@@ -101,7 +102,7 @@ def predict(
         else:
             logits = [model(images)]
         p1 = torch.stack([z.cpu().double().softmax(1)[:, 1] for z in logits], 1)
-        yield p1[: stop - start].numpy()
+        yield p1[: n - int(rows[0])].numpy()
 
 
 def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:

@@ -44,3 +44,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which forwards run at `precision`."""
     return torch.autocast(device.type, _DTYPES[precision]) if precision in _DTYPES else nullcontext()
+
+
+def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on `device`; CUDA copies it from pinned memory while it computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,7 @@
-"""Purify a folder: images of any sizes, batched by size, one bad file never stopping the rest."""
+"""Purify in bulk, the next batch being read meanwhile: rows of a patch set, or a folder of images of any sizes.
+
+Of a folder, images are batched by size, and one bad file never stops the rest.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,28 +13,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from advdiff_cli.data.ahead import ahead
 from advdiff_cli.data.folder_writer import FolderWriter
 from advdiff_cli.data.image_folder import check_file, read_image, told_of
+from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.data.source import MIN_SIZE
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.writer import Batch, PatchWriter
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.device import autocast
+from advdiff_cli.models.device import autocast, onto
 from advdiff_cli.purification.defended import row_noise
 from advdiff_cli.purification.purifier import Purifier
 from advdiff_cli.purification.windows import LARGEST
 
+_READ_AHEAD = 2  # batches, and files between them, that are read before they are computed
 _WAITING = 4  # batches' worth of images that may wait for company of their size
 _SIZES = 32  # pixels: sizes are rounded up to multiples of it, so that images of many sizes fill batches
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file: `ok`, `kept` (done before) or `failed`, with the reason."""
+    """What became of one file: `ok`, `kept` (done before) or `failed`, with the reason and the file's SHA-256."""
 
     file: str
     status: str
     reason: str = ""
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,38 @@ class _Waiting:
     about: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """Images of one size, at most a batch, and what is computed: the last image repeated to the full batch."""
+
+    group: list[_Waiting]
+    images: Tensor
+    noise: Tensor
+
+
 @torch.inference_mode()
-def purify_batch(
-    purifier: Purifier, images: Tensor, keys: list[RowKey], seed: int, precision: str, device: torch.device
-) -> Tensor:
-    """Purify images (B, 3, H, W) in [0, 1], the noise of each drawn from the stream that its key names."""
-    noise = row_noise(purifier, images, keys, seed=seed, purpose="purify")
-    with autocast(precision, device):
-        purified: Tensor = purifier(images.to(device), noise.to(device))
+def purify_batch(purifier: Purifier, images: Tensor, noise: Tensor, precision: str) -> Tensor:
+    """Purify images (B, 3, H, W) in [0, 1] with the noise given, all on the purifier's device; the result is not."""
+    with autocast(precision, images.device):
+        purified: Tensor = purifier(images, noise)
         return purified.float().cpu()
+
+
+def purify_rows(
+    purifier: Purifier, patches: PatchSet, sink: PatchWriter, *,
+    batch_size: int, seed: int, precision: str, device: torch.device,
+) -> Iterator[int]:  # fmt: skip
+    """Purify the rows of `patches` that `sink` has not got, yielding the number of rows after each batch."""
+
+    def read(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+        images = patches.read(batch.rows)
+        noise = row_noise(purifier, images, [patches.keys[i] for i in batch.rows], seed=seed, purpose="purify")
+        return batch, onto(images, device), onto(noise, device)
+
+    with sink:
+        for batch, images, noise in ahead(map(read, sink.batches(batch_size))):
+            sink.write(batch, purify_batch(purifier, images, noise, precision).numpy())
+            yield batch.count
 
 
 def purify_files(
@@ -73,30 +103,29 @@ def purify_files(
         precision: fp32, bf16 or fp16.
         device: Where to compute.
     """
-    waiting: dict[tuple[int, ...], list[_Waiting]] = {}
 
-    def failed(key: str, sha256: str | None, why: Exception) -> Outcome:
-        writer.fail(key, sha256, str(why))
-        return Outcome(key, "failed", str(why))
-
-    def at_once(shape: tuple[int, ...]) -> int:
-        return batch_size if max(shape) <= LARGEST else 1
-
-    def run(shape: tuple[int, ...]) -> Iterator[Outcome]:
-        group = waiting.pop(shape)
-        full = [group[min(i, len(group) - 1)] for i in range(at_once(shape))]
+    def ready(group: list[_Waiting]) -> _Ready:
+        full = [group[min(i, len(group) - 1)] for i in range(_at_once(group[0].image.shape, batch_size))]
         images = torch.from_numpy(np.stack([one.image for one in full]).astype(np.float32) / np.float32(255))
-        clean = purify_batch(purifier, images, [one.key for one in full], seed, precision, device)
-        for one, image in zip(group, clean, strict=False):
-            height, width = one.size
-            pixels = (image[:, :height, :width] * 255).round().byte().numpy()
-            try:
-                writer.write(one.key, one.sha256, names[one.key], pixels, one.about)
-            except AdvdiffError as e:
-                yield failed(one.key, one.sha256, e)
-            else:
-                yield Outcome(one.key, "ok")
+        noise = row_noise(purifier, images, [one.key for one in full], seed=seed, purpose="purify")
+        return _Ready(group, onto(images, device), onto(noise, device))
 
+    gathered = _gathered(root, files, names, writer, batch_size)
+    for found in ahead((ready(g) if isinstance(g, list) else g for g in gathered), _READ_AHEAD):
+        if isinstance(found, _Ready):
+            clean = purify_batch(purifier, found.images, found.noise, precision)
+            yield from (_written(writer, one, names[one.key], x) for one, x in zip(found.group, clean, strict=False))
+            continue
+        if found.status == "failed":
+            writer.fail(found.file, found.sha256, found.reason)
+        yield found
+
+
+def _gathered(
+    root: Path, files: list[Path], names: Mapping[str, str], writer: FolderWriter, batch_size: int
+) -> Iterator[Outcome | list[_Waiting]]:
+    """Yield images of one size that fill a batch, or have waited for too long; and the files that are not computed."""
+    waiting: dict[tuple[int, ...], list[_Waiting]] = {}
     for file in files:
         key = file.relative_to(root).as_posix()
         sha256 = None
@@ -112,16 +141,29 @@ def purify_files(
                     f"{file} is {image.shape[1]}x{image.shape[2]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
                 )
         except (AdvdiffError, OSError) as e:
-            yield failed(key, sha256, e)
+            yield Outcome(key, "failed", str(e), sha256)
             continue
         image, size = _rounded(image), image.shape[1:]
         waiting.setdefault(image.shape, []).append(_Waiting(key, sha256, image, size, about))
-        if len(waiting[image.shape]) == at_once(image.shape):
-            yield from run(image.shape)
+        if len(waiting[image.shape]) == _at_once(image.shape, batch_size):
+            yield waiting.pop(image.shape)
         elif sum(map(len, waiting.values())) >= _WAITING * batch_size:
-            yield from run(max(waiting, key=lambda shape: len(waiting[shape])))
-    for shape in list(waiting):
-        yield from run(shape)
+            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+    yield from waiting.values()
+
+
+def _at_once(shape: tuple[int, ...], batch_size: int) -> int:
+    return batch_size if max(shape) <= LARGEST else 1
+
+
+def _written(writer: FolderWriter, one: _Waiting, name: str, image: Tensor) -> Outcome:
+    height, width = one.size
+    try:
+        writer.write(one.key, one.sha256, name, (image[:, :height, :width] * 255).round().byte().numpy(), one.about)
+    except AdvdiffError as e:
+        writer.fail(one.key, one.sha256, str(e))
+        return Outcome(one.key, "failed", str(e), one.sha256)
+    return Outcome(one.key, "ok")
 
 
 def _rounded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,12 +1,12 @@
 """The rows a training run reads: sets concatenated, in an order owned by (seed, epoch), read ahead by one thread."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from advdiff_cli.data.ahead import ahead
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.source import Rows
 from advdiff_cli.data.streams import stream
@@ -70,13 +70,5 @@ class TrainingRows:
         i, n = part
         share = max(1, batch_size // n)
         starts = [b * batch_size + i * share for b in range(skip, self.steps(batch_size))]
-        with ThreadPoolExecutor(1) as ahead:
-            waiting = None
-            for start in starts:
-                rows = np.take(order, np.arange(start, start + share), mode="wrap")
-                coming = ahead.submit(self.read, rows)
-                if waiting is not None:
-                    yield waiting.result()
-                waiting = coming
-            if waiting is not None:
-                yield waiting.result()
+        chosen = (np.take(order, np.arange(start, start + share), mode="wrap") for start in starts)
+        yield from ahead(map(self.read, chosen))
