@@ -29,6 +29,13 @@ def row_range(text: str) -> tuple[int, int | None]:
     return bounds
 
 
+def batch_of(text: str) -> int | str:
+    """Read a number of patches, or auto."""
+    if text != "auto" and not (text.isdigit() and int(text)):
+        raise typer.BadParameter(f"{text!r} is neither a number of patches, at least 1, nor auto")
+    return text if text == "auto" else int(text)
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """Read i/n with 0 <= i < n."""
     i, _, n = text.partition("/")
@@ -77,7 +84,20 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(rich_help_panel=MACHINE, help="auto: bf16 where the device has it."),
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, rich_help_panel=MACHINE, help="Patches computed at once.")]
+FixedBatch = Annotated[int | None, typer.Option(min=1, rich_help_panel=MACHINE, help="Patches computed at once.")]
+BatchSize = Annotated[
+    object | None,
+    typer.Option(
+        parser=batch_of, metavar="N|auto", rich_help_panel=MACHINE,
+        help="Patches computed at once; auto: by cores and free memory.",
+    ),
+]  # fmt: skip
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", rich_help_panel=MACHINE, help="Compile the U-Net: gradients are faster, the first a minute late."
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace another result at --out.", rich_help_panel=OUTPUT)
 ]

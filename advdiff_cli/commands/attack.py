@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from advdiff_cli import console, options
+from advdiff_cli.commands.batching import batch_size as sized
 from advdiff_cli.commands.defending import asked_defence, attack_precision
 from advdiff_cli.commands.filling import fill
 from advdiff_cli.commands.opening import open_selected
@@ -89,6 +90,7 @@ def attack(
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     batch_size: options.BatchSize = None,
+    compiled: options.Compile = False,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -113,23 +115,22 @@ def attack(
     chip = resolve_device(device)
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
-    patches.require_shape()
     model, fingerprint = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle, compiled=compiled)
     asked = {
         "loss": loss, "steps": steps, "step_size": step_size, "queries": queries, "restarts": restarts,
         "gradient": gradient, "eot": eot, "attack_sampler_steps": attack_sampler_steps, "fixed_draw": fixed_draw,
     }  # fmt: skip
     settings = resolve(method, norm, eps, asked, defended=defence is not None)
     begun = writer.begun(out)
-    batch = batch_size or begun.get("batch_size", _BATCH)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
+    judged = model if defence is None else defence.before(model, chip, exact)
+    batch = sized(batch_size, begun, _BATCH, judged, patches.require_shape(), chip, shard=shard, graph=True)
     made_by = attack_recipe(
         settings, seed, batch, patches.recipe_input(), fingerprint,
         None if defence is None else defence.parameters, None if defence is None else defence.model, exact,
     )  # fmt: skip
     parameters = made_by["parameters"]
-    judged = model if defence is None else defence.before(model, chip, exact)
     target = aim(model, None if defence is None else defence.purifier, settings, exact)
     part = writer.shard_rows(len(patches), batch, cast("Any", shard))
     if dry_run:

@@ -1,5 +1,6 @@
 """`advdiff bench`."""
 
+import copy
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _PURIFY = "advdiff purify"
 _TRAIN = "advdiff training step"
+_COMPILED = ", compiled"
 
 
 def bench(
@@ -31,6 +33,9 @@ def bench(
     number: Annotated[int, typer.Option("-n", "--number", min=16, help="Patches that are purified.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turns.")] = 3,
     paper: Annotated[bool, typer.Option(help="Measure the paper's loop too: about a minute a round on a CPU.")] = True,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Measure the compiled U-Net's gradients and training too.")
+    ] = False,
     allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -58,7 +63,7 @@ def bench(
         command = ["purify", str(data), "-o", str(out), "--overwrite", "--device", chip.type, "--precision", exact]
         command += [*(["-m", ddpm] if ddpm else []), *(["--allow-pickle"] if allow_pickle else [])]
         purify = Contestant(_PURIFY, lambda: run_command(ctx, command, heard=False), number)
-        contestants = _contestants(purify, defence, alone, paper, exact, chip, data)
+        contestants = _contestants(purify, defence, alone, paper, compiled, exact, chip, data)
         with console.progress(rounds + 1, "bench: rounds, the first to warm up", quiet=quiet) as advance:
             found = measure(contestants, rounds, chip, advance)
     product = f"matrix product, {exact}"
@@ -77,6 +82,8 @@ def bench(
             f"gradient {p}, in forward passes": (f"defended forward, {p}", f"exact gradient, {p}")
             for p in dict.fromkeys(("fp32", exact))
         },
+        "gradient, compiled, times as it is": (f"exact gradient, {exact}{_COMPILED}", f"exact gradient, {exact}"),
+        "training step, compiled, times as it is": (_TRAIN + _COMPILED, _TRAIN),
     }
     steps = found[_PURIFY].contestant.unet_evaluations
     an_evaluation = found["diffusers in batches"].patch_seconds / PAPER_STEPS / (found[_PURIFY].patch_seconds / steps)
@@ -102,7 +109,8 @@ def _threads() -> int:
 
 
 def _contestants(
-    purify: "Contestant", defence: Defence, alone: "nn.Module", paper: bool, exact: str, chip: "Chip", data: Path
+    purify: "Contestant", defence: Defence, alone: "nn.Module", paper: bool, compiled: bool, exact: str, chip: "Chip",
+    data: Path,
 ) -> "list[Contestant]":  # fmt: skip
     """Return all that is measured, `purify` told what it computes."""
     import numpy as np
@@ -123,11 +131,16 @@ def _contestants(
     for one in dict.fromkeys(("fp32", exact)):
         found += b.attack_step(defence.before(alone, chip, one), images, one, chip)
         found.append(b.diffusers_training(model, images, one, chip))
-    return [*found, _training(model, exact, chip, data)]
+    found.append(_training(model, exact, chip, data))
+    if compiled:
+        other = copy.deepcopy(defence).compiled()  # the defence itself stays as it is
+        found += b.attack_step(other.before(alone, chip, exact), images, exact, chip, _COMPILED)
+        found.append(_training(model, exact, chip, data, _COMPILED))
+    return found
 
 
-def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path) -> "Contestant":
-    """Return a step of train-ddpm's own loop on the same batch, reading it from a file included."""
+def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path, how: str = "") -> "Contestant":
+    """Return a step of train-ddpm's own loop on the same batch, reading it from a file included; `how` is told."""
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.evaluation.benchmarking import BATCH, Contestant
@@ -138,10 +151,12 @@ def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path) -> "Contestan
 
     rows = TrainingRows([open_patches(data)], labelled=False)
     fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)
+    if how == _COMPILED:
+        fresh.compile_unet()
     plan = DdpmPlan(10**6, BATCH, 1e-4, 0.999, model.card.max_t, 0, exact)
-    work = WorkFolder(data.with_name("ddpm"), recipe("bench", {}), None, overwrite=True)
+    work = WorkFolder(data.with_name(f"ddpm{how}"), recipe("bench", {}), None, overwrite=True)
     records = fit_ddpm(fresh, rows, None, plan, work, chip, checkpoint_seconds=10**6, every=10**7)
-    return Contestant(_TRAIN, lambda: next(records), BATCH)
+    return Contestant(_TRAIN + how, lambda: next(records), BATCH)
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -153,13 +168,13 @@ def _text(result: dict[str, Any]) -> str:
             " ".join(f"{1000 * m['seconds'][k]:.4g}" for k in ("median", "least", "most")),
             f"{m['flop_per_patch'] / 1e9:.2f}" if m["flop_per_patch"] else "-",
             f"{m['flops_per_second'] / 1e9:.0f}" if m["flop_per_patch"] else "-",
-            f"{m['peak_memory'] / 2**20:.0f}",
+            f"{m['peak_memory'] / 2**20:.0f}", f"{m['warm_up_seconds']:.1f}",
         )
         for m in result["measured"]
     ]  # fmt: skip
     head = (
         "measured", "U-Net evaluations", "patches/s", "ms a patch: median, least, most", "GFLOP a patch", "GFLOP/s",
-        "peak MB, added",
+        "peak MB, added", "warm-up s",
     )  # fmt: skip
     tables = [
         console.table(("ratio, patches a second", "times"), ratios),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from advdiff_cli import console, options
+from advdiff_cli.commands.batching import batch_size as sized
 from advdiff_cli.commands.defending import Defence, build_defence
 from advdiff_cli.commands.filling import fill
 from advdiff_cli.commands.opening import open_selected
@@ -62,27 +63,26 @@ def purify(
     from advdiff_cli.data.processes import together
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.models.device import resolve_device, resolve_precision
+    from advdiff_cli.purification.windows import LARGEST
 
     chip = resolve_device(device)
     to_file = out.suffix in (".safetensors", ".h5", ".hdf5")
     earlier = writer.begun(out) if to_file else folder_writer.begun(out)
-    machine: dict[str, Any] = {
-        "batch_size": batch_size or earlier.get("batch_size", _BATCH),
-        "precision": earlier.get("precision", "auto") if precision == "auto" else precision,
-    }
-    machine["precision"] = resolve_precision(machine["precision"], chip)
+    exact = resolve_precision(earlier.get("precision", "auto") if precision == "auto" else precision, chip)
+    shape = (LARGEST, LARGEST)  # of the largest images of a folder that are batched
     if to_file and (files_from is not None or strict):
         raise AdvdiffError(f"--out {out}: --files-from and --strict are for folders of images that go to a folder")
     if to_file:
         patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
-        patches.require_shape()
+        shape = patches.require_shape()
     elif (split, limit, rows, shuffle_seed) != (None,) * 4 or not _holds_images(data):
         raise AdvdiffError(
             f"--out {out}: rows of a patch set go to a .safetensors or .h5 file, whole folders of images to a folder"
         )
     defence = build_defence(defense or "ddpm", ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     defence.purifier.to(chip)
-    parameters = defence.parameters | {"seed": seed} | machine
+    batch = sized(batch_size, earlier, _BATCH, defence.purifier, shape, chip, shard=shard)
+    parameters = defence.parameters | {"seed": seed, "batch_size": batch, "precision": exact}
     part = cast("tuple[int, int] | None", shard)
     with together() as processes:
         if to_file:
@@ -107,7 +107,7 @@ def _to_file(
     processes: "Processes", chip: "Chip", overwrite: bool, dry_run: bool, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from advdiff_cli.data.writer import PatchWriter, shard_rows
-    from advdiff_cli.purification.bulk import purify_batch
+    from advdiff_cli.purification.bulk import purify_rows
 
     machine = made_by["parameters"]
     part = shard_rows(len(patches), machine["batch_size"], shard)
@@ -115,16 +115,13 @@ def _to_file(
     if dry_run:
         return {"out": str(out), "status": "would purify", "patches": count}
 
+    settings = {k: machine[k] for k in ("batch_size", "seed", "precision")}
+
     def work(sink: PatchWriter) -> None:
         done, of = int(sink.finished.sum()), len(sink.finished)
-        with sink, console.progress(of, "purify", done=done, quiet=quiet) as advance:
-            for batch in sink.batches(machine["batch_size"]):
-                keys = [patches.keys[i] for i in batch.rows]
-                clean = purify_batch(
-                    defence.purifier, patches.read(batch.rows), keys, machine["seed"], machine["precision"], chip
-                )
-                sink.write(batch, clean.numpy())
-                advance(batch.count)
+        with console.progress(of, "purify", done=done, quiet=quiet) as advance:
+            for count in purify_rows(defence.purifier, patches, sink, device=chip, **settings):
+                advance(count)
 
     status = fill(out, made_by, patches, shard, processes, work, device=chip.type, overwrite=overwrite)
     return {"out": str(out), "status": status, "patches": count}
@@ -178,8 +175,7 @@ def _to_folder(
         processes.wait()
         overwrite = False
     counts = {"ok": 0, "kept": 0, "failed": 0}
-    p = made_by["parameters"]
-    settings = {"batch_size": p["batch_size"], "seed": p["seed"], "precision": p["precision"]}
+    settings = {k: made_by["parameters"][k] for k in ("batch_size", "seed", "precision")}
     with (
         FolderWriter(out, made_by, shard, device=chip.type, overwrite=overwrite) as sink,
         console.progress(len(mine), "purify", quiet=quiet) as advance,

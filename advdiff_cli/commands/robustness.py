@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from advdiff_cli import console, options
+from advdiff_cli.commands.batching import batch_size as sized
 from advdiff_cli.commands.defending import Defence, asked_defence, attack_precision
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
@@ -45,6 +46,7 @@ def robustness(
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     batch_size: options.BatchSize = None,
+    compiled: options.Compile = False,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -76,14 +78,14 @@ def robustness(
         shuffle_seed = _SHUFFLE_SEED
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
-    patches.require_shape()
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle, compiled=compiled)
     substitute = defence is not None and defence.parameters["defense"] == "ddpm"
     whole = ladder(spend, eps, defended=defence is not None, substitute=substitute)
     rungs, begun = _chosen(whole, only), _begun(out, whole)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
     subject = _subject(zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle), defence, exact, chip)
-    climb = Climb(subject, patches, spend, out, seed, batch_size or begun.get("batch_size", _BATCH), chip, overwrite)
+    batch = sized(batch_size, begun, _BATCH, subject.model, patches.require_shape(), chip, graph=True)
+    climb = Climb(subject, patches, spend, out, seed, batch, chip, overwrite)
     tested = next(r.settings for r in rungs if r.name == "pgd") if only is None else None
     plan = climb.costs(rungs, tested)
     heading = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {preset}, {spend.draws} judging draws"

@@ -66,7 +66,7 @@ def sweep(
     allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
-    batch_size: options.BatchSize = None,
+    batch_size: options.FixedBatch = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,

@@ -71,7 +71,7 @@ def train_classifier(
         typer.Option(help="Weight of that divergence.", show_default=str(_BETA), rich_help_panel=_REGIME),
     ] = None,
     split: options.Split = None,
-    batch_size: options.BatchSize = _BATCH,
+    batch_size: options.FixedBatch = _BATCH,
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",

@@ -27,11 +27,12 @@ def train_ddpm(
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 3e-4,
     ema: Annotated[float, typer.Option(min=0.0, max=1.0, help="Decay of the weights' moving average.")] = 0.999,
     split: options.Split = None,
-    batch_size: options.BatchSize = _BATCH,
+    batch_size: options.FixedBatch = _BATCH,
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    compiled: options.Compile = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -61,7 +62,10 @@ def train_ddpm(
     plan = DdpmPlan(steps, batch_size or _BATCH, learning_rate, ema, max_t, seed, exact)
     made_by = recipe(
         "train-ddpm",
-        plan.parameters() | {"preset": preset} | ({} if data_range == "-1,1" else {"data_range": data_range}),
+        plan.parameters()
+        | {"preset": preset}
+        | ({} if data_range == "-1,1" else {"data_range": data_range})
+        | ({"compiled": True} if compiled else {}),
         data=[s.recipe_input() for s in sets],
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_ddpm(init, allow_pickle=allow_pickle)),
@@ -77,6 +81,8 @@ def train_ddpm(
             shapes = [rows.shape, *([valid_set.require_shape()] if valid_set else [])]
             low, high = map(float, data_range.split(","))
             model = zoo.initial_ddpm(init, preset, shapes, max_t, seed, (low, high), allow_pickle=allow_pickle)
+            if compiled:
+                model.compile_unet()
             follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
             made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
             paper = Purification(t_star=min(Purification.t_star, max_t))

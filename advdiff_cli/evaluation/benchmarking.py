@@ -42,11 +42,15 @@ class Contestant:
 
 @dataclass
 class Timing:
-    """The seconds a contestant took in each round, and the most bytes it added to what stood in memory before it."""
+    """The seconds a contestant took in each round, and the most bytes it added to what stood in memory before it.
+
+    `warm_up` is the seconds of the round before them all, compilation included.
+    """
 
     contestant: Contestant
     seconds: list[float] = field(default_factory=list)
     memory: int = 0
+    warm_up: float = 0.0
 
     @property
     def patch_seconds(self) -> float:
@@ -62,6 +66,7 @@ class Timing:
             "rounds": len(each),
             "unet_evaluations": c.unet_evaluations,
             "seconds": {"median": self.patch_seconds, "least": each[0], "most": each[-1]},
+            "warm_up_seconds": self.warm_up,
             "patches_per_second": 1 / self.patch_seconds,
             "flop_per_patch": c.flops,
             "flops_per_second": c.flops / self.patch_seconds,
@@ -82,6 +87,8 @@ def measure(
             _wait(device)
             if turn:
                 timing.seconds.append(time.perf_counter() - started)
+            else:
+                timing.warm_up = time.perf_counter() - started
             timing.memory = max(timing.memory, _peak_memory(device) - before)
         advance()
     return timings
@@ -155,15 +162,15 @@ def _ddpm_flops(ddpm: Ddpm, image: Tensor) -> int:
 
 
 def attack_step(
-    defended: DefendedClassifier, images: Tensor, precision: str, device: torch.device
+    defended: DefendedClassifier, images: Tensor, precision: str, device: torch.device, how: str = ""
 ) -> tuple[Contestant, Contestant]:  # fmt: skip
-    """Return a forward pass of a defended classifier on a batch, and an exact gradient through it."""
+    """Return a forward pass of a defended classifier on a batch, and an exact gradient through it; `how` is told."""
     x, labels = images[:BATCH].to(device), torch.zeros(BATCH, dtype=torch.long, device=device)
     objective = Objective(defended, labels, seed=0, rows=list(range(BATCH)))
     steps = len(getattr(defended.purifier, "indices", ()))
     return (
-        Contestant(f"defended forward, {precision}", lambda: objective.at(x, 0), BATCH, 0, steps),
-        Contestant(f"exact gradient, {precision}", lambda: objective.gradient(x, 0), BATCH, 0, steps),
+        Contestant(f"defended forward, {precision}{how}", lambda: objective.at(x, 0), BATCH, 0, steps),
+        Contestant(f"exact gradient, {precision}{how}", lambda: objective.gradient(x, 0), BATCH, 0, steps),
     )
 
 

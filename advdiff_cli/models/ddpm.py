@@ -5,6 +5,9 @@ depth factor, and the settings recommended for purification. Source: Ho et al. 2
 """
 
 import json
+import logging
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -105,6 +108,7 @@ class Ddpm(nn.Module):
         self.unet = unet
         self.scheduler = scheduler
         self.card = card
+        self._compiled: Callable[[Tensor, Tensor], Tensor] | None = None
         self.register_buffer("alpha_bar", scheduler.alphas_cumprod.clone(), persistent=False)
 
     @property
@@ -117,12 +121,33 @@ class Ddpm(nn.Module):
         """What height and width in pixels must be multiples of."""
         return int(self.card.space_to_depth * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
+    def compile_unet(self) -> None:
+        """Let torch compile the U-Net where gradients are taken, at the first one of each shape of batch.
+
+        A forward pass alone hardly gains, and stays as it is.
+
+        Raises:
+            AdvdiffError: torch cannot compile on this machine.
+        """
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA's compiler on a CPU
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        try:
+            torch.compile(torch.neg)(torch.zeros(1, device=self.alpha_bar.device))
+        except Exception as e:  # of whatever a compiler lacks
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise AdvdiffError(f"--compile: torch cannot compile here ({why}); leave it out") from None
+        self._compiled = torch.compile(self._predict, dynamic=False)
+
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise in x_t (B, 3, H, W), in the data range, at timesteps t (B,)."""
         factor = self.card.space_to_depth
         folded = pixel_unshuffle(x_t, factor).contiguous(memory_format=torch.channels_last)
+        predict = self._compiled if self._compiled and torch.is_grad_enabled() else self._predict
+        return pixel_shuffle(predict(folded, t).float(), factor)
+
+    def _predict(self, folded: Tensor, t: Tensor) -> Tensor:
         predicted: Tensor = self.unet(folded, t, return_dict=False)[0]
-        return pixel_shuffle(predicted.float(), factor)
+        return predicted
 
 
 def build_ddpm(

@@ -8,6 +8,7 @@ from torch import nn
 
 from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.data.streams import RowStreams
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import Ddpm, DdpmCard, load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier, StraightThrough
 from advdiff_cli.purification.purifier import linear_alpha_bar
@@ -46,6 +47,46 @@ def test_checkpointing_changes_nothing(model, classifier, images, sampler, steps
     defended.purifier.checkpointed = False
     assert torch.equal(checkpointed, gradient(defended, images, noise))
     assert checkpointed.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of much that is its own
+def test_a_compiled_unet_has_the_same_gradient_and_the_forward_pass_stays_as_it_is(
+    ddpm, classifier, images, monkeypatch
+):  # fmt: skip
+    model = load_ddpm(ddpm).requires_grad_(False)
+    names = list(model.state_dict())
+    defended = DefendedClassifier(DiffusionPurifier(model, 0.1, "ddpm", 1), classifier)
+    noise = defended.noise(images, rows=ROWS, seed=0, purpose="x")
+    expected, logits = gradient(defended, images, noise), defended(images, noise)
+    compiler, calls = torch.compile, []
+
+    def traced(task, **options):  # all of torch.compile but the minute of C++
+        compiled = compiler(task, backend="aot_eager", **options)
+        return lambda *arguments: calls.append(task) or compiled(*arguments)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    model.compile_unet()
+    probed = len(calls)
+    assert torch.allclose(
+        gradient(defended, images, noise), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
+    assert len(calls) == probed + 1
+    with torch.no_grad():
+        assert torch.equal(defended(images, noise), logits)
+    assert len(calls) == probed + 1
+    assert list(model.state_dict()) == names
+
+
+def test_a_machine_that_cannot_compile_says_so(ddpm, monkeypatch):
+    def broken(task, **_):
+        def run(*_):
+            raise RuntimeError("no C++ compiler found\nand much more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(AdvdiffError, match=r"cannot compile here \(no C\+\+ compiler found\); leave it out"):
+        load_ddpm(ddpm).compile_unet()
 
 
 def test_bf16_bends_the_gradient_a_little(model, classifier, images):

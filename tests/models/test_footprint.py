@@ -1,0 +1,59 @@
+"""--batch-size auto: what layers put out is counted, and the memory that is free bounds the batch."""
+
+import pytest
+import torch
+from torch import nn
+
+from advdiff_cli.data.writer import begun
+from advdiff_cli.models import footprint
+from advdiff_cli.models.footprint import batch_that_fits, free_memory
+
+CPU = torch.device("cpu")
+# an image of 8 x 8 takes 768 bytes, and 1,024 and 2,048 are put out
+LAYERS = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 8, 1)))
+
+
+def fitting(monkeypatch, patches, **asked):
+    """The batch where twice the memory of so many patches is free, which is more than cores ask for."""
+    monkeypatch.setattr(footprint, "A_THREAD", 10**6)
+    each = 3072 * (2 if asked.get("graph") else 1) + 768
+    monkeypatch.setattr(footprint, "free_memory", lambda device: 2 * patches * each)
+    return batch_that_fits(LAYERS, 8, 8, CPU, **asked)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_memory_bounds_the_batch(monkeypatch, graph):
+    assert fitting(monkeypatch, 64, graph=graph) == 64
+    assert fitting(monkeypatch, 127, graph=graph) == 64
+    assert fitting(monkeypatch, 0.1, graph=graph) == 1  # the least there is, though it may not fit
+
+
+def test_cores_bound_the_batch(monkeypatch):
+    monkeypatch.setattr(footprint, "free_memory", lambda device: 10**15)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert batch_that_fits(LAYERS, 8, 8, CPU) == 32
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert batch_that_fits(LAYERS, 8, 8, CPU) == 16
+
+
+def test_no_hook_is_left():
+    batch_that_fits(LAYERS, 8, 8, CPU)
+    assert not any(m._forward_hooks for m in LAYERS.modules())
+
+
+def test_free_memory_is_less_than_the_machine_has():
+    import psutil
+
+    assert 0 < free_memory(CPU) <= psutil.virtual_memory().total
+
+
+def test_auto_is_kept_by_the_output_and_refused_of_parts(advdiff, test_x, ddpm, tmp_path):
+    out = tmp_path / "p.h5"
+    made = ["purify", test_x, "-m", ddpm, "--t-star", 0.05, "--sampler-steps", 1, "-o", out]
+    assert advdiff(*made, "--batch-size", "auto", "--json").json["status"] == "done"
+    size = begun(out)["batch_size"]
+    assert size >= 1
+    assert size & (size - 1) == 0
+    assert advdiff(*made, "--json").json["status"] == "up to date"
+    assert "parts of a work" in advdiff(*made, "--batch-size", "auto", "--shard", "0/2", code=1).err
+    assert "nor auto" in advdiff(*made, "--batch-size", "0", code=2).err
