@@ -184,11 +184,17 @@ def test_a_list_of_files(advdiff, folder, ddpm, tmp_path, monkeypatch):
 
 def test_strict_stops_at_the_first_that_fails(advdiff, folder, ddpm, tmp_path):
     (folder / "b.png").touch()
-    result = purify(advdiff, folder, tmp_path / "out", ddpm, "--strict", code=1)
+    for k in range(40):
+        shutil.copy(folder / "a.png", folder / f"z{k}.png")
+    one = ["--strict", "--batch-size", 1]
+    result = purify(advdiff, folder, tmp_path / "out", ddpm, *one, code=1)
     assert "b.png is not an image that can be read (--strict" in result.err.splitlines()[-1]
     assert result.out == ""
     (folder / "b.png").unlink()
-    assert purify(advdiff, folder, tmp_path / "out", ddpm, "--strict").json["status"] == "done"
+    result = purify(advdiff, folder, tmp_path / "out", ddpm, *one).json
+    assert (result["status"], result["failed"]) == ("done", 0)
+    assert result["purified"] >= 20
+    assert result["kept"] >= 1
 
 
 def test_shards_share_a_folder(advdiff, folder, ddpm, tmp_path):

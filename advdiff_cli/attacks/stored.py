@@ -52,7 +52,7 @@ def attack_rows(
     labels = patches.require_labels()
     with sink:
         batches = sink.batches(parameters["batch_size"])
-        for batch, images in ahead((batch, onto(patches.read(batch.rows), device)) for batch in batches):
+        for batch, images in ahead(lambda batch: (batch, onto(patches.read(batch.rows), device)), batches):
             keys, index = [patches.keys[i] for i in batch.rows], patches.index[batch.rows].tolist()
             truth = torch.from_numpy(labels[batch.rows]).to(device)
             adv = run(target, parameters, images, truth, keys, parameters["seed"], index)

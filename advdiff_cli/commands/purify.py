@@ -183,7 +183,7 @@ def _to_folder(
         for outcome in purify_files(defence.purifier, root, mine, names, sink, device=chip, **settings):
             counts[outcome.status] += 1
             if outcome.status == "failed" and strict:
-                raise AdvdiffError(f"{outcome.reason} (--strict: nothing after it was begun)")
+                raise AdvdiffError(f"{outcome.reason} (--strict: the images after it are left)")
             if outcome.status == "failed":
                 console.warn(outcome.reason)
             advance()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -91,6 +92,7 @@ class FolderWriter:
         self._tag = "" if shard is None else f"{shard[0]}of{shard[1]}."
         self._journal = out / f"advdiff.{self._tag}jsonl"
         self._lines: dict[str, dict[str, Any]] = {}
+        self._turn = Lock()  # images are written by many threads, lines by one at a time
         if out.exists() and not overwrite and not _is_ours(out):
             raise AdvdiffError(f"{out} exists and was not made by advdiff purify; give an empty or new folder as --out")
         out.mkdir(parents=True, exist_ok=True)
@@ -187,5 +189,5 @@ class FolderWriter:
 
     def _say(self, line: dict[str, Any]) -> None:
         self._lines[line["file"]] = line
-        with self._journal.open("a") as journal:
+        with self._turn, self._journal.open("a") as journal:
             journal.write(_line(line))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -125,13 +126,36 @@ def check_file(file: Path) -> None:
         raise AdvdiffError(f"{file} {'is a link to nothing' if file.is_symlink() else exists}")
 
 
+class _Unwarned:
+    """Python's warnings left out while any thread is inside; `catch_warnings` puts them back right for one alone."""
+
+    def __init__(self) -> None:
+        self._turn, self._inside = Lock(), 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._turn:
+            if not self._inside:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._turn:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__(None, None, None)
+
+
+_unwarned = _Unwarned()
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
     """Open an image without Pillow's warnings of its size, which is checked here, and of its metadata."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(file) as image:
-            yield image
+    with _unwarned, Image.open(file) as image:
+        yield image
 
 
 def read_image(file: Path) -> NDArray[np.uint8]:

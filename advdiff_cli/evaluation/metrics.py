@@ -92,7 +92,7 @@ def predict(
     size = DRAWN_BATCH if isinstance(model, DefendedClassifier) else BATCH
     n = len(patches)
     batches = (np.minimum(np.arange(s, s + size), n - 1) for s in range(0, n, size))  # full: rows do not depend on N
-    for rows, images in ahead((rows, onto(patches.read(rows), device)) for rows in batches):
+    for rows, images in ahead(lambda rows: (rows, onto(patches.read(rows), device)), batches):
         if isinstance(model, DefendedClassifier):
             keys = patches.index[rows].tolist()  # what every set made from these rows carries along
             logits = []

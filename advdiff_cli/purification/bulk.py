@@ -3,8 +3,10 @@
 Of a folder, images are batched by size, and one bad file never stops the rest.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from advdiff_cli.purification.defended import row_noise
 from advdiff_cli.purification.purifier import Purifier
 from advdiff_cli.purification.windows import LARGEST
 
-_READ_AHEAD = 2  # batches, and files between them, that are read before they are computed
+_THREADS = 8  # at most, that read, decode, encode and write
 _WAITING = 4  # batches' worth of images that may wait for company of their size
 _SIZES = 32  # pixels: sizes are rounded up to multiples of it, so that images of many sizes fill batches
 
@@ -50,6 +52,14 @@ class _Waiting:
     image: NDArray[np.uint8]
     size: tuple[int, ...]
     about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Purified:
+    """An image to be written."""
+
+    one: _Waiting
+    image: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ def purify_rows(
         return batch, onto(images, device), onto(noise, device)
 
     with sink:
-        for batch, images, noise in ahead(map(read, sink.batches(batch_size))):
+        for batch, images, noise in ahead(read, sink.batches(batch_size)):
             sink.write(batch, purify_batch(purifier, images, noise, precision).numpy())
             yield batch.count
 
@@ -104,66 +114,79 @@ def purify_files(
         device: Where to compute.
     """
 
-    def ready(group: list[_Waiting]) -> _Ready:
-        full = [group[min(i, len(group) - 1)] for i in range(_at_once(group[0].image.shape, batch_size))]
+    def load(file: Path) -> Outcome | _Waiting:
+        return _loaded(file, file.relative_to(root).as_posix(), names, writer)
+
+    def ready(found: Outcome | list[_Waiting]) -> Outcome | _Ready:
+        if isinstance(found, Outcome):
+            return found
+        full = [found[min(i, len(found) - 1)] for i in range(_at_once(found[0].image.shape, batch_size))]
         images = torch.from_numpy(np.stack([one.image for one in full]).astype(np.float32) / np.float32(255))
         noise = row_noise(purifier, images, [one.key for one in full], seed=seed, purpose="purify")
-        return _Ready(group, onto(images, device), onto(noise, device))
+        return _Ready(found, onto(images, device), onto(noise, device))
 
-    gathered = _gathered(root, files, names, writer, batch_size)
-    for found in ahead((ready(g) if isinstance(g, list) else g for g in gathered), _READ_AHEAD):
-        if isinstance(found, _Ready):
+    def purified() -> Iterator[Outcome | _Purified]:
+        loaded = ahead(load, files, threads=threads, depth=batch_size)
+        for found in ahead(ready, _gathered(loaded, batch_size)):
+            if isinstance(found, Outcome):
+                yield found
+                continue
             clean = purify_batch(purifier, found.images, found.noise, precision)
-            yield from (_written(writer, one, names[one.key], x) for one, x in zip(found.group, clean, strict=False))
-            continue
-        if found.status == "failed":
-            writer.fail(found.file, found.sha256, found.reason)
-        yield found
+            for one, image in zip(found.group, clean, strict=False):
+                height, width = one.size
+                yield _Purified(one, (image[:, :height, :width] * 255).round().byte().numpy())
+
+    threads = min(_THREADS, os.cpu_count() or 1)
+    yield from ahead(partial(_settled, writer, names), purified(), threads=threads, depth=2 * threads)
 
 
-def _gathered(
-    root: Path, files: list[Path], names: Mapping[str, str], writer: FolderWriter, batch_size: int
-) -> Iterator[Outcome | list[_Waiting]]:
+def _loaded(file: Path, key: str, names: Mapping[str, str], writer: FolderWriter) -> Outcome | _Waiting:
+    sha256 = None
+    try:
+        check_file(file)
+        sha256 = file_digest(file)
+        if writer.is_done(key, sha256, names[key]):
+            return Outcome(key, "kept")
+        image, about = read_image(file), told_of(file)
+        if min(image.shape[1:]) < MIN_SIZE:
+            raise AdvdiffError(f"{file} is {image.shape[1]}x{image.shape[2]}; at least {MIN_SIZE}x{MIN_SIZE} is needed")
+    except (AdvdiffError, OSError) as e:
+        return Outcome(key, "failed", str(e), sha256)
+    return _Waiting(key, sha256, _rounded(image), image.shape[1:], about)
+
+
+def _gathered(loaded: Iterable[Outcome | _Waiting], batch_size: int) -> Iterator[Outcome | list[_Waiting]]:
     """Yield images of one size that fill a batch, or have waited for too long; and the files that are not computed."""
     waiting: dict[tuple[int, ...], list[_Waiting]] = {}
-    for file in files:
-        key = file.relative_to(root).as_posix()
-        sha256 = None
-        try:
-            check_file(file)
-            sha256 = file_digest(file)
-            if writer.is_done(key, sha256, names[key]):
-                yield Outcome(key, "kept")
-                continue
-            image, about = read_image(file), told_of(file)
-            if min(image.shape[1:]) < MIN_SIZE:
-                raise AdvdiffError(
-                    f"{file} is {image.shape[1]}x{image.shape[2]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
-                )
-        except (AdvdiffError, OSError) as e:
-            yield Outcome(key, "failed", str(e), sha256)
+    for found in loaded:
+        if isinstance(found, Outcome):
+            yield found
             continue
-        image, size = _rounded(image), image.shape[1:]
-        waiting.setdefault(image.shape, []).append(_Waiting(key, sha256, image, size, about))
-        if len(waiting[image.shape]) == _at_once(image.shape, batch_size):
-            yield waiting.pop(image.shape)
+        shape = found.image.shape
+        waiting.setdefault(shape, []).append(found)
+        if len(waiting[shape]) == _at_once(shape, batch_size):
+            yield waiting.pop(shape)
         elif sum(map(len, waiting.values())) >= _WAITING * batch_size:
             yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
     yield from waiting.values()
 
 
+def _settled(writer: FolderWriter, names: Mapping[str, str], found: Outcome | _Purified) -> Outcome:
+    """Write a purified image, or note in the journal why there is none."""
+    if isinstance(found, _Purified):
+        one = found.one
+        try:
+            writer.write(one.key, one.sha256, names[one.key], found.image, one.about)
+            return Outcome(one.key, "ok")
+        except AdvdiffError as e:
+            found = Outcome(one.key, "failed", str(e), one.sha256)
+    if found.status == "failed":
+        writer.fail(found.file, found.sha256, found.reason)
+    return found
+
+
 def _at_once(shape: tuple[int, ...], batch_size: int) -> int:
     return batch_size if max(shape) <= LARGEST else 1
-
-
-def _written(writer: FolderWriter, one: _Waiting, name: str, image: Tensor) -> Outcome:
-    height, width = one.size
-    try:
-        writer.write(one.key, one.sha256, name, (image[:, :height, :width] * 255).round().byte().numpy(), one.about)
-    except AdvdiffError as e:
-        writer.fail(one.key, one.sha256, str(e))
-        return Outcome(one.key, "failed", str(e), one.sha256)
-    return Outcome(one.key, "ok")
 
 
 def _rounded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

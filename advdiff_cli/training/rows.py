@@ -71,4 +71,4 @@ class TrainingRows:
         share = max(1, batch_size // n)
         starts = [b * batch_size + i * share for b in range(skip, self.steps(batch_size))]
         chosen = (np.take(order, np.arange(start, start + share), mode="wrap") for start in starts)
-        yield from ahead(map(self.read, chosen))
+        yield from ahead(self.read, chosen)

@@ -1,46 +1,56 @@
 """Reading ahead: the same items, errors where they fall, and no thread left behind."""
 
 import threading
+import time
 
 import pytest
 
 from advdiff_cli.data.ahead import ahead
 
 
+@pytest.mark.parametrize(("threads", "depth"), [(1, 1), (1, 3), (4, 8)])
+def test_the_results_in_the_order_of_the_items(threads, depth):
+    def late(k):
+        time.sleep(0.002 * (k % 3))
+        return -k
+
+    assert list(ahead(late, range(20), threads=threads, depth=depth)) == [-k for k in range(20)]
+    assert list(ahead(late, [], threads=threads, depth=depth)) == []
+
+
 @pytest.mark.parametrize("depth", [1, 3])
-def test_the_items_in_their_order(depth):
-    assert list(ahead(range(10), depth)) == list(range(10))
-    assert list(ahead([], depth)) == []
-    assert list(ahead([None, None], depth)) == [None, None]
+def test_as_many_items_as_the_depth_are_begun_while_one_is_worked_on(depth):
+    taken = []
+    reading = ahead(lambda k: k, (taken.append(k) or k for k in range(10)), depth=depth)
+    assert next(reading) == 0
+    assert taken == list(range(depth + 1))
 
 
-def test_the_next_item_is_made_while_one_is_worked_on():
-    begun = [threading.Event() for _ in range(3)]
+def test_items_are_taken_by_the_thread_that_asks_and_worked_on_by_others():
+    mine = threading.get_ident()
 
     def items():
-        for event in begun:
-            event.set()
-            yield event
+        for _ in range(3):
+            yield threading.get_ident()
 
-    reading = ahead(items())
-    assert next(reading) is begun[0]
-    assert begun[1].wait(10)
+    assert all(taken == mine != worked for taken, worked in ahead(lambda i: (i, threading.get_ident()), items()))
 
 
-def test_an_error_is_raised_after_the_items_before_it():
-    def items():
-        yield 1
-        raise OSError("gone")
+def test_an_error_is_raised_where_its_result_would_have_been():
+    def task(k):
+        if k == 2:
+            raise OSError("gone")
+        return k
 
-    reading = ahead(items(), 2)
-    assert next(reading) == 1
+    reading = ahead(task, range(9), threads=3, depth=5)
+    assert [next(reading), next(reading)] == [0, 1]
     with pytest.raises(OSError, match="gone"):
         next(reading)
 
 
 def test_no_thread_is_left_when_the_reader_stops_early():
     before = threading.active_count()
-    reading = ahead(iter(range(10**9)), 4)
+    reading = ahead(lambda k: k, range(10**9), threads=3, depth=4)
     next(reading)
     reading.close()
     assert threading.active_count() == before

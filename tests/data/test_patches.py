@@ -1,7 +1,11 @@
 """The four forms hold the same rows; selection, labels and keys."""
 
 import struct
+import threading
+import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from advdiff_cli.data.image_folder import read_image
+from advdiff_cli.data.image_folder import _unwarned, read_image
 from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.errors import AdvdiffError
 
@@ -143,3 +147,25 @@ def _png_of_16_bits():
     rows = (b"\0" + bytes(40 * 6)) * 40
     head = struct.pack(">IIBBBBB", 40, 40, 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_warnings_are_left_out_by_any_number_of_threads_and_come_back():
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        first, last = threading.Event(), threading.Event()
+
+        def short():
+            with _unwarned:
+                first.set()
+                last.wait(10)
+
+        def long():
+            first.wait(10)
+            with _unwarned:
+                last.set()
+                time.sleep(0.05)
+                warnings.warn("this one is left out", stacklevel=1)
+
+        for task in [pool.submit(short), pool.submit(long)]:
+            task.result()
+    assert list(warnings.filters) == before
