@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Peak memory of purify and attack over the number of patches, and of a gradient over draws and sampler steps.
+"""Peak memory and time of purify and attack over the number of patches, and of a gradient over draws and steps.
 
     python benchmarks/memory.py WORK_DIR [--sizes 1000 10000]
 
 Random patches of 96x96 in each form; `purify` with one step of the bundled synthetic-ddpm, `attack` with one on the
-bundled synthetic-classifier, each in a process of its own, whose peak resident memory (VmHWM) is reported. Memory that
-grew with N would show: 10,000 patches are 1.1 GB as float32.
+bundled synthetic-classifier, each in a process of its own, whose peak resident memory (VmHWM) and seconds in all
+are reported. Memory that grew with N would show: 10,000 patches are 1.1 GB as float32. So would time that grew faster
+than N: the difference of two sizes' seconds is what their difference in patches took.
 
 Then `attack -m` through the bundled pcam-ddpm on 8 patches of synthetic tissue, in one step of exact gradients:
 over the draws that one averages, and over the reverse steps it goes back through.
@@ -14,6 +15,7 @@ over the draws that one averages, and over the reverse steps it goes back throug
 import argparse
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -58,12 +60,17 @@ finally:  # getrusage would count the parent's memory at the fork
 """
 
 
-def peak(*arguments: object) -> float:
-    """Run a command and return its peak resident memory in MB."""
+def peak(*arguments: object) -> tuple[float, float]:
+    """Run a command and return its peak resident memory in MB, and the seconds it took."""
+    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{arguments}: {done.stderr}")
-    return int(done.stderr.split()[-1]) / 1024
+    return int(done.stderr.split()[-1]) / 1024, time.monotonic() - started
+
+
+def cells(measured: list[tuple[float, float]]) -> str:
+    return "  ".join(f"{mb:6.0f} MB {seconds:7.1f} s" for mb, seconds in measured)
 
 
 def gradients(work: Path, ddpm: str) -> None:
@@ -76,7 +83,7 @@ def gradients(work: Path, ddpm: str) -> None:
     ):
         for eot, steps in cases:
             how = [*models, "--steps", 1, "--eot", eot, "--sampler-steps", steps, "--batch-size", 8]
-            used = peak("attack", tissue, *how, "-o", work / "adv.safetensors", "-q", "--overwrite")
+            used, _ = peak("attack", tissue, *how, "-o", work / "adv.safetensors", "-q", "--overwrite")
             print(f"exact gradient, {name:13} {eot if name == 'draws' else steps:2}  {used:6.0f} MB", flush=True)
 
 
@@ -92,7 +99,7 @@ def main() -> None:
     gradients(args.work, args.ddpm)
     if not args.sizes:
         return
-    print(f"peak memory, MB: {'  '.join(f'n = {n}' for n in args.sizes)}")
+    print(f"{'peak memory and time':23}{'  '.join(f'n = {n:<14}' for n in args.sizes)}")
     for form in ("safetensors", "hdf5", "pcam", "folder"):
         sets = [make(form, n, args.work) for n in args.sizes]
         split = ["--split", "test"] if form == "pcam" else []
@@ -107,10 +114,10 @@ def main() -> None:
                 out = args.work / f"{form}-{command}-{n}{outs[command]}"
                 peaks.append(peak(command, data, *split, *extra[command], "-o", out, "-q"))
                 out.unlink()
-            print(f"{form:12} {command:8} {'  '.join(f'{p:10.0f}' for p in peaks)}", flush=True)
+            print(f"{form:12} {command:9} {cells(peaks)}", flush=True)
         if form == "folder":
             peaks = [peak("purify", d, *extra["purify"], "-o", args.work / f"out{d.name}", "-q") for d in sets]
-            print(f"{form:12} to folder {'  '.join(f'{p:9.0f}' for p in peaks)}", flush=True)
+            print(f"{form:12} to folder {cells(peaks)}", flush=True)
 
 
 if __name__ == "__main__":
