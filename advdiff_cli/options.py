@@ -7,6 +7,8 @@ import typer
 
 from advdiff_cli.errors import AdvdiffError
 
+_MOST_AT_ONCE = 65_536
+
 
 def fraction(text: str | float) -> float:
     """Read a number or a fraction such as 2/255; Typer passes a default through as it is."""
@@ -31,8 +33,8 @@ def row_range(text: str) -> tuple[int, int | None]:
 
 def batch_of(text: str) -> int | str:
     """Read a number of patches, or auto."""
-    if text != "auto" and not (text.isdigit() and int(text)):
-        raise typer.BadParameter(f"{text!r} is neither a number of patches, at least 1, nor auto")
+    if text != "auto" and not (text.isdigit() and 1 <= int(text) <= _MOST_AT_ONCE):
+        raise typer.BadParameter(f"{text!r} is neither a number of patches from 1 to {_MOST_AT_ONCE} nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -84,7 +86,9 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(rich_help_panel=MACHINE, help="auto: bf16 where the device has it."),
 ]
-FixedBatch = Annotated[int | None, typer.Option(min=1, rich_help_panel=MACHINE, help="Patches computed at once.")]
+FixedBatch = Annotated[
+    int | None, typer.Option(min=1, max=_MOST_AT_ONCE, rich_help_panel=MACHINE, help="Patches computed at once.")
+]
 BatchSize = Annotated[
     object | None,
     typer.Option(

@@ -124,8 +124,8 @@ def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):
     (["--eps", "0"], "--eps must be above 0"),
     (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),
     (["--shard", "7/9"], "--shard 7/9 is empty"),
-    (["--compile"], "--compile and -m are a defence.s"),
-    (["--defense", "noise", "--compile"], "no U-Net to compile"),
+    (["--compile"], "--compile: this attack takes no gradient of a U-Net"),
+    (["--defense", "noise", "--compile"], "--compile: this attack takes no gradient of a U-Net"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(extra, message, advdiff, classifier, test_x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from advdiff_cli.data.folder_writer import output_names
+from advdiff_cli.data.folder_writer import FolderWriter, output_names
 from advdiff_cli.data.locking import OutputLock
+from advdiff_cli.purification import files as purification_files
 
 
 @pytest.fixture
@@ -291,3 +292,25 @@ def test_stems_that_collide_keep_their_whole_name():
     assert output_names(list(names)) == names
     chain = output_names(["a.jpg", "a.bmp", "a.jpg.png"])
     assert len(set(chain.values())) == 3
+
+
+def test_large_images_are_read_computed_and_written_one_at_a_time(advdiff, ddpm, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for k in range(5):
+        Image.fromarray(np.full((32, 400, 3), 40 * k, np.uint8)).save(tmp_path / "in" / f"{k}.png")
+    held, most = [], []
+    read, write = purification_files.read_image, FolderWriter.write
+
+    def reading(file):
+        held.append(file)
+        most.append(len(held))
+        return read(file)
+
+    def writing(*arguments):
+        held.pop()
+        return write(*arguments)
+
+    monkeypatch.setattr(purification_files, "read_image", reading)
+    monkeypatch.setattr(FolderWriter, "write", writing)
+    assert purify(advdiff, tmp_path / "in", tmp_path / "out", ddpm, "--batch-size", 16).json["purified"] == 5
+    assert most == [1] * 5

@@ -10,7 +10,11 @@ import time
 import h5py
 import pytest
 
+from advdiff_cli.attacks.plan import resolve
+from advdiff_cli.attacks.stored import attack_recipe
+from advdiff_cli.data.disk import replacing
 from advdiff_cli.evaluation import ladder
+from advdiff_cli.evaluation.judging import kept_result
 from advdiff_cli.evaluation.ladder import Preset
 from advdiff_cli.evaluation.stopwatch import Stopwatch
 
@@ -193,3 +197,46 @@ def test_images_unchanged_are_judged_the_same(advdiff, patches, form, test_x, cl
 )
 def test_settings_of_a_defence_need_one(advdiff, test_x, classifier, words, message):
     assert message in advdiff("evaluate", test_x, "-c", classifier, *words, code=1).err
+
+
+def test_what_others_left_among_the_seconds_and_results_is_passed_over(tmp_path):
+    journal = tmp_path / "s.jsonl"
+    with Stopwatch(journal, {"a": 1}) as watch:
+        pass
+    spent = watch.spent()
+    ours = json.loads(journal.read_text())["of"]
+    with journal.open("a") as file:
+        file.write(f'garbage\n[]\n{{"of": 1}}\n{{"of": "{ours}"}}\n{{"of": "{ours}", "seconds": [], "anew": true}}\n')
+    assert watch.spent() == spent
+    for text in ("{}", "[]", "null", '{"result": 1, "recipe": 2}', "not json"):
+        (tmp_path / "r.json").write_text(text)
+        assert kept_result(tmp_path / "r.json", {"command": "x"}) is None
+
+
+def test_two_processes_may_keep_the_same_result(tmp_path):
+    kept = tmp_path / "clean.json"
+    with replacing(kept) as mine, replacing(kept) as theirs:
+        mine.write_text("1")
+        theirs.write_text("1")
+        assert not kept.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["clean.json"]
+    with pytest.raises(OSError, match="full"), replacing(kept) as third:
+        third.write_text("half")
+        raise OSError("full")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("clean.json", "1")]
+
+
+def test_only_gradients_of_the_unet_are_another_recipe_when_it_is_compiled():
+    defence = {"defense": "ddpm", "t_star": 0.1, "sampler": "ddpm", "sampler_steps": 1}
+
+    def differ(method, of=defence, **asked):
+        settings = resolve(method, "linf", 2 / 255, asked, defended=True)
+        plain, compiled = (attack_recipe(settings, 0, 4, {}, "c", of, "m", "fp32", compiled=c) for c in (False, True))
+        return plain != compiled
+
+    assert differ("pgd")
+    assert differ("apgd", gradient="surrogate", attack_sampler_steps=1)
+    assert not any(differ("pgd", gradient=g) for g in ("blind", "bpda"))
+    assert not differ("square")
+    assert not differ("random")
+    assert not differ("pgd", of={"defense": "noise", "t_star": 0.1})

@@ -15,7 +15,7 @@ from advdiff_cli.models.device import onto
 
 def attack_recipe(
     settings: Mapping[str, Any], seed: int, batch_size: int, data: Provenance, classifier: str,
-    defence: Mapping[str, Any] | None, ddpm: str | None, precision: str = "fp32",
+    defence: Mapping[str, Any] | None, ddpm: str | None, precision: str = "fp32", *, compiled: bool = False,
 ) -> Provenance:  # fmt: skip
     """Return the recipe of an attack.
 
@@ -28,10 +28,13 @@ def attack_recipe(
         defence: Parameters of the defence, or None.
         ddpm: Fingerprint of its diffusion model, or None.
         precision: Of the purifier, where the attack goes through it.
+        compiled: Whether the U-Net is compiled where gradients are taken of it; they round otherwise.
     """
     whole = {**settings, **(defence or {})}
     exact = precision if goes_through(whole) else "fp32"
     parameters = {**whole, "seed": seed, "batch_size": batch_size, "precision": exact}
+    if compiled and differentiates(whole):
+        parameters["compiled"] = True
     models = {"classifier": classifier} | ({} if defence is None else {"ddpm": ddpm})
     return recipe("attack", parameters, data=data, **models)
 
@@ -43,6 +46,11 @@ def goes_through(parameters: Mapping[str, Any]) -> bool:
         and parameters.get("method", "random") != "random"
         and parameters.get("gradient") != "blind"
     )
+
+
+def differentiates(parameters: Mapping[str, Any]) -> bool:
+    """Tell whether these are of an attack, with its defence's, that takes gradients of a U-Net."""
+    return parameters.get("defense") == "ddpm" and parameters.get("gradient") in ("full", "surrogate")
 
 
 def attack_rows(

@@ -9,9 +9,10 @@ import typer
 
 from advdiff_cli import console, options
 from advdiff_cli.commands.batching import batch_size as sized
-from advdiff_cli.commands.defending import asked_defence, attack_precision
+from advdiff_cli.commands.defending import Defence, asked_defence, attack_precision
 from advdiff_cli.commands.filling import fill
 from advdiff_cli.commands.opening import open_selected
+from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from advdiff_cli.data.writer import PatchWriter
@@ -116,23 +117,29 @@ def attack(
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
     model, fingerprint = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle, compiled=compiled)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     asked = {
         "loss": loss, "steps": steps, "step_size": step_size, "queries": queries, "restarts": restarts,
         "gradient": gradient, "eot": eot, "attack_sampler_steps": attack_sampler_steps, "fixed_draw": fixed_draw,
     }  # fmt: skip
     settings = resolve(method, norm, eps, asked, defended=defence is not None)
-    begun = writer.begun(out)
+    begun = {} if overwrite else writer.begun(out)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
     judged = model if defence is None else defence.before(model, chip, exact)
-    batch = sized(batch_size, begun, _BATCH, judged, patches.require_shape(), chip, shard=shard, graph=True)
+    batch = sized(
+        batch_size, begun, _BATCH, judged, patches.require_shape(), len(patches), chip, shard=shard, graph=True
+    )
     made_by = attack_recipe(
         settings, seed, batch, patches.recipe_input(), fingerprint,
         None if defence is None else defence.parameters, None if defence is None else defence.model, exact,
+        compiled=compiled,
     )  # fmt: skip
     parameters = made_by["parameters"]
+    if compiled:
+        _compile(defence, parameters, chip)
     target = aim(model, None if defence is None else defence.purifier, settings, exact)
-    part = writer.shard_rows(len(patches), batch, cast("Any", shard))
+    part_of = cast("tuple[int, int] | None", shard)
+    part = writer.shard_rows(len(patches), batch, part_of)
     if dry_run:
         count = part.stop - part.start
         plan = {"out": str(out), "status": "would attack", "patches": count, "parameters": parameters}
@@ -141,14 +148,20 @@ def attack(
 
     work = _followed(partial(attack_rows, target, parameters, patches, device=chip), quiet)
     with together() as processes:
-        status = fill(
-            out, made_by, patches, cast("Any", shard), processes, work, device=chip.type, overwrite=overwrite
-        )  # fmt: skip
+        status = fill(out, made_by, patches, part_of, processes, work, device=chip.type, overwrite=overwrite)
     if not processes.first:
         return
     summary = _summary(judged, patches, out, part, parameters, chip) | {"precision": exact}
     result = {"out": str(out), "status": status, "parameters": parameters, **summary}
     console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
+
+
+def _compile(defence: Defence | None, parameters: dict[str, Any], chip: Any) -> None:
+    from advdiff_cli.attacks.stored import differentiates
+
+    if defence is None or not differentiates(parameters):
+        raise AdvdiffError("--compile: this attack takes no gradient of a U-Net; leave it out")
+    defence.compile_unet(chip)
 
 
 def _followed(rows: "Callable[[PatchWriter], Iterator[int]]", quiet: bool) -> "Callable[[PatchWriter], None]":

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def batch_size(
     asked: object | None, begun: Mapping[str, Any], default: int, module: "nn.Module", shape: tuple[int, int],
-    chip: "Chip", *, shard: object | None = None, graph: bool = False,
+    n: int | None, chip: "Chip", *, shard: object | None = None, graph: bool = False,
 ) -> int:  # fmt: skip
     """Return the number of patches to compute at once.
 
@@ -24,6 +24,7 @@ def batch_size(
         default: What is taken when nothing is asked for.
         module: What computes, from images; `auto` looks at what its layers put out.
         shape: (H, W) of the images.
+        n: How many images there are, where that is known.
         chip: Where it computes.
         shard: The part of the rows that is asked for.
         graph: Whether gradients are taken.
@@ -31,7 +32,7 @@ def batch_size(
     Raises:
         AdvdiffError: `auto` is asked of one part of many, which would not agree.
     """
-    from advdiff_cli.models.footprint import batch_that_fits
+    from advdiff_cli.purification.footprint import batch_that_fits
 
     if isinstance(asked, int):
         return asked
@@ -39,6 +40,6 @@ def batch_size(
         raise AdvdiffError("--batch-size auto: the parts of a work must agree on it; give each the same number")
     if "batch_size" in begun or asked is None:
         return int(begun.get("batch_size", default))
-    size = batch_that_fits(module, *shape, chip, graph=graph)
+    size = batch_that_fits(module, *shape, chip, n=n, graph=graph)
     console.log(f"batches of {size}, by cores and free memory")
     return size

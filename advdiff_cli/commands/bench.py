@@ -67,7 +67,29 @@ def bench(
         with console.progress(rounds + 1, "bench: rounds, the first to warm up", quiet=quiet) as advance:
             found = measure(contestants, rounds, chip, advance)
     product = f"matrix product, {exact}"
-    pairs = {
+    steps = found[_PURIFY].contestant.unet_evaluations
+    an_evaluation = found["diffusers in batches"].patch_seconds / PAPER_STEPS / (found[_PURIFY].patch_seconds / steps)
+    result: dict[str, Any] = {
+        "device": chip.type,
+        "threads": _threads(),
+        "precision": exact,
+        "ratios": ratios(found, _pairs(exact))
+        | {"purify, times diffusers in batches, a U-Net evaluation": an_evaluation},
+        "of_ceiling": {
+            name: found[name].as_dict()["flops_per_second"] / found[product].as_dict()["flops_per_second"]
+            for name in (_PURIFY, f"U-Net forward, {exact}")
+        },
+        "measured": [timing.as_dict() for timing in found.values()],
+    }
+    rate = found[_PURIFY].as_dict()["patches_per_second"]
+    console.emit(result, _text(result), f"{rate:.4g}", as_json=as_json, quiet=quiet)
+
+
+def _pairs(exact: str) -> dict[str, tuple[str, str]]:
+    """Return what the ratios are of: the faster, as told, and the slower."""
+    from advdiff_cli.evaluation.benchmarking import PAPER_STEPS
+
+    return {
         f"purify ({exact}, its own steps), times the paper's loop ({PAPER_STEPS} steps, fp32)": (
             _PURIFY,
             "the paper's loop",
@@ -85,21 +107,6 @@ def bench(
         "gradient, compiled, times as it is": (f"exact gradient, {exact}{_COMPILED}", f"exact gradient, {exact}"),
         "training step, compiled, times as it is": (_TRAIN + _COMPILED, _TRAIN),
     }
-    steps = found[_PURIFY].contestant.unet_evaluations
-    an_evaluation = found["diffusers in batches"].patch_seconds / PAPER_STEPS / (found[_PURIFY].patch_seconds / steps)
-    result: dict[str, Any] = {
-        "device": chip.type,
-        "threads": _threads(),
-        "precision": exact,
-        "ratios": ratios(found, pairs) | {"purify, times diffusers in batches, a U-Net evaluation": an_evaluation},
-        "of_ceiling": {
-            name: found[name].as_dict()["flops_per_second"] / found[product].as_dict()["flops_per_second"]
-            for name in (_PURIFY, f"U-Net forward, {exact}")
-        },
-        "measured": [timing.as_dict() for timing in found.values()],
-    }
-    rate = found[_PURIFY].as_dict()["patches_per_second"]
-    console.emit(result, _text(result), f"{rate:.4g}", as_json=as_json, quiet=quiet)
 
 
 def _threads() -> int:
@@ -133,8 +140,9 @@ def _contestants(
         found.append(b.diffusers_training(model, images, one, chip))
     found.append(_training(model, exact, chip, data))
     if compiled:
-        other = copy.deepcopy(defence).compiled()  # the defence itself stays as it is
-        found += b.attack_step(other.before(alone, chip, exact), images, exact, chip, _COMPILED)
+        other = copy.deepcopy(defence)  # which itself stays as it is
+        other.compile_unet(chip)
+        found.append(b.attack_step(other.before(alone, chip, exact), images, exact, chip, _COMPILED)[1])
         found.append(_training(model, exact, chip, data, _COMPILED))
     return found
 
@@ -152,7 +160,7 @@ def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path, how: str = ""
     rows = TrainingRows([open_patches(data)], labelled=False)
     fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)
     if how == _COMPILED:
-        fresh.compile_unet()
+        fresh.to(chip).compile_unet()
     plan = DdpmPlan(10**6, BATCH, 1e-4, 0.999, model.card.max_t, 0, exact)
     work = WorkFolder(data.with_name(f"ddpm{how}"), recipe("bench", {}), None, overwrite=True)
     records = fit_ddpm(fresh, rows, None, plan, work, chip, checkpoint_seconds=10**6, every=10**7)

@@ -1,7 +1,7 @@
 """The defence that the flags --defense, -m, --t-star, --sampler and --sampler-steps ask for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from advdiff_cli import console
@@ -26,18 +26,17 @@ class Defence:
     parameters: dict[str, Any]
     model: str | None
 
-    def compiled(self) -> "Defence":
-        """Return the defence with its U-Net compiled, which its parameters tell: it rounds otherwise.
+    def compile_unet(self, chip: "Chip") -> None:
+        """Let torch compile the U-Net where gradients are taken.
 
         Raises:
-            AdvdiffError: it has no U-Net.
+            AdvdiffError: there is no U-Net, or torch cannot compile.
         """
         from advdiff_cli.purification.purifier import DiffusionPurifier
 
         if not isinstance(self.purifier, DiffusionPurifier):
             raise AdvdiffError("--compile: NoiseDefense has no U-Net to compile")
-        self.purifier.ddpm.compile_unet()
-        return replace(self, parameters={**self.parameters, "compiled": True})
+        self.purifier.ddpm.to(chip).compile_unet()
 
     def before(self, classifier: "nn.Module", chip: "Chip", precision: str) -> "DefendedClassifier":
         """Return the defended classifier on the device, purifying at a precision, its parameters frozen."""
@@ -48,21 +47,18 @@ class Defence:
 
 def asked_defence(
     defense: str | None, ddpm: str | None, t_star: float | None, sampler: str | None, sampler_steps: int | None,
-    *, allow_pickle: bool = False, compiled: bool = False,
+    *, allow_pickle: bool = False,
 ) -> Defence | None:  # fmt: skip
     """Build the defence that stands before a classifier: by default a DDPM where one is named, and none otherwise.
 
     Raises:
-        AdvdiffError: as build_defence and Defence.compiled, or settings of a defence are given without one.
+        AdvdiffError: as build_defence, or settings of a defence are given without one.
     """
     kind = defense or ("ddpm" if ddpm else "none")
     if kind != "none":
-        found = build_defence(kind, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
-        return found.compiled() if compiled else found
-    if compiled or (ddpm, t_star, sampler, sampler_steps) != (None,) * 4:
-        raise AdvdiffError(
-            "--t-star, --sampler, --sampler-steps, --compile and -m are a defence's: give -m, or --defense noise"
-        )
+        return build_defence(kind, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
+    if (ddpm, t_star, sampler, sampler_steps) != (None,) * 4:
+        raise AdvdiffError("--t-star, --sampler, --sampler-steps and -m are a defence's: give -m, or --defense noise")
     return None
 
 

@@ -1,7 +1,6 @@
 """`advdiff evaluate`."""
 
 import csv
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,8 +158,9 @@ def _plain(figures: dict[str, Any]) -> dict[str, Any]:
 
 def _write_predictions(path: Path, evaluated: "list[Evaluated]", sets: "list[PatchSet]") -> None:
     """Write set, row (index, or file in a folder), label, draw and p1 of every patch."""
-    fresh = path.with_name(path.name + ".part")
-    with fresh.open("w", newline="") as file:
+    from advdiff_cli.data.disk import replacing
+
+    with replacing(path) as fresh, fresh.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("set", "row", "label", "draw", "p1"))
         for one, patches in zip(evaluated, sets, strict=True):
@@ -170,7 +170,6 @@ def _write_predictions(path: Path, evaluated: "list[Evaluated]", sets: "list[Pat
                 for key, label, row in zip(patches.keys, p.labels, p.p1, strict=True)
                 for draw, p1 in enumerate(row)
             )
-    os.replace(fresh, path)
 
 
 def _made(history: list[dict[str, Any]]) -> str:

@@ -67,21 +67,21 @@ def purify(
 
     chip = resolve_device(device)
     to_file = out.suffix in (".safetensors", ".h5", ".hdf5")
-    earlier = writer.begun(out) if to_file else folder_writer.begun(out)
+    earlier = {} if overwrite else writer.begun(out) if to_file else folder_writer.begun(out)
     exact = resolve_precision(earlier.get("precision", "auto") if precision == "auto" else precision, chip)
-    shape = (LARGEST, LARGEST)  # of the largest images of a folder that are batched
+    shape, n = (LARGEST, LARGEST), None  # of the largest images of a folder that are batched
     if to_file and (files_from is not None or strict):
         raise AdvdiffError(f"--out {out}: --files-from and --strict are for folders of images that go to a folder")
     if to_file:
         patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
-        shape = patches.require_shape()
+        shape, n = patches.require_shape(), len(patches)
     elif (split, limit, rows, shuffle_seed) != (None,) * 4 or not _holds_images(data):
         raise AdvdiffError(
             f"--out {out}: rows of a patch set go to a .safetensors or .h5 file, whole folders of images to a folder"
         )
     defence = build_defence(defense or "ddpm", ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     defence.purifier.to(chip)
-    batch = sized(batch_size, earlier, _BATCH, defence.purifier, shape, chip, shard=shard)
+    batch = sized(batch_size, earlier, _BATCH, defence.purifier, shape, n, chip, shard=shard)
     parameters = defence.parameters | {"seed": seed, "batch_size": batch, "precision": exact}
     part = cast("tuple[int, int] | None", shard)
     with together() as processes:
@@ -159,7 +159,7 @@ def _to_folder(
     quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from advdiff_cli.data.folder_writer import FolderWriter
-    from advdiff_cli.purification.bulk import purify_files
+    from advdiff_cli.purification.files import FilesPurifier
 
     root, files, names = listed
     if processes.count > 1:
@@ -180,10 +180,10 @@ def _to_folder(
         FolderWriter(out, made_by, shard, device=chip.type, overwrite=overwrite) as sink,
         console.progress(len(mine), "purify", quiet=quiet) as advance,
     ):
-        for outcome in purify_files(defence.purifier, root, mine, names, sink, device=chip, **settings):
+        for outcome in FilesPurifier(defence.purifier, root, names, sink, device=chip, **settings).run(mine):
             counts[outcome.status] += 1
             if outcome.status == "failed" and strict:
-                raise AdvdiffError(f"{outcome.reason} (--strict: the images after it are left)")
+                raise AdvdiffError(f"{outcome.reason} (--strict: what was not written yet is left)")
             if outcome.status == "failed":
                 console.warn(outcome.reason)
             advance()

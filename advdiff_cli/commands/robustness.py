@@ -78,13 +78,19 @@ def robustness(
         shuffle_seed = _SHUFFLE_SEED
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle, compiled=compiled)
+    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     substitute = defence is not None and defence.parameters["defense"] == "ddpm"
     whole = ladder(spend, eps, defended=defence is not None, substitute=substitute)
-    rungs, begun = _chosen(whole, only), _begun(out, whole)
+    rungs, begun = _chosen(whole, only), {} if overwrite else _begun(out, whole)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
-    subject = _subject(zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle), defence, exact, chip)
-    batch = sized(batch_size, begun, _BATCH, subject.model, patches.require_shape(), chip, graph=True)
+    subject = _subject(
+        zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle), defence, exact, chip, compiled=compiled
+    )
+    if batch_size == "auto" and only is not None:
+        raise AdvdiffError("--batch-size auto: the rungs of a ladder must agree on it; with --only give a number")
+    batch = sized(
+        batch_size, begun, _BATCH, subject.model, patches.require_shape(), len(patches), chip, graph=True
+    )  # fmt: skip
     climb = Climb(subject, patches, spend, out, seed, batch, chip, overwrite)
     tested = next(r.settings for r in rungs if r.name == "pgd") if only is None else None
     plan = climb.costs(rungs, tested)
@@ -110,14 +116,20 @@ def _begun(out: Path, rungs: "list[Rung]") -> Mapping[str, Any]:
     return next((p for p in found if goes_through(p)), found[0] if found else {})
 
 
-def _subject(found: tuple[Any, str], defence: Defence | None, precision: str, chip: Any) -> "Subject":
+def _subject(
+    found: tuple[Any, str], defence: Defence | None, precision: str, chip: Any, *, compiled: bool
+) -> "Subject":
     from advdiff_cli.evaluation.climbing import Subject
 
     model, fingerprint = found
     if defence is None:
+        if compiled:
+            raise AdvdiffError("--compile: there is no U-Net to compile without a defence")
         return Subject(model, fingerprint)
+    if compiled:
+        defence.compile_unet(chip)
     purifier = defence.before(model, chip, precision).purifier
-    return Subject(model, fingerprint, purifier, defence.parameters, defence.model, precision)
+    return Subject(model, fingerprint, purifier, defence.parameters, defence.model, precision, compiled)
 
 
 def _climbed(

@@ -1,7 +1,6 @@
 """`advdiff sweep`."""
 
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -200,20 +199,19 @@ def _judge(climb: "Climb", rung: "Rung", quiet: bool) -> "Predictions":
 
 def _write(result: dict[str, Any], over: str, out: Path) -> None:
     """Write sweep.json, sweep.csv and the pictures."""
+    from advdiff_cli.data.disk import replacing
     from advdiff_cli.evaluation.figures import sweep_curves
     from advdiff_cli.evaluation.judging import write_json
     from advdiff_cli.evaluation.sweeping import AXES
 
     write_json(out / "sweep.json", result)
-    fresh = out / "sweep.csv.part"
-    with fresh.open("w", newline="") as file:
+    with replacing(out / "sweep.csv") as fresh, fresh.open("w", newline="") as file:
         table = csv.writer(file)
         figures = ("standard", "robust")
         table.writerow(("value", "unet_evaluations", *(f"{f}{end}" for f in figures for end in ("", "_low", "_high"))))
         for r in result["rows"]:
             told = (r[f][k] for f in figures for k in ("value", "low", "high"))
             table.writerow((f"{r['value']:g}", r["unet_evaluations"], *(f"{v:.6g}" for v in told)))
-    os.replace(fresh, out / "sweep.csv")
     sweep_curves(result, AXES[over], [out / "sweep.png", out / "sweep.svg"])
 
 

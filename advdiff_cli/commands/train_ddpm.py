@@ -82,7 +82,7 @@ def train_ddpm(
             low, high = map(float, data_range.split(","))
             model = zoo.initial_ddpm(init, preset, shapes, max_t, seed, (low, high), allow_pickle=allow_pickle)
             if compiled:
-                model.compile_unet()
+                model.to(chip).compile_unet()
             follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
             made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
             paper = Purification(t_star=min(Purification.t_star, max_t))

@@ -1,6 +1,7 @@
-"""Room on the disk, taken before the work begins, and a line for where it ends."""
+"""Room on the disk, taken before the work begins; a line for where it ends; and files that are there whole or not."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,17 @@ def reserve(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
     else:  # not on macOS
         os.ftruncate(file, size)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` for one writer alone, whose file takes the name when the block ends well."""
+    fresh = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class FolderSource:
         self.labels = labels
         self.index: Rows = np.arange(len(files))
         self.provenance: Provenance | None = None
-        sizes = {_size(f) for f in files} - {None}  # a file that cannot be read fails when its row is
+        sizes = {image_size(f) for f in files} - {None}  # a file that cannot be read fails when its row is
         self.shape: tuple[int, int] | None = next(iter(sizes)) if len(sizes) == 1 else None
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ def _labels(root: Path, files: list[Path], table: Path | None) -> Rows | None:
     return np.array([int(known[name]) for name in names], np.int64)
 
 
-def _size(file: Path) -> tuple[int, int] | None:
+def image_size(file: Path) -> tuple[int, int] | None:
     """Return (H, W) from an image's header, or None when it cannot be read."""
     try:
         check_file(file)

@@ -42,6 +42,7 @@ class Subject:
     defence: Mapping[str, Any] | None = None
     ddpm: str | None = None
     precision: str = "fp32"
+    compiled: bool = False
 
     @cached_property
     def model(self) -> nn.Module:
@@ -99,8 +100,9 @@ class Climb:
         if rung.before != "defence":
             defence, ddpm = self._taken_for(rung)[1], None
         return attack_recipe(
-            rung.settings, self.seed, self.batch_size, self._data, s.fingerprint, defence, ddpm, s.precision
-        )
+            rung.settings, self.seed, self.batch_size, self._data, s.fingerprint, defence, ddpm, s.precision,
+            compiled=s.compiled,
+        )  # fmt: skip
 
     def _taken_for(self, rung: Rung) -> tuple[Purifier | None, Mapping[str, Any] | None]:
         """Return what a rung's attack takes for the defence, with its parameters.

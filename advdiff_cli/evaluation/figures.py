@@ -12,6 +12,8 @@ from torch import Tensor
 mpl.use("Agg")  # files only: no display is asked for
 from matplotlib import pyplot as plt
 
+from advdiff_cli.data.disk import replacing
+
 mpl.rcParams["svg.fonttype"] = "none"  # text stays text: searched, read aloud, coloured by the page
 mpl.rcParams["svg.hashsalt"] = "advdiff"  # the ids in an SVG, which are random otherwise
 
@@ -142,8 +144,7 @@ def ladder_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
 def _save(figure: Any, paths: Sequence[Path]) -> None:
     """Write a figure to each path by atomic rename; without dates, so that the same figure is the same file."""
     for path in paths:
-        fresh = path.with_name(f".{path.stem}.part{path.suffix}")
         dated = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(fresh, metadata=dated)
-        fresh.replace(path)
+        with replacing(path) as fresh:
+            figure.savefig(fresh, metadata=dated)
     plt.close(figure)

@@ -1,7 +1,6 @@
 """What is derived from patch sets and kept beside them by its recipe: predictions, and small results as JSON."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from advdiff_cli.data.disk import writing
+from advdiff_cli.data.disk import replacing, writing
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, difference, same_recipe
 from advdiff_cli.errors import AdvdiffError
@@ -64,12 +63,10 @@ def predict_and_keep(
         advance(len(batch))
     p1 = np.concatenate(done)
     tensors = {"p1": p1, "labels": labels, "index": np.asarray(patches.index)}
-    fresh = kept.with_name(kept.name + ".part")
-    with writing(kept):
+    with replacing(kept) as fresh, writing(kept):
         save_file(
             {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}, fresh, {KEY: canonical(recipe)}
         )
-    os.replace(fresh, kept)
     return Predictions(labels, p1)
 
 
@@ -77,10 +74,10 @@ def kept_result(kept: Path, recipe: Provenance, *, overwrite: bool = False) -> d
     """Return the result that `recipe` left at `kept`, a JSON file; as `kept_predictions`."""
     try:
         standing = json.loads(kept.read_text())
-    except (OSError, ValueError):
+        result, made_by = dict(standing["result"]), dict(standing["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    result: dict[str, Any] = standing["result"]
-    return result if _is_of(kept, standing["recipe"], recipe, overwrite) else None
+    return result if _is_of(kept, made_by, recipe, overwrite) else None
 
 
 def keep_result(kept: Path, recipe: Provenance, result: Mapping[str, Any]) -> None:
@@ -90,9 +87,8 @@ def keep_result(kept: Path, recipe: Provenance, result: Mapping[str, Any]) -> No
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file by atomic rename; NaN is an error."""
-    fresh = path.with_name(path.name + ".part")
-    fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _is_of(kept: Path, standing: Provenance, recipe: Provenance, overwrite: bool) -> bool:

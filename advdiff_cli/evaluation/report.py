@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from advdiff_cli import __version__
 from advdiff_cli.attacks.plan import describe, knows_the_defence
+from advdiff_cli.data.disk import replacing
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.figures import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
 from advdiff_cli.evaluation.intervals import Estimate
@@ -56,9 +57,8 @@ class Report:
             }
         page = _environment().get_template("report.html.j2")
         text = page.render(context | {"gallery": self.gallery, "sources": self._sources()})
-        fresh = out / f"{PAGE}.part"
-        fresh.write_text(text)
-        fresh.replace(out / PAGE)
+        with replacing(out / PAGE) as fresh:
+            fresh.write_text(text)
         return [PAGE, *made]
 
     def _sources(self) -> list[dict[str, str]]:

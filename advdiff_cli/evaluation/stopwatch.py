@@ -42,7 +42,10 @@ class Stopwatch:
         """Return the seconds spent since the work was last begun anew."""
         total = 0.0
         for line in whole_lines(self._journal) if self._journal.is_file() else []:
-            lap = json.loads(line)
-            if lap["of"] == self._of:
-                total = lap["seconds"] + (0.0 if lap["anew"] else total)
+            try:
+                lap = json.loads(line)
+                if lap["of"] == self._of:
+                    total = float(lap["seconds"]) + (0.0 if lap["anew"] else total)
+            except (ValueError, TypeError, KeyError):  # no line of ours
+                continue
         return total

@@ -108,7 +108,7 @@ class Ddpm(nn.Module):
         self.unet = unet
         self.scheduler = scheduler
         self.card = card
-        self._compiled: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._compiled: Callable[[Ddpm, Tensor, Tensor], Tensor] | None = None
         self.register_buffer("alpha_bar", scheduler.alphas_cumprod.clone(), persistent=False)
 
     @property
@@ -136,14 +136,14 @@ class Ddpm(nn.Module):
         except Exception as e:  # of whatever a compiler lacks
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise AdvdiffError(f"--compile: torch cannot compile here ({why}); leave it out") from None
-        self._compiled = torch.compile(self._predict, dynamic=False)
+        self._compiled = torch.compile(Ddpm._predict, dynamic=False)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise in x_t (B, 3, H, W), in the data range, at timesteps t (B,)."""
         factor = self.card.space_to_depth
         folded = pixel_unshuffle(x_t, factor).contiguous(memory_format=torch.channels_last)
-        predict = self._compiled if self._compiled and torch.is_grad_enabled() else self._predict
-        return pixel_shuffle(predict(folded, t).float(), factor)
+        predict = self._compiled if self._compiled and torch.is_grad_enabled() else Ddpm._predict
+        return pixel_shuffle(predict(self, folded, t).float(), factor)
 
     def _predict(self, folded: Tensor, t: Tensor) -> Tensor:
         predicted: Tensor = self.unet(folded, t, return_dict=False)[0]

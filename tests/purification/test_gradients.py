@@ -1,5 +1,6 @@
 """Gradients through the defence: exact whatever is recomputed, and the mean of the draws' own."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -75,6 +76,10 @@ def test_a_compiled_unet_has_the_same_gradient_and_the_forward_pass_stays_as_it_
         assert torch.equal(defended(images, noise), logits)
     assert len(calls) == probed + 1
     assert list(model.state_dict()) == names
+    other = copy.deepcopy(defended)
+    for weight in other.purifier.ddpm.unet.parameters():
+        weight.data.zero_()
+    assert not torch.allclose(gradient(other, images, noise), expected, rtol=0.1)
 
 
 def test_a_machine_that_cannot_compile_says_so(ddpm, monkeypatch):

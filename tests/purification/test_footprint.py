@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from advdiff_cli.data.writer import begun
-from advdiff_cli.models import footprint
-from advdiff_cli.models.footprint import batch_that_fits, free_memory
+from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.purification import footprint
+from advdiff_cli.purification.footprint import batch_that_fits, free_memory
+from advdiff_cli.purification.purifier import DiffusionPurifier
 
 CPU = torch.device("cpu")
 # an image of 8 x 8 takes 768 bytes, and 1,024 and 2,048 are put out
@@ -16,7 +18,7 @@ LAYERS = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 8, 1)))
 def fitting(monkeypatch, patches, **asked):
     """The batch where twice the memory of so many patches is free, which is more than cores ask for."""
     monkeypatch.setattr(footprint, "A_THREAD", 10**6)
-    each = 3072 * (2 if asked.get("graph") else 1) + 768
+    each = 3072 * (2 if asked.get("graph") else 1) + 2 * 768
     monkeypatch.setattr(footprint, "free_memory", lambda device: 2 * patches * each)
     return batch_that_fits(LAYERS, 8, 8, CPU, **asked)
 
@@ -34,6 +36,32 @@ def test_cores_bound_the_batch(monkeypatch):
     assert batch_that_fits(LAYERS, 8, 8, CPU) == 32
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert batch_that_fits(LAYERS, 8, 8, CPU) == 16
+
+
+def test_a_batch_is_not_filled_up_for_few_images(monkeypatch):
+    monkeypatch.setattr(footprint, "free_memory", lambda device: 10**15)
+    monkeypatch.setattr(footprint, "A_THREAD", 10**6)
+    assert [batch_that_fits(LAYERS, 8, 8, CPU, n=n) for n in (1, 2, 3, 20)] == [1, 2, 4, 32]
+
+
+def test_the_noise_of_every_step_counts_and_one_step_is_computed(monkeypatch, ddpm):
+    model = load_ddpm(ddpm)
+    monkeypatch.setattr(footprint, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(footprint, "A_THREAD", 10**6)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    one, many = (batch_that_fits(DiffusionPurifier(model, 0.3, "ddpm", k), 96, 96, CPU) for k in (1, 300))
+    assert len(calls) == 2
+    assert 1 < many < one
+
+
+def test_a_control_group_bounds_what_is_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(footprint, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    assert free_memory(CPU) == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(CPU) > 600_000
 
 
 def test_no_hook_is_left():
@@ -57,3 +85,4 @@ def test_auto_is_kept_by_the_output_and_refused_of_parts(advdiff, test_x, ddpm, 
     assert advdiff(*made, "--json").json["status"] == "up to date"
     assert "parts of a work" in advdiff(*made, "--batch-size", "auto", "--shard", "0/2", code=1).err
     assert "nor auto" in advdiff(*made, "--batch-size", "0", code=2).err
+    assert "nor auto" in advdiff(*made, "--batch-size", 10**12, code=2).err
