@@ -5,7 +5,8 @@ import resource
 import signal
 import traceback
 
-MEMORY, SECONDS = 4 << 30, 30  # beyond what this process has; bytes
+MEMORY = 4 << 30  # bytes beyond what this process has
+BUSY, WAITING = 30, 300  # seconds of the processor, and of the clock, which other processes stretch
 
 
 def ends(work):
@@ -13,7 +14,8 @@ def ends(work):
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         try:
-            signal.alarm(SECONDS)
+            signal.alarm(WAITING)
+            resource.setrlimit(resource.RLIMIT_CPU, (BUSY, BUSY + 1))
             resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, resource.RLIM_INFINITY))
             told = work()
         except BaseException:
