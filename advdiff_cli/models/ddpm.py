@@ -20,6 +20,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from advdiff_cli.data.disk import writing
 from advdiff_cli.data.provenance import Provenance, parse_object
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.device import layout
 
 CARD = "advdiff.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -141,7 +142,7 @@ class Ddpm(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise in x_t (B, 3, H, W), in the data range, at timesteps t (B,)."""
         factor = self.card.space_to_depth
-        folded = pixel_unshuffle(x_t, factor).contiguous(memory_format=torch.channels_last)
+        folded = pixel_unshuffle(x_t, factor).contiguous(memory_format=layout(x_t.device))
         predict = self._compiled if self._compiled and torch.is_grad_enabled() else Ddpm._predict
         return pixel_shuffle(predict(self, folded, t).float(), factor)
 
@@ -230,7 +231,7 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
     model = Ddpm(unet, scheduler, card).eval()
     if not ((model.alpha_bar > 0) & (model.alpha_bar <= 1)).all():
         raise AdvdiffError(f"{folder / 'scheduler'} is no noise schedule: alpha_bar leaves (0, 1]")
-    return model.to(memory_format=torch.channels_last)
+    return model
 
 
 def _check_schedule(path: Path) -> None:

@@ -46,6 +46,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, _DTYPES[precision]) if precision in _DTYPES else nullcontext()
 
 
+def layout(device: torch.device) -> torch.memory_format:
+    """Return the layout in which a U-Net is fastest where it is called; its parameters, contiguous, fit either.
+
+    On a CPU at reduced precision GroupNorm is several times slower in channels_last, and convolutions are no faster;
+    everywhere else they are.
+    """
+    reduced_cpu = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return torch.contiguous_format if reduced_cpu else torch.channels_last
+
+
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor on `device`; CUDA copies it from pinned memory while it computes."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -79,8 +79,8 @@ def fit_ddpm(
         {"step", "of", "loss"}; a validation adds "valid_loss", by noise level.
     """
     accelerator = accelerator_at(plan.precision, device)
-    model.to(accelerator.device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.unet.parameters(), plan.learning_rate)
+    model.to(accelerator.device)
+    optimizer = torch.optim.AdamW(model.unet.parameters(), plan.learning_rate, fused=True)
     ema = EMAModel(model.unet.parameters(), decay=plan.ema, use_ema_warmup=True, power=3 / 4)
     first, before = _resume(model, optimizer, ema, work)
     losses = deque(before, every)
