@@ -5,7 +5,9 @@
 #
 # PCAM_DIR holds pcam/camelyonpatch_level_2_split_*.h5 (what `advdiff download-pcam` writes), and may hold lossless patches
 # in images/lossless_train/{0,1}: they are mixed in, named twice, since PCam's own files are lossless. Every model and every
-# patch set is made once: run it again and it goes on where it ended; only evaluations are made again. On a GPU with the whole data set raise EPOCHS, STEPS, N and TEST_N.
+# patch set is made once: run it again and it goes on where it ended; only evaluations are made again. On a GPU with the whole
+# data set raise EPOCHS, STEPS, N and TEST_N. A model of yours, or a bundled one, stands for one that would be trained when a
+# variable of its name in capitals tells it: PLAIN=pcam-resnet18 DDPM=pcam-ddpm ADAPTED=pcam-resnet18-adapted.
 set -euo pipefail
 shopt -s inherit_errexit
 PCAM=$1 OUT=$2
@@ -18,7 +20,8 @@ PCAM=$1 OUT=$2
 : "${SAMPLER_STEPS:=1}"                            # U-Net evaluations a patch; the paper's 40 is `--t-star 0.04` with all
 : "${N:=500}" "${TEST_N:=1000}"                    # patches of valid that choose, and of test that are reported
 : "${ATTACK_STEPS:=40}" "${EOT:=8}" "${DRAWS:=11}"
-: "${QUERIES:=500}" "${ADAPTIVE_N:=128}"            # Square's, and patches of test attacked through the diffusion model
+: "${ADAPTIVE_N:=128}" "${ADAPTIVE_STEPS:=40}"      # patches of test attacked through the diffusion model
+: "${QUERIES:=500}"                                # of Square
 : "${OTHER_ARCHS:=googlenet mobilenet_v2}"         # classifiers that the same purifier stands before
 : "${CLASSIFIER_OPTIONS:=}" "${DDPM_OPTIONS:=}" "${ADVERSARIAL_OPTIONS:=}"
 mkdir -p "$OUT"
@@ -29,31 +32,38 @@ if [ -d "$PCAM/images/lossless_train" ]; then
 fi
 
 # 1. The models, on the train split alone; valid chooses each classifier's epoch.
+model() { # NAME: prints where the model called NAME is
+    local given=${1^^}
+    echo "${!given:-$OUT/$1}"
+}
 classifier() { # NAME ARCH EPOCHS OPTIONS...
     local name=$1 arch=$2 epochs=$3
     shift 3
+    [ "$(model "$name")" = "$OUT/$name" ] || return 0
     advdiff train-classifier "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/$name" --arch "$arch" \
         --epochs "$epochs" "$@" $CLASSIFIER_OPTIONS
 }
 classifier plain "$ARCH" "$EPOCHS"
-advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/ddpm" --preset "$PRESET" \
-    --max-t 0.3 --steps "$STEPS" $DDPM_OPTIONS
-more=(--init "$OUT/plain" --learning-rate 5e-4)
+if [ "$(model ddpm)" = "$OUT/ddpm" ]; then
+    advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/ddpm" --preset "$PRESET" \
+        --max-t 0.3 --steps "$STEPS" $DDPM_OPTIONS
+fi
+more=(--init "$(model plain)" --learning-rate 5e-4)
 classifier noised "$ARCH" "$MORE_EPOCHS" "${more[@]}" --augment "noise:$NOISE"
 adapt=(--augment none)
-for t in $ADAPT_T_STARS; do adapt+=(--augment "purify:$OUT/ddpm:$t:$SAMPLER_STEPS"); done
+for t in $ADAPT_T_STARS; do adapt+=(--augment "purify:$(model ddpm):$t:$SAMPLER_STEPS"); done
 classifier adapted "$ARCH" "$MORE_EPOCHS" "${more[@]}" "${adapt[@]}"
 classifier "$ROBUST_ARCH" "$ROBUST_ARCH" "$EPOCHS"
-classifier robust "$ROBUST_ARCH" "$MORE_EPOCHS" --init "$OUT/$ROBUST_ARCH" --learning-rate 5e-4 --adversarial $ADVERSARIAL_OPTIONS
+classifier robust "$ROBUST_ARCH" "$MORE_EPOCHS" --init "$(model "$ROBUST_ARCH")" --learning-rate 5e-4 --adversarial $ADVERSARIAL_OPTIONS
 
 # 2. t*, chosen on valid (Figure 1): by the best mean of standard and robust accuracy.
 choose() { # NAME CLASSIFIER OPTIONS...: prints the chosen t*
     local name=$1 judge=$2
     shift 2
-    advdiff sweep "$(split valid)" -c "$OUT/$judge" --limit "$N" --shuffle-seed 1 --values "$T_STARS" \
+    advdiff sweep "$(split valid)" -c "$(model "$judge")" --limit "$N" --shuffle-seed 1 --values "$T_STARS" \
         --steps "$ATTACK_STEPS" -o "$OUT/sweep-$name" "$@" -q
 }
-ddpm=(-m "$OUT/ddpm" --sampler-steps "$SAMPLER_STEPS")
+ddpm=(-m "$(model ddpm)" --sampler-steps "$SAMPLER_STEPS")
 t_noise=$(choose noise plain --defense noise)
 t_noised=$(choose noised noised --defense noise)
 t_frozen=$(choose frozen plain "${ddpm[@]}")
@@ -67,15 +77,15 @@ few=("$(split test)" --shuffle-seed 0 --limit "$ADAPTIVE_N")
 attack() { # NAME CLASSIFIER OPTIONS...
     local name=$1 judge=$2
     shift 2
-    advdiff attack "${rows[@]}" -c "$OUT/$judge" "$@" -o "$OUT/adv-$name.safetensors" -q >&2
+    advdiff attack "${rows[@]}" -c "$(model "$judge")" "$@" -o "$OUT/adv-$name.safetensors" -q >&2
 }
 measure() { # NAME ATTACKED CLASSIFIER DEFENCE...
     local name=$1 adv=$2 judge=$3
     shift 3
-    advdiff evaluate "${rows[@]}" "$OUT/adv-$adv.safetensors" -c "$OUT/$judge" "$@" --json >"$OUT/$name.json.part"
+    advdiff evaluate "${rows[@]}" "$OUT/adv-$adv.safetensors" -c "$(model "$judge")" "$@" --json >"$OUT/$name.json.part"
     mv "$OUT/$name.json.part" "$OUT/$name.json"
 }
-pgd=(--steps "$ATTACK_STEPS") one=(--draws 1) many=(--draws "$DRAWS")
+pgd=(--steps "$ATTACK_STEPS") through=(--steps "$ADAPTIVE_STEPS") one=(--draws 1) many=(--draws "$DRAWS")
 frozen=("${ddpm[@]}" --t-star "$t_frozen") adapted=("${ddpm[@]}" --t-star "$t_ddpm")
 noise=(--defense noise --t-star "$t_noise") noised=(--defense noise --t-star "$t_noised")
 rows=("${test[@]}")
@@ -93,8 +103,8 @@ measure frozen plain plain "${frozen[@]}" "${one[@]}"
 measure paper paper plain "${frozen[@]}" "${one[@]}"
 measure adapted adapted adapted "${adapted[@]}" "${one[@]}"
 rows=("${few[@]}")
-attack frozen-full plain "${pgd[@]}" "${frozen[@]}" --eot "$EOT"
-attack adapted-full adapted "${pgd[@]}" "${adapted[@]}" --eot "$EOT"
+attack frozen-full plain "${through[@]}" "${frozen[@]}" --eot "$EOT"
+attack adapted-full adapted "${through[@]}" "${adapted[@]}" --eot "$EOT"
 measure frozen-full frozen-full plain "${frozen[@]}" "${many[@]}"
 measure adapted-full adapted-full adapted "${adapted[@]}" "${many[@]}"
 
@@ -116,14 +126,14 @@ other() { # NAME OPTIONS...
     attack "adapted-$name" adapted "$@" "${adapted[@]}" --eot "$EOT"
     measure "adapted-$name" "adapted-$name" adapted "${adapted[@]}" "${many[@]}"
 }
-other eps-4 "${pgd[@]}" --eps 4/255
-other eps-8 "${pgd[@]}" --eps 8/255
-other l2 "${pgd[@]}" --norm l2 --eps 0.5
+other eps-4 "${through[@]}" --eps 4/255
+other eps-8 "${through[@]}" --eps 8/255
+other l2 "${through[@]}" --norm l2 --eps 0.5
 other square --method square --queries "$QUERIES"
 
 # 5. How faithful purified patches are.
 advdiff purify "${test[@]}" "${adapted[@]}" -o "$OUT/purified.safetensors" -q >&2
-advdiff evaluate "${test[@]}" "$OUT/purified.safetensors" -c "$OUT/adapted" --fidelity | tee "$OUT/fidelity.txt"
+advdiff evaluate "${test[@]}" "$OUT/purified.safetensors" -c "$(model adapted)" --fidelity | tee "$OUT/fidelity.txt"
 
 # 6. One table of everything, and one page with the patches that tell most (Figure 2).
 python - "$OUT"/*.json <<'PY'
@@ -147,4 +157,4 @@ result frozen-full "DDPM, white-box"
 result adapted "DDPM adapted, blind"
 result adapted-full "DDPM adapted, white-box"
 advdiff report "${results[@]}" --sweep "$OUT/sweep-ddpm" --sweep "$OUT/sweep-noise" --clean "$(split test)" \
-    --attacked "$OUT/adv-adapted.safetensors" -c "$OUT/adapted" "${adapted[@]}" -o "$OUT/report"
+    --attacked "$OUT/adv-adapted.safetensors" -c "$(model adapted)" "${adapted[@]}" -o "$OUT/report"

@@ -29,7 +29,8 @@ def run(warm):
 def test_reproduce_paper(run, patches, tmp_path):
     small = {
         "EPOCHS": "1", "MORE_EPOCHS": "1", "STEPS": "2", "N": "6", "TEST_N": "8", "ADAPTIVE_N": "4", "DRAWS": "3",
-        "T_STARS": "0.02,0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1", "EOT": "1", "QUERIES": "2",
+        "T_STARS": "0.02,0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1", "ADAPTIVE_STEPS": "1", "EOT": "1",
+        "QUERIES": "2", "NOISED": "synthetic-classifier",  # a model that is there already is not trained
         "PRESET": "tiny", "ARCH": "shufflenet_v2_x0_5", "ROBUST_ARCH": "squeezenet1_1", "OTHER_ARCHS": "squeezenet1_1",
         "CLASSIFIER_OPTIONS": "--batch-size 16", "DDPM_OPTIONS": "--batch-size 4",
         "ADVERSARIAL_OPTIONS": "--attack-steps 1",
@@ -42,6 +43,7 @@ def test_reproduce_paper(run, patches, tmp_path):
     assert [s["n"] for s in told["sets"]] == [4, 4]
     for name in ("undefended", "noise-blind", "paper", "robust-l2", "squeezenet1_1-ddpm"):
         assert re.search(rf"^{name} +\d+ +\d", done.stdout, re.M), name
+    assert not (tmp_path / "noised").exists()
     assert "nuclear mass, ratio" in done.stdout
     assert (tmp_path / "report" / "report.html").is_file()
 
