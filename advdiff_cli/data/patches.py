@@ -15,6 +15,7 @@ from advdiff_cli.data.hdf5_file import open_hdf5
 from advdiff_cli.data.image_folder import open_folder
 from advdiff_cli.data.pcam import find_split
 from advdiff_cli.data.provenance import canonical, digest
+from advdiff_cli.data.remembering import remembered
 from advdiff_cli.data.safetensors_file import open_safetensors
 from advdiff_cli.data.source import MIN_SIZE, Rows, Source
 from advdiff_cli.data.streams import RowKey
@@ -127,7 +128,8 @@ class PatchSet:
     def fingerprint(self) -> str:
         """Return the content fingerprint of the selected rows: images, labels and index, in order."""
         if self._fingerprint is None:
-            self._fingerprint = digest(self._content(np.arange(len(self))))
+            what = self._rows.tobytes() + self._header()
+            self._fingerprint = remembered(self.path, what, lambda: digest(self._content(np.arange(len(self)))))
         return self._fingerprint
 
     def origin(self) -> str:
@@ -145,10 +147,13 @@ class PatchSet:
         """Return what enters a recipe: the fingerprint of the selected rows, and the selection."""
         return {"fingerprint": self.fingerprint(), "n": len(self), **self.selection.parameters()}
 
-    def _content(self, rows: Rows) -> Iterator[bytes]:
+    def _header(self) -> bytes:
         labels = None if self.labels is None else self.labels.tolist()
         keys = self.keys if isinstance(self.keys[0], str) else self.index.tolist()
-        yield canonical({"n": len(self), "shape": self.shape, "labels": labels, "keys": keys}).encode()
+        return canonical({"n": len(self), "shape": self.shape, "labels": labels, "keys": keys}).encode()
+
+    def _content(self, rows: Rows) -> Iterator[bytes]:
+        yield self._header()
         for start in range(0, len(rows), _BLOCK):
             chosen = self._rows[rows[start : start + _BLOCK]]
             pieces = [chosen] if self.shape is not None else np.split(chosen, len(chosen))
