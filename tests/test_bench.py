@@ -61,3 +61,4 @@ def test_bench_end_to_end(advdiff, ddpm, classifier, tmp_path):
     assert ratio == pytest.approx(times)
     assert found["ratios"]["purify, times diffusers in batches, a U-Net evaluation"] == pytest.approx(times / 40)
     assert all(share > 0 for share in found["of_ceiling"].values())
+    assert found["purify_outside_unet"] < 1

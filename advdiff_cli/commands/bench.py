@@ -69,6 +69,7 @@ def bench(
     product = f"matrix product, {exact}"
     steps = found[_PURIFY].contestant.unet_evaluations
     an_evaluation = found["diffusers in batches"].patch_seconds / PAPER_STEPS / (found[_PURIFY].patch_seconds / steps)
+    forward = found[f"U-Net forward, {exact}"].patch_seconds
     result: dict[str, Any] = {
         "device": chip.type,
         "threads": _threads(),
@@ -79,6 +80,7 @@ def bench(
             name: found[name].as_dict()["flops_per_second"] / found[product].as_dict()["flops_per_second"]
             for name in (_PURIFY, f"U-Net forward, {exact}")
         },
+        "purify_outside_unet": 1 - steps * forward / found[_PURIFY].patch_seconds,
         "measured": [timing.as_dict() for timing in found.values()],
     }
     rate = found[_PURIFY].as_dict()["patches_per_second"]
@@ -189,4 +191,5 @@ def _text(result: dict[str, Any]) -> str:
         console.table((f"FLOP/s of a matrix product's, {result['precision']}", "share"), shares),
         console.table(head, rows),
     ]
-    return "\n\n".join(tables) + f"\n{result['device']}, {result['threads']} threads"
+    outside = f"{100 * result['purify_outside_unet']:.0f} % of purify's time is outside its U-Net"
+    return "\n\n".join(tables) + f"\n{outside}; {result['device']}, {result['threads']} threads"
