@@ -1,18 +1,17 @@
 """What an attack achieved, judged on what was stored."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.balls import Norm, round_inside, surface_share
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.streams import RowKey
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended import DefendedClassifier, finite, judged_at_once
 
-BATCH = 64
 DRAWS = 3  # of a defence's noise: the first ones that evaluate takes
 
 
@@ -44,15 +43,17 @@ class Achieved:
 @torch.inference_mode()
 def judge(
     model: nn.Module, clean: PatchSet, adv: PatchSet, first: int, eps: float, norm: Norm, device: torch.device,
-    seed: int = 0, draws: int = DRAWS,
+    seed: int = 0, draws: int = DRAWS, advance: Callable[[int], None] = lambda count: None,
 ) -> Achieved:  # fmt: skip
     """Judge the stored rows of `adv`, which were made from the rows of `clean` from position `first` on.
 
-    A defended classifier is judged over the first `draws` evaluation draws of `seed`.
+    A defended classifier is judged over the first `draws` evaluation draws of `seed`. `advance` is called with the
+    number of rows done.
     """
     result = Achieved(draws=draws if isinstance(model, DefendedClassifier) else 1)
-    for start in range(0, len(adv), BATCH):
-        rows = np.arange(start, min(start + BATCH, len(adv)))
+    size = judged_at_once(model)
+    for start in range(0, len(adv), size):
+        rows = np.arange(start, min(start + size, len(adv)))
         images, points = clean.read(rows + first).to(device), adv.read(rows).to(device)
         truth = torch.from_numpy(clean.require_labels()[rows + first]).to(device)
         keys = clean.index[rows + first].tolist()
@@ -61,20 +62,20 @@ def judge(
             ("attacked", points),
             ("rounded", round_inside(points, images, eps, norm)),
         ):
-            getattr(result, kind).extend(_share_right(model, batch, truth, keys, seed, draws).tolist())
+            logits = [finite(z, keys, adv.path) for z in _drawn(model, batch, keys, seed, draws)]
+            right = torch.stack([(z.argmax(1) == truth).cpu() for z in logits]).double().mean(0)
+            getattr(result, kind).extend(right.tolist())
         on_surface, perturbed = surface_share(points, images, eps, norm)
         result.on_surface += on_surface
         result.perturbed += perturbed
+        advance(len(rows))
     return result
 
 
-def _share_right(
-    model: nn.Module, images: Tensor, truth: Tensor, rows: list[RowKey], seed: int, draws: int
-) -> NDArray[np.float64]:
+def _drawn(model: nn.Module, images: Tensor, rows: list[RowKey], seed: int, draws: int) -> Iterator[Tensor]:
+    """Yield the logits (B, classes) under each draw that judges; under the one there is, of a deterministic model."""
     if not isinstance(model, DefendedClassifier):
-        logits = [model(images)]
-    else:
-        noises = (model.noise(images, rows=rows, seed=seed, purpose="evaluate", draw=draw) for draw in range(draws))
-        logits = [model(images, noise) for noise in noises]
-    right = torch.stack([(z.argmax(1) == truth).cpu() for z in logits]).double().mean(0)
-    return right.numpy()
+        yield model(images)
+        return
+    for draw in range(draws):
+        yield model(images, model.noise(images, rows=rows, seed=seed, purpose="evaluate", draw=draw))

@@ -151,9 +151,10 @@ def attack(
         status = fill(out, made_by, patches, part_of, processes, work, device=chip.type, overwrite=overwrite)
     if not processes.first:
         return
-    summary = _summary(judged, patches, out, part, parameters, chip) | {"precision": exact}
-    result = {"out": str(out), "status": status, "parameters": parameters, **summary}
-    console.emit(result, _text(parameters, summary), out, as_json=as_json, quiet=quiet)
+    result = {"out": str(out), "status": status, "parameters": parameters, "precision": exact}
+    if not quiet or as_json:
+        result |= _summary(judged, patches, out, part, parameters, chip, quiet)
+    console.emit(result, "" if quiet else _text(parameters, result), out, as_json=as_json, quiet=quiet)
 
 
 def _compile(defence: Defence | None, parameters: dict[str, Any], chip: Any) -> None:
@@ -175,7 +176,7 @@ def _followed(rows: "Callable[[PatchWriter], Iterator[int]]", quiet: bool) -> "C
 
 
 def _summary(
-    judged: Any, patches: Any, out: Path, part: Any, parameters: dict[str, Any], chip: Any
+    judged: Any, patches: Any, out: Path, part: Any, parameters: dict[str, Any], chip: Any, quiet: bool
 ) -> dict[str, Any]:  # fmt: skip
     import numpy as np
 
@@ -185,7 +186,8 @@ def _summary(
 
     eps, norm, seed = (parameters[k] for k in ("eps", "norm", "seed"))
     draws = 1 if parameters.get("fixed_draw") else DRAWS  # the draw it knows, or ones it does not
-    achieved = judge(judged, patches, open_patches(out), part.start, eps, norm, chip, seed, draws)
+    with console.progress(part.stop - part.start, "attack: judge", quiet=quiet) as advance:
+        achieved = judge(judged, patches, open_patches(out), part.start, eps, norm, chip, seed, draws, advance)
     labels = patches.require_labels()[part.start : part.stop]
     accuracies = {
         kind: mean_share(np.asarray(getattr(achieved, kind))).as_dict() for kind in ("clean", "attacked", "rounded")

@@ -1,7 +1,8 @@
 """Intervals and paired tests; every level is 95 %.
 
 Wilson 1927 for one 0/1 a patch, Newcombe 1998 for the difference of two; over several draws Agresti & Coull 1998 and
-Bonett & Price 2012; percentile bootstrap stratified by label for the rest; exact McNemar; Holm 1979.
+Bonett & Price 2012; Zou & Donner 2008 for the mean of two; Newcombe 2006 for areas under the ROC curve; percentile
+bootstrap stratified by label for the rest; exact McNemar; Holm 1979.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 
 RESAMPLES = 2000
@@ -61,6 +63,31 @@ def _around(total: float, squares: float, n: float) -> tuple[float, float]:
     mean = total / n
     half = _Z * math.sqrt(max(squares / n - mean**2, 0.0) / n)
     return mean - half, mean + half
+
+
+def mean_of_two(one: Estimate, other: Estimate) -> Estimate:
+    """Return the mean of two independent figures, of the variance that their intervals have (Zou & Donner 2008)."""
+    value = (one.value + other.value) / 2
+    below = math.hypot(one.value - one.low, other.value - other.low) / 2
+    above = math.hypot(one.high - one.value, other.high - other.value) / 2
+    return Estimate(value, value - below, value + above)
+
+
+def area(value: float, positive: int, negative: int) -> Estimate:
+    """Return an area under the ROC curve with its score interval (Newcombe 2006, method 5).
+
+    The variance is Hanley and McNeil's (1982) at the ends of the interval, of two samples of equal size.
+    """
+    half = (positive + negative) / 2 - 1
+
+    def excess(end: float) -> float:
+        within = 1 + half * (1 - end) / (2 - end) + half * end / (1 + end)
+        return (end - value) ** 2 - _Z**2 * end * (1 - end) * within / (positive * negative)
+
+    nearly = 1e-12  # 0 and 1 themselves have no variance, and solve the equation without being ends
+    low = 0.0 if value <= nearly else float(brentq(excess, 0.0, min(value, 1 - nearly)))
+    high = 1.0 if value >= 1 - nearly else float(brentq(excess, max(value, nearly), 1.0))
+    return Estimate(value, low, high)
 
 
 def bootstrap(

@@ -11,12 +11,10 @@ from torch import nn
 
 from advdiff_cli.data.ahead import ahead
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.evaluation.intervals import Estimate, bootstrap, mean_share, wilson
+from advdiff_cli.evaluation.intervals import Estimate, area, mean_of_two, mean_share, wilson
 from advdiff_cli.models.device import onto
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended import DefendedClassifier, finite, judged_at_once
 
-BATCH = 64
-DRAWN_BATCH = 16  # where a U-Net stands before the classifier
 VOTES = (1, 5, 11, 21)  # draws a majority vote is taken over: odd, there are two classes
 
 
@@ -88,9 +86,11 @@ def predict(
             named by its index in the origin set.
         seed: Of those streams.
         first_draw: The first of the R draws.
+
+    Raises:
+        AdvdiffError: a logit is not finite.
     """
-    size = DRAWN_BATCH if isinstance(model, DefendedClassifier) else BATCH
-    n = len(patches)
+    size, n = judged_at_once(model), len(patches)
     batches = (np.minimum(np.arange(s, s + size), n - 1) for s in range(0, n, size))  # full: rows do not depend on N
     for rows, images in ahead(lambda rows: (rows, onto(patches.read(rows), device)), batches):
         if isinstance(model, DefendedClassifier):
@@ -101,7 +101,8 @@ def predict(
                 logits.append(model(images, noise))
         else:
             logits = [model(images)]
-        p1 = torch.stack([z.cpu().double().softmax(1)[:, 1] for z in logits], 1)
+        where = [patches.keys[i] for i in rows]
+        p1 = torch.stack([finite(z, where, patches.path).cpu().double().softmax(1)[:, 1] for z in logits], 1)
         yield p1[: n - int(rows[0])].numpy()
 
 
@@ -123,14 +124,13 @@ def figures(p: Predictions) -> dict[str, Estimate]:
     classes = [np.flatnonzero(p.labels == k) for k in (0, 1)]
     both = all(len(rows) for rows in classes)
     missing = Estimate(float("nan"), float("nan"), float("nan"))
+    specificity, sensitivity = (mean_share(p.share[rows]) for rows in classes)
     return {
         "accuracy": mean_share(p.share),
-        "balanced_accuracy": bootstrap(lambda rows: _balanced(p.share[rows], p.labels[rows]), p.labels)
-        if both
-        else missing,
-        "sensitivity": mean_share(p.share[classes[1]]),
-        "specificity": mean_share(p.share[classes[0]]),
-        "auroc": bootstrap(lambda rows: auroc(p.labels[rows], p.p1[rows].mean(1)), p.labels) if both else missing,
+        "balanced_accuracy": mean_of_two(specificity, sensitivity) if both else missing,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "auroc": area(auroc(p.labels, p.p1.mean(1)), len(classes[1]), len(classes[0])) if both else missing,
     }
 
 
@@ -139,7 +139,3 @@ def votes(p: Predictions) -> dict[str, Estimate]:
     found = {f"vote_{k}": p.vote(k) for k in VOTES if k <= p.draws}
     found["all_correct"] = p.share == 1
     return {name: wilson(int(right.sum()), len(right)) for name, right in found.items()}
-
-
-def _balanced(share: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    return float(np.mean([share[labels == k].mean() for k in (0, 1)]))

@@ -1,12 +1,14 @@
 """The defended classifier, as a module that any attack library runs on, and what its gradient can be replaced by."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advdiff_cli.data.streams import RowKey, RowStreams
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import autocast
 from advdiff_cli.purification.purifier import Purifier
 
@@ -54,6 +56,20 @@ class DefendedClassifier(nn.Module):
     def fixed(self, noise: Tensor) -> "FixedNoise":
         """Return the deterministic model that always draws `noise`: (B, ...) for a batch, (1, ...) shared by any."""
         return FixedNoise(self, noise)
+
+
+def judged_at_once(model: nn.Module) -> int:
+    """Return how many patches of a batch are judged: fewer where a U-Net stands before the classifier."""
+    return 16 if isinstance(model, DefendedClassifier) else 64
+
+
+def finite(logits: Tensor, rows: Sequence[RowKey], path: Path) -> Tensor:
+    """Return logits (B, classes) of the rows of `path`; AdvdiffError where one is not finite, and so no decision."""
+    whole = logits.isfinite().all(1)
+    if not whole.all():
+        row = rows[int(whole.int().argmin())]
+        raise AdvdiffError(f"the logits of row {row} of {path} are not finite; compute at --precision fp32")
+    return logits
 
 
 class FixedNoise(nn.Module):

@@ -4,8 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import contingency, mannwhitneyu
+from scipy.stats import norm as normal
 
+from advdiff_cli.data.patches import open_patches
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.comparing import Evaluated, compare
 from advdiff_cli.evaluation.intervals import (
     bootstrap,
@@ -16,7 +20,7 @@ from advdiff_cli.evaluation.intervals import (
     shares_difference,
     wilson,
 )
-from advdiff_cli.evaluation.metrics import Predictions, auroc, figures
+from advdiff_cli.evaluation.metrics import Predictions, auroc, figures, predict
 
 
 def test_wilson_gives_the_papers_intervals():
@@ -115,6 +119,38 @@ def test_figures_of_a_known_table():
         assert value.low < value.value < value.high
     table = contingency.crosstab(labels, p1 > 0.5).count
     assert table.tolist() == [[45, 15], [10, 30]]
+
+
+def test_intervals_at_the_ends_are_not_points():
+    labels = np.repeat([1, 0], 10)
+    for p1 in (np.repeat([0.9, 0.1], 10), np.repeat([0.1, 0.9], 10)):
+        found = figures(Predictions(labels, p1))
+        assert {v.value for v in found.values()} == {float(p1[0] > 0.5)}
+        assert all(0.15 < v.high - v.low < 0.35 for v in found.values()), found
+    few = figures(Predictions(np.repeat([0, 1], [3, 97]), np.repeat([0.1, 0.9, 0.1], [3, 90, 7])))
+    assert few["balanced_accuracy"].low < 0.75  # three negatives say little, right as they are
+
+
+@pytest.mark.parametrize(("apart", "n"), [(0.5, 15), (1.5, 30), (2.5, 60)])
+def test_areas_and_balanced_accuracies_are_covered(apart, n):
+    """Of 300 samples of two normal distributions, at least 92 % of the 95 % intervals hold the truth."""
+    rng = np.random.default_rng(0)
+    labels, hits = np.repeat([0, 1], [n, 2 * n]), np.zeros(2)
+    for _ in range(300):
+        p1 = normal.cdf(rng.normal(0, 1, 3 * n) + apart * (labels - 0.5))
+        found = figures(Predictions(labels, p1))
+        truths = {"auroc": normal.cdf(apart / 2**0.5), "balanced_accuracy": normal.cdf(apart / 2)}
+        hits += [found[k].low <= truth <= found[k].high for k, truth in truths.items()]
+    assert (hits / 300 > 0.92).all(), hits
+
+
+def test_logits_that_are_not_finite_are_no_decisions(test_x):
+    class Overflowing(torch.nn.Module):
+        def forward(self, images):
+            return torch.where(torch.arange(len(images))[:, None] == 2, torch.inf, images.mean((2, 3))[:, :2])
+
+    with pytest.raises(AdvdiffError, match=r"the logits of row 2 of .* are not finite"):
+        list(predict(Overflowing(), open_patches(test_x).first(4), torch.device("cpu")))
 
 
 def test_bootstrap_covers_like_wilson_for_a_proportion():
