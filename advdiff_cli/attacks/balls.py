@@ -38,7 +38,8 @@ def random_surface(images: Tensor, eps: float, norm: Norm, streams: RowStreams) 
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
-    """Return the unit step of steepest ascent: the sign for l-inf, the direction for l2."""
+    """Return the unit step of steepest ascent: the sign for l-inf, the direction for l2; NaN leads nowhere."""
+    gradient = gradient.nan_to_num(0)
     return gradient.sign() if norm == "linf" else _unit(gradient)
 
 

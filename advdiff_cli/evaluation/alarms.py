@@ -37,7 +37,10 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What the gradients at clean patches look like: how many are zero, and how far two halves of the draws agree."""
+    """What the gradients at clean patches look like.
+
+    `zero` is the share that is zero or not finite, `cosine` how far two halves of the draws agree.
+    """
 
     zero: Estimate
     cosine: Estimate | None
@@ -110,6 +113,7 @@ def alarms(
             for (_, less), (_, more) in pairwise(curve)
         ),
         *(not_above("white-box beats black-box", best, name, judged) for name in black),
+        *(not_above("no attack beats exact gradients", best, name, judged) for name in ("bpda", "fab")),
         not_above("white-box beats chance", best, "random", judged, equal=False),
         _breaks(f"eps-{EPS_CURVE[-1]:g}", judged),
         *(_of_gradients(gradients) if gradients else []),
@@ -132,7 +136,7 @@ def _breaks(name: str, judged: Mapping[str, Predictions]) -> Alarm | None:
 
 def _of_gradients(g: Gradients) -> list[Alarm]:
     zero: Status = "fail" if g.zero.value > _MASKED else "warn" if g.zero.value > 0 else "pass"
-    found = [Alarm("gradients are not zero", zero, f"patches whose gradient is zero: {g.zero} %")]
+    found = [Alarm("gradients lead somewhere", zero, f"patches whose gradient is zero or not finite: {g.zero} %")]
     if g.cosine is not None:
         low: Status = "fail" if g.cosine.low <= 0 else "warn" if g.cosine.value < _AGREEING else "pass"
         text = f"cosine of two halves of the draws: {g.cosine.value:.2f} [{g.cosine.low:.2f}, {g.cosine.high:.2f}]"

@@ -45,20 +45,33 @@ class Readout(nn.Module):
         return torch.stack([torch.zeros_like(score), score], 1)
 
 
-def head_input(classifier: nn.Module) -> Callable[[Callable[[], Tensor]], Tensor] | None:
-    """Return a function that runs a forward and gives what entered the classifier's last linear layer (B, D)."""
+def head_input(classifier: nn.Module, images: Tensor) -> Callable[[Callable[[], Tensor]], Tensor] | None:
+    """Return a function that runs a forward and gives what entered the classifier's head (B, D).
+
+    The head is the last linear layer that a forward of `images` calls, if it takes one vector of each image; None if
+    it does not, or there is none.
+    """
+    called: list[tuple[nn.Module, Tensor]] = []
     linear = [m for m in classifier.modules() if isinstance(m, nn.Linear)]
-    if not linear:
+    handles = [m.register_forward_pre_hook(lambda m, inputs: called.append((m, inputs[0]))) for m in linear]
+    try:
+        with torch.no_grad():
+            classifier(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called or called[-1][1].shape[:-1] != images.shape[:1]:
         return None
+    head = called[-1][0]
 
     def capture(forward: Callable[[], Tensor]) -> Tensor:
         seen: list[Tensor] = []
-        handle = linear[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             forward()
         finally:
             handle.remove()
-        return seen[0]
+        return seen[-1]
 
     return capture
 
@@ -78,7 +91,7 @@ def binarisation_test(
         seed: Of points and noise.
         attack: (model, images, labels) -> adversarial images; told that class 0 is right.
     """
-    capture = head_input(classifier)
+    capture = head_input(classifier, images)
     if capture is None:
         return None
     fixed: nn.Module = model

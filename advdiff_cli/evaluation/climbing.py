@@ -166,8 +166,9 @@ class Climb:
         def look() -> dict[str, Any]:
             few = self.patches.first(LOOKED_AT)
             found = look_at_gradients(
-                self.subject.model, few, self.device, eot=self.spend.eot, seed=self.seed, advance=advance
-            )
+                self.subject.model, few, self.device, eot=self.spend.eot, seed=self.seed, batch_size=self.batch_size,
+                advance=advance,
+            )  # fmt: skip
             return found.as_dict()
 
         return Gradients.of(self._check("gradients", settings, look))
@@ -177,7 +178,9 @@ class Climb:
 
         def test() -> dict[str, Any]:
             few, s = self.patches.first(LOOKED_AT), self.subject
-            found = unit_test(s.model, s.classifier, few, self.device, settings, self.seed, advance)
+            found = unit_test(
+                s.model, s.classifier, few, self.device, settings, self.seed, self.batch_size, advance
+            )  # fmt: skip
             return {} if found is None else found.as_dict()
 
         made = self._check("unit-test", {**settings, "seed": self.seed, "rows": LOOKED_AT}, test)

@@ -18,24 +18,26 @@ from advdiff_cli.evaluation.binarisation import Tested, binarisation_test
 from advdiff_cli.evaluation.intervals import bootstrap, wilson
 from advdiff_cli.purification.defended import DefendedClassifier
 
-BATCH = 32
-
 
 def look_at_gradients(
     model: nn.Module, patches: PatchSet, device: torch.device, *,
-    eot: int, seed: int, advance: Callable[[int], None] = lambda count: None,
+    eot: int, seed: int, batch_size: int = 32, advance: Callable[[int], None] = lambda count: None,
 ) -> Gradients:  # fmt: skip
-    """Return what the gradients at the clean patches look like, as means of `eot` draws, split in two halves."""
+    """Return what the gradients at the clean patches look like, as means of `eot` draws, split in two halves.
+
+    Patches are computed `batch_size` at once.
+    """
     zeros: list[NDArray[np.bool_]] = []
     cosines, probabilities = [], True
-    for images, labels, keys in batches(patches, device):
+    for images, labels, keys in batches(patches, device, batch_size):
         objective = Objective(model, labels, loss="margin", eot=max(eot // 2, 1), seed=seed, rows=keys)
         halves = [objective.gradient(images, step)[1].flatten(1) for step in range(2 if objective.random else 1)]
         entropy = Objective(model, labels, loss="ce", seed=seed, rows=keys).gradient(images, 0)[1].flatten(1)
-        dead = (entropy.abs().amax(1) == 0) | torch.stack([h.abs().amax(1) == 0 for h in halves]).all(0)
+        dead = _dead(entropy) | torch.stack([_dead(h) for h in halves]).all(0)
         zeros.append(dead.cpu().numpy())
         if objective.random:
-            cosines.append(cosine_similarity(halves[0], halves[1], dim=1).cpu().double().numpy())
+            one, other = (h.nan_to_num(0) for h in halves)
+            cosines.append(cosine_similarity(one, other, dim=1).cpu().double().numpy())
         probabilities &= _probabilities(model, images, keys, seed)
         advance(len(keys))
     zero = np.concatenate(zeros)
@@ -45,6 +47,11 @@ def look_at_gradients(
         None if values is None else bootstrap(lambda rows: float(values[rows].mean()), patches.require_labels()),
         probabilities,
     )
+
+
+def _dead(gradients: Tensor) -> Tensor:
+    """Tell which of gradients (B, D) lead nowhere: all zero, or not finite."""
+    return (gradients == 0).all(1) | ~gradients.isfinite().all(1)
 
 
 @torch.no_grad()
@@ -59,11 +66,11 @@ def _probabilities(model: nn.Module, images: Tensor, keys: list[RowKey], seed: i
 
 def unit_test(
     model: nn.Module, classifier: nn.Module, patches: PatchSet, device: torch.device,
-    settings: Mapping[str, Any], seed: int, advance: Callable[[int], None] = lambda count: None,
+    settings: Mapping[str, Any], seed: int, batch_size: int = 32, advance: Callable[[int], None] = lambda count: None,
 ) -> UnitTest | None:  # fmt: skip
-    """Run the binarisation test with an attack of `settings`; None where no example can be planted."""
+    """Run the binarisation test with an attack of `settings`, `batch_size` patches at once; None where none can be."""
     tested: list[Tested] = []
-    for images, _, keys in batches(patches, device):
+    for images, _, keys in batches(patches, device, batch_size):
 
         def attack(readout: nn.Module, x: Tensor, y: Tensor, rows: list[RowKey] = keys) -> Tensor:
             return run(Target(readout), settings, x, y, rows, seed)
@@ -82,9 +89,9 @@ def unit_test(
     return UnitTest(n, wilson(int(broken[exists].sum()), n), wilson(int(chance[exists].sum()), n))
 
 
-def batches(patches: PatchSet, device: torch.device) -> Iterator[tuple[Tensor, Tensor, list[RowKey]]]:
-    """Yield images, labels and keys of one batch after another, none padded."""
+def batches(patches: PatchSet, device: torch.device, size: int) -> Iterator[tuple[Tensor, Tensor, list[RowKey]]]:
+    """Yield images, labels and keys of one batch of `size` after another, none padded."""
     labels = patches.require_labels()
-    for start in range(0, len(patches), BATCH):
-        rows: NDArray[np.int64] = np.arange(start, min(start + BATCH, len(patches)))
+    for start in range(0, len(patches), size):
+        rows: NDArray[np.int64] = np.arange(start, min(start + size, len(patches)))
         yield patches.read(rows).to(device), torch.from_numpy(labels[rows]).to(device), [patches.keys[i] for i in rows]

@@ -10,7 +10,7 @@ from advdiff_cli.data.streams import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.climbing import Subject
 from advdiff_cli.models.ddpm import load_ddpm
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier, StraightThrough
+from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier, StraightThrough, defended
 from advdiff_cli.purification.purifier import linear_alpha_bar
 
 EPS = 4 / 255
@@ -106,14 +106,40 @@ SMALL = {
 }  # fmt: skip
 
 
+def small(method, gradient, **asked):
+    own = {"gradient": gradient} if method != "square" else {}
+    own |= {"eot": 2} if gradient != "blind" or method == "square" else {}
+    own |= {"attack_sampler_steps": 1} if gradient == "surrogate" and method != "square" else {}
+    return resolved(method, **SMALL[method], **own, **asked)
+
+
+@pytest.mark.parametrize("gradient", ["blind", "bpda", "surrogate", "full"])
+@pytest.mark.parametrize("method", SMALL)
+def test_no_draw_that_judges_is_seen_and_none_that_chooses_is_climbed(
+    classifier, purifier, batch, method, gradient, monkeypatch
+):  # fmt: skip
+    opened = []
+
+    class Recorded(RowStreams):
+        def __init__(self, seed, purpose, rows, **named):
+            opened.append(purpose)
+            super().__init__(seed, purpose, rows, **named)
+
+    monkeypatch.setattr(defended, "RowStreams", Recorded)
+    settings = small(method, gradient, restarts=2) if method != "fgsm" else small(method, gradient)
+    run(aim(classifier, purifier, settings), settings, *batch, list(range(4)), seed=0)
+    random = gradient != "blind" or method == "square"
+    chosen = {"pgd", "fgsm", "apgd", "square", "ensemble"} if random else set()
+    assert set(opened) == ({"attack"} if random else set()) | ({"attack-choice"} if method in chosen else set()) | (
+        {"attack-ensemble"} if random and method == "ensemble" else set()
+    )
+
+
 @pytest.mark.parametrize("gradient", ["blind", "bpda", "surrogate", "full"])
 @pytest.mark.parametrize("method", SMALL)
 def test_every_method_and_gradient_stays_in_ball_and_box_by_row(classifier, purifier, batch, method, gradient):
     images, labels = batch
-    own = {"gradient": gradient} if method != "square" else {}
-    own |= {"eot": 2} if gradient != "blind" or method == "square" else {}
-    own |= {"attack_sampler_steps": 1} if gradient == "surrogate" and method != "square" else {}
-    settings = resolved(method, **SMALL[method], **own)
+    settings = small(method, gradient)
     target = aim(classifier, purifier, settings)
     adv = run(target, settings, images, labels, ["a", "b", "c", "d"], seed=3)
     assert (adv - images).abs().max() <= EPS + 1e-7

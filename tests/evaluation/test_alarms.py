@@ -1,5 +1,7 @@
 """Alarms: silent about a sound evaluation, loud about planted weaknesses; and the attack's own unit test."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,7 @@ def test_a_sound_evaluation_sounds_no_alarm():
         ({"eps-4": 0.7}, "a larger eps is worse"),
         ({"eps-64": 0.8}, "a huge eps breaks anything"),
         ({"fixed-noise": 0.8}, "knowing the noise helps the attack"),
+        ({"bpda": 0.2}, "no attack beats exact gradients"),
     ],
 )
 def test_a_planted_weakness_sounds_its_alarm(planted, alarm):
@@ -156,7 +159,31 @@ def test_planted_gradient_masking_is_seen(few):
     assert seen.probabilities
     assert seen.zero.value > 0.5
     failed = {a.name for a in alarms([], {}, seen, None) if a.status == "fail"}
-    assert failed == {"gradients are not zero", "outputs are logits"}
+    assert failed == {"gradients lead somewhere", "outputs are logits"}
+
+
+class Unrooted(torch.autograd.Function):
+    """The identity, whose gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def test_gradients_that_are_not_numbers_are_seen(few):
+    net = Net(before=Unrooted.apply)
+    for model in (net, DefendedClassifier(NoisePurifier(linear_alpha_bar(), 0.01), net)):
+        seen = look_at_gradients(model, few, CPU, eot=2, seed=0, batch_size=5)
+        assert seen.zero.value == 1
+        json.dumps(seen.as_dict(), allow_nan=False)
+        assert "gradients lead somewhere" in {a.name for a in alarms([], {}, seen, None) if a.status == "fail"}
+    images = few.read(range(2))
+    for norm in ("linf", "l2"):
+        assert pgd(net, images, torch.zeros(2).long(), eps=0.1, steps=2, norm=norm, start=False).isfinite().all()
 
 
 SPEND = Preset(patches=40, steps=12, eot=1, queries=60, draws=1)
@@ -187,12 +214,12 @@ def test_an_undefended_model_trips_no_alarm(test_x, tmp_path):
 
 def test_rounding_inside_the_model_trips_alarms(test_x, tmp_path):
     found = climbed(Net(before=round_to_8_bits), test_x, tmp_path / "ladder")
-    assert {"gradients are not zero", "the attack passes its unit test"} <= found["fail"]
+    assert {"gradients lead somewhere", "the attack passes its unit test"} <= found["fail"]
 
 
 def test_a_saturating_softmax_trips_alarms(test_x, tmp_path):
     found = climbed(Net(after=lambda z: (z * 1e4).softmax(1)), test_x, tmp_path / "ladder")
-    assert {"gradients are not zero", "outputs are logits"} <= found["fail"]
+    assert {"gradients lead somewhere", "outputs are logits"} <= found["fail"]
 
 
 def test_an_undefended_model_is_seen_to_be_sound(few):
@@ -241,6 +268,27 @@ def test_a_model_without_a_linear_head_has_no_unit_test(few):
     net = Net()
     net.body[-1] = nn.Identity()
     assert binarised(net, net, few, lambda m, x, y: x) is None
+
+
+class Crowded(Net):
+    """A linear layer that nothing calls after the head, and one that sees tokens before it."""
+
+    def __init__(self, pooled):
+        super().__init__()
+        self.tokens, self.unused, self.pooled = nn.Linear(576, 2), nn.Linear(9, 2), pooled
+
+    def forward(self, x):
+        if self.pooled:
+            return self.tokens(self.body[:-1](x)[:, None].expand(-1, 3, -1)).mean(1)
+        return super().forward(x)
+
+
+def test_the_head_is_the_last_linear_layer_that_is_called(few):
+    plain, crowded = Net(), Crowded(pooled=False)
+    found = [binarised(net, net, few, lambda m, x, y: x) for net in (plain, crowded)]
+    assert torch.equal(found[0].exists, found[1].exists)
+    pooled = Crowded(pooled=True)
+    assert binarised(pooled, pooled, few, lambda m, x, y: x) is None
 
 
 def test_the_worst_case_never_rises():
