@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from advdiff_cli.data.provenance import file_digest
+from advdiff_cli.data.provenance import digest, file_digest
 from advdiff_cli.errors import AdvdiffError
 
 TIATOOLBOX = "tiatoolbox:"
 """Prefix of an architecture that is TIAToolbox's, before the name of its backbone in torchvision."""
 
 _CUT = {"googlenet": 3, "inception_v3": 3}  # children from the pooling on: also a dropout
+_INSTALLED = {"site-packages", "dist-packages"}
 _HUES = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.7, 0.5, 0.7), (0.4, 0.2, 0.6), (0.9, 0.7, 0.8), (0.5, 0.5, 0.5)]
 
 
@@ -119,10 +120,19 @@ def from_callable(name: str) -> nn.Module:
 
 
 def source_digest(name: str) -> str:
-    """Return the SHA-256 of the source of the module in module:callable; nothing where it has no file."""
-    found = importlib.util.find_spec(name.partition(":")[0])
-    source = Path(found.origin) if found and found.origin else None
-    return file_digest(source) if source and source.is_file() else ""
+    """Return the SHA-256 of the sources that module:callable, once imported, is made of; of nothing without any.
+
+    They are the module's own and those that were imported from its package, or from beside it where it has none.
+    """
+    where = name.partition(":")[0]
+    found, top = importlib.util.find_spec(where), importlib.util.find_spec(where.partition(".")[0])
+    if found is None or top is None or not found.origin or not top.origin or not Path(found.origin).is_file():
+        return digest([])
+    own, home = Path(found.origin).resolve(), Path(top.origin).resolve().parent
+    alone = home.name in _INSTALLED  # one file among all that is installed
+    loaded = (Path(f).resolve() for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None)))
+    beside = {p for p in loaded if not alone and home in p.parents and not _INSTALLED & {*p.relative_to(home).parts}}
+    return digest(file_digest(p).encode() for p in sorted({own, *filter(Path.is_file, beside)}))
 
 
 @torch.no_grad()
@@ -133,6 +143,7 @@ def _check_logits(name: str, module: nn.Module) -> None:
     images = torch.cat([plain, noisy])
     try:
         found: Any = module(images)
+        again: Any = module(images)
     except (RuntimeError, ValueError, AssertionError, TypeError) as e:
         raise AdvdiffError(f"{name} does not take patches (B, 3, 96, 96) ({str(e).splitlines()[0]})") from None
     shape = list(found.shape) if isinstance(found, Tensor) else [type(found).__name__]
@@ -140,6 +151,11 @@ def _check_logits(name: str, module: nn.Module) -> None:
         raise AdvdiffError(f"{name} returns {shape} for {len(images)} patches; one or two logits each are needed")
     if not found.isfinite().all():
         raise AdvdiffError(f"{name} returns values that are not finite")
+    if not torch.allclose(found, again, rtol=1e-3, atol=1e-3):
+        raise AdvdiffError(
+            f"{name} returns other values for the same patches: a random model is attacked and judged fairly only "
+            "where its noise is known; freeze it, or let --defense be what is random"
+        )
     sums = found.reshape(len(images), -1).sum(1)
     if bool(((found >= 0) & (found <= 1)).all()) and (shape[-1] != 2 or bool((sums - 1).abs().max() < 1e-3)):
         raise AdvdiffError(

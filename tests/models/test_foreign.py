@@ -116,6 +116,9 @@ def sigmoid(): return Net(1, nn.Sigmoid())
 def three(): return Net(3)
 def fixed(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
 def nothing(): return 5
+class Noisy(nn.Module):
+    def forward(self, x): return x + torch.randn_like(x)
+def noisy(): return Net(2, Noisy())
 """
 
 
@@ -147,6 +150,7 @@ def test_any_module_to_one_or_two_logits(module, images):
         ("sigmoid", "returns probabilities"),
         ("three", r"returns \[12, 3\] for 12 patches"),
         ("fixed", "does not take patches"),
+        ("noisy", "returns other values for the same patches"),
         ("nothing", "returned int, not a torch module"),
         ("nowhere", "is no callable without arguments"),
     ],
@@ -160,6 +164,19 @@ def test_another_source_is_another_model(module, tmp_path):
     _, before = zoo.frozen_classifier(f"{module}:two", CPU)
     (tmp_path / f"{module}.py").write_text(MODULE.replace("* 9", "* 8"))
     assert zoo.frozen_classifier(f"{module}:two", CPU)[1] != before
+
+
+def test_another_source_that_it_imports_is_another_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nets, user, stranger = (f"{k}_{tmp_path.name}" for k in ("nets", "user", "stranger"))
+    (tmp_path / f"{nets}.py").write_text(MODULE)
+    (tmp_path / f"{stranger}.py").write_text("a = 1")
+    (tmp_path / f"{user}.py").write_text(f"from {nets} import two")
+    _, before = zoo.frozen_classifier(f"{user}:two", CPU)
+    (tmp_path / f"{stranger}.py").write_text("a = 2")
+    assert zoo.frozen_classifier(f"{user}:two", CPU)[1] == before
+    (tmp_path / f"{nets}.py").write_text(MODULE.replace("* 9", "* 8"))
+    assert zoo.frozen_classifier(f"{user}:two", CPU)[1] != before
 
 
 def test_commands_take_a_callable(advdiff, module, test_x, tmp_path):
