@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,35 @@ def test_precision_of_attack_and_judging(advdiff, test_x, classifier, ddpm, tmp_
     judge = ["evaluate", test_x, tmp_path / "a.h5", "--limit", 2, "-c", classifier, *defence, "--draws", 1]
     assert "in bf16 and is judged in fp32" in advdiff(*judge, "--precision", "fp32").err
     assert "is judged" not in advdiff(*judge, "--precision", "bf16").err
+
+
+def test_what_an_evaluation_does_not_show_is_told(advdiff, test_x, classifier, ddpm, tmp_path):
+    adv, fixed, rows, exact = tmp_path / "a.h5", tmp_path / "f.h5", ["--limit", 2], ["--precision", "fp32"]
+    defence = ["-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1]
+    attack = ["attack", test_x, *rows, "-c", classifier, *defence, "--steps", 1, *exact, "--batch-size", 2, "-q"]
+    advdiff(*attack, "--eot", 1, "-o", adv)
+    advdiff(*attack, "--fixed-draw", "--seed", 3, "-o", fixed)
+
+    def told(*sets, of=defence, seed=0):
+        judge = ["evaluate", test_x, *sets, *rows, "-c", classifier, *of, *exact, "--seed", seed]
+        return advdiff(*judge, *(["--draws", 1] if of else []))
+
+    sound = told(adv)
+    assert "another model" not in sound.err
+    assert "(pgd linf 2/255, steps 1, loss ce, gradient full, eot 1) through (defense ddpm, t_star 0.03" in sound.out
+    assert "another model (t_star): transfer is weaker" in told(adv, of=[*defence, "--t-star", "0.04"]).err
+    assert "another model (defense, t_star, diffusion model)" in told(adv, of=["--defense", "noise"]).err
+    assert "is judged without it" in told(adv, of=[]).err
+    assert "on a draw of --seed 3, which is none of these" in told(fixed).err
+    assert "look at the vote of 1" in told(fixed, seed=3).err
+    advdiff("purify", adv, *defence, "-o", tmp_path / "p.h5", "-q")
+    assert "purified already" in told(tmp_path / "p.h5").err
+    other = tmp_path / "other"
+    shutil.copytree(classifier, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"bias": 0.5}))
+    judged = advdiff("evaluate", test_x, adv, *rows, "-c", other, *defence, "--draws", 1)
+    assert "another model (classifier)" in judged.err
 
 
 def test_seconds_add_up_over_runs(tmp_path):

@@ -60,6 +60,7 @@ def evaluate(
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
     from advdiff_cli.evaluation.comparing import compare
+    from advdiff_cli.evaluation.controls import cautions
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
@@ -93,8 +94,8 @@ def evaluate(
         "comparisons": compare(evaluated),
         **({"fidelity": _fidelity(sets, evaluated)} if fidelity else {}),
     }
-    if defence is not None:
-        _ask_for_controls(evaluated, exact)
+    for line in cautions(evaluated, mark, result["defence"], None if defence is None else defence.model):
+        console.warn(line)
     brief = "\n".join(str(s["accuracy"]["value"]) for s in result["sets"])
     console.emit(result, _text(result), brief, as_json=as_json, quiet=quiet)
 
@@ -110,25 +111,6 @@ def _fidelity(sets: "list[PatchSet]", evaluated: "list[Evaluated]") -> list[dict
         {"data": e.name, "reference": evaluated[0].name, **fidelity(first, judged, patches, e.predictions)}
         for patches, e in zip(sets[1:], evaluated[1:], strict=True)
     ]
-
-
-def _ask_for_controls(evaluated: "list[Evaluated]", precision: str) -> None:
-    """Warn about attacked sets whose clean rows are not judged beside them, or not at the precision of the attack."""
-    from advdiff_cli.attacks.stored import goes_through
-
-    clean = {e.origin for e in evaluated if not any(made["command"] == "attack" for made in e.history)}
-    for e in evaluated:
-        attacked = {made["parameters"]["precision"] for made in e.history if goes_through(made["parameters"])}
-        if attacked - {precision}:
-            console.warn(
-                f"{e.name} was attacked through the defence in {', '.join(attacked)} and is judged in {precision}"
-            )
-        if any(made["parameters"].get("fixed_draw") for made in e.history):
-            console.warn(f"{e.name} was attacked on the first of these draws: look at the vote of 1, not at the mean")
-        if e.origin not in clean:
-            console.warn(
-                f"{e.name} is attacked, and its clean control is not among the sets: name the set it was made from"
-            )
 
 
 def _predict(
@@ -174,11 +156,18 @@ def _write_predictions(path: Path, evaluated: "list[Evaluated]", sets: "list[Pat
 
 def _made(history: list[dict[str, Any]]) -> str:
     """Tell in one line the settings that led to a set."""
-    shown = ("defense", "method", "norm", "eps", "steps", "restarts", "t_star", "sampler", "sampler_steps", "seed", "n")
+    from advdiff_cli.attacks.plan import describe
+    from advdiff_cli.attacks.stored import goes_through
+
     steps = []
     for recipe in history:
-        settings = {k: recipe["parameters"][k] for k in shown if recipe["parameters"].get(k) is not None}
-        steps.append(f"{recipe['command']} ({', '.join(f'{k} {_short(v)}' for k, v in settings.items())})")
+        p, what = recipe["parameters"], recipe["command"]
+        shown: tuple[str, ...] = ("defense", "t_star", "sampler", "sampler_steps", "seed", "n")
+        if what == "attack":
+            what += f" ({describe(p)}) {'through' if goes_through(p) else 'on the classifier alone'}"
+            shown = ("defense", "t_star", "sampler", "sampler_steps") if goes_through(p) else ()
+        settings = ", ".join(f"{k} {_short(p[k])}" for k in shown if p.get(k) is not None)
+        steps.append(f"{what} ({settings})" if settings else what)
     return ", then ".join(steps)
 
 

@@ -60,11 +60,15 @@ def _flat(value: object, prefix: str = "") -> dict[str, str]:
 
 
 def history(made: Provenance | None) -> list[Provenance]:
-    """Return the recipes that led to a file, the first of them first; inputs of inputs are followed along the first."""
+    """Return the recipes that led to a file, the first of them first; inputs of inputs are followed along the first.
+
+    Each has its command, its parameters, and the fingerprints of the models it took.
+    """
     if not made or "recipe" not in made:
         return []
     inputs = made.get("inputs") or [None]
-    return [*history(inputs[0]), {k: made["recipe"][k] for k in ("command", "parameters")}]
+    told = ("command", "parameters", "classifier", "ddpm")
+    return [*history(inputs[0]), {k: made["recipe"][k] for k in told if k in made["recipe"]}]
 
 
 def whole_lines(journal: Path) -> list[str]:
