@@ -66,6 +66,10 @@ def test_training_follows_the_curve_of_one_process(advdiff, test_x, tmp_path):
     for level, loss in one["valid_loss"].items():
         assert two["valid_loss"][level] == pytest.approx(loss, rel=0.05)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+    refused = advdiff(*train, "-o", tmp_path / "two", code=1)
+    assert "processes 2 -> unset" in refused.err
+    uneven = torchrun(*train[:-8], "--batch-size", 3, "-o", tmp_path / "three", code=1)
+    assert "--batch-size 3 cannot be shared evenly by 2 processes" in uneven.stderr
 
 
 def test_a_classifier_is_published_once(advdiff, test_x, tmp_path):

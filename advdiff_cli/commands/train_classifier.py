@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.training import asked_regime, fit_precision, follow, open_sets
+from advdiff_cli.commands.training import asked_regime, fit_precision, follow, open_sets, shared
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def train_classifier(
     plan = ClassifierPlan(epochs, batch_size or _BATCH, learning_rate, weight_decay, stain, seed, exact)
     made_by = recipe(
         "train-classifier",
-        plan.parameters() | {"arch": arch} | asked.parameters(),
+        plan.parameters() | {"arch": arch} | asked.parameters() | shared(plan.batch_size),
         data=[s.recipe_input() for s in sets],
         valid=valid_set and valid_set.recipe_input(),
         init=init and zoo.fingerprint(zoo.find_classifier(init)),

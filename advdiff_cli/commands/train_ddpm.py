@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.training import fit_precision, follow, open_sets
+from advdiff_cli.commands.training import fit_precision, follow, open_sets, shared
 
 _BATCH = 16
 
@@ -64,6 +64,7 @@ def train_ddpm(
         "train-ddpm",
         plan.parameters()
         | {"preset": preset}
+        | shared(plan.batch_size)
         | ({} if data_range == "-1,1" else {"data_range": data_range})
         | ({"compiled": True} if compiled else {}),
         data=[s.recipe_input() for s in sets],

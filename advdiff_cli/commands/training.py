@@ -36,6 +36,22 @@ def fit_precision(asked: str, out: Path, recorded: dict[str, Any] | None, chip: 
     return resolve_precision(begun(out, recorded).get("precision", "auto") if asked == "auto" else asked, chip)
 
 
+def shared(batch_size: int) -> dict[str, int]:
+    """Return the number of processes that share each batch, as a recipe's parameter; nothing where there is one.
+
+    Each draws from streams of its own and normalises batches over its share, so another number trains another model.
+
+    Raises:
+        AdvdiffError: they cannot share a batch evenly.
+    """
+    from advdiff_cli.data.processes import process_count
+
+    count = process_count()
+    if batch_size % count:
+        raise AdvdiffError(f"--batch-size {batch_size} cannot be shared evenly by {count} processes; give a multiple")
+    return {"processes": count} if count > 1 else {}
+
+
 def follow(records: Iterable[Mapping[str, Any]], total: int, what: str, *, quiet: bool) -> None:
     """Run a fit to its end: a bar over its steps, a line for each epoch or validation."""
     steps = iter(records)

@@ -36,10 +36,15 @@ class Processes:
         return [int(n) for n in total]
 
 
+def process_count() -> int:
+    """Return how many processes torchrun started together; 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def together() -> Iterator[Processes]:
     """Join the other processes, as RANK, WORLD_SIZE and MASTER_ADDR name them, and leave them at the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if process_count() == 1:
         yield Processes()
         return
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)

@@ -14,6 +14,17 @@ def accelerator_at(precision: str, device: torch.device) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision.replace("fp32", "no"))
 
 
+def scaler_state(accelerator: Accelerator) -> dict[str, float]:
+    """Return the state of the loss scale that fp16 takes; empty at other precisions."""
+    return accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+
+
+def restore_scaler(accelerator: Accelerator, state: dict[str, float]) -> None:
+    """Put back what `scaler_state` took."""
+    if state and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state)
+
+
 def cosine(step: int, total: int, peak: float, warmup: float = 0.05) -> float:
     """Return the learning rate at `step` of `total`: linear warm-up over a share of them, then half a cosine to 0."""
     rise = max(1, round(warmup * total))

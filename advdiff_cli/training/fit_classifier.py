@@ -21,7 +21,7 @@ from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
-from advdiff_cli.training.descent import accelerator_at, cosine, descend
+from advdiff_cli.training.descent import accelerator_at, cosine, descend, restore_scaler, scaler_state
 from advdiff_cli.training.regime import Regime
 from advdiff_cli.training.rows import TrainingRows
 
@@ -94,6 +94,7 @@ def fit_classifier(
         load_optimizer(optimizer, tensors)
         step, best = state["step"], state["best"]
         losses.extend(state.get("losses", []))
+        restore_scaler(accelerator, state.get("scaler", {}))
     work.cut_log(step)
     network, optimizer = accelerator.prepare(model, optimizer)
     part = (accelerator.process_index, accelerator.num_processes)
@@ -101,7 +102,8 @@ def fit_classifier(
     def save() -> None:
         if accelerator.is_main_process:
             tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | optimizer_tensors(optimizer)
-            work.save(tensors, {"step": step, "best": best, "losses": list(losses)})
+            state = {"step": step, "best": best, "losses": list(losses), "scaler": scaler_state(accelerator)}
+            work.save(tensors, state)
 
     last = time.monotonic()
     for images, labels in train.batches(step, total, plan.batch_size, plan.seed, part):

@@ -24,7 +24,7 @@ from advdiff_cli.models.ddpm import Ddpm
 from advdiff_cli.purification.diffusion import add_noise, estimate_x_0, noise_levels
 from advdiff_cli.training.augment import turn
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
-from advdiff_cli.training.descent import accelerator_at, cosine, descend
+from advdiff_cli.training.descent import accelerator_at, cosine, descend, restore_scaler, scaler_state
 from advdiff_cli.training.rows import TrainingRows
 
 GRID = "samples.png"
@@ -82,7 +82,7 @@ def fit_ddpm(
     model.to(accelerator.device)
     optimizer = torch.optim.AdamW(model.unet.parameters(), plan.learning_rate, fused=True)
     ema = EMAModel(model.unet.parameters(), decay=plan.ema, use_ema_warmup=True, power=3 / 4)
-    first, before = _resume(model, optimizer, ema, work)
+    first, before = _resume(model, optimizer, ema, work, accelerator)
     losses = deque(before, every)
     network, optimizer = accelerator.prepare(model, optimizer)
     part = (accelerator.process_index, accelerator.num_processes)
@@ -99,12 +99,14 @@ def fit_ddpm(
                 record |= {"loss": float(np.mean(losses)), **_look(model, ema, valid, plan, work, accelerator)}
                 work.log(record)
             if time.monotonic() - last > checkpoint_seconds and step < plan.steps:
-                _save(model, optimizer, ema, {"step": step, "losses": list(losses)}, work)
+                state = {"step": step, "losses": list(losses), "scaler": scaler_state(accelerator)}
+                _save(model, optimizer, ema, state, work)
                 last = time.monotonic()
         yield record
     ema.copy_to(model.unet.parameters())
     model.eval()
     accelerator.wait_for_everyone()
+    accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # mixed precision was the training's alone
 
 
 def _loss(network: nn.Module, model: Ddpm, images: Tensor, max_t: float, rng: np.random.Generator) -> Tensor:
@@ -124,7 +126,7 @@ def _save(
 
 
 def _resume(
-    model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, work: WorkFolder
+    model: Ddpm, optimizer: torch.optim.Optimizer, ema: EMAModel, work: WorkFolder, accelerator: Accelerator
 ) -> tuple[int, list[float]]:  # fmt: skip
     """Put back the last checkpoint; return its step, 0 where there is none, and the losses before it."""
     saved = work.load()
@@ -137,6 +139,7 @@ def _resume(
     shadow = prefixed(tensors, "ema")
     ema.shadow_params = [shadow[k].to(p.device) for k, p in zip(sorted(shadow), ema.shadow_params, strict=True)]
     ema.optimization_step = int(state["step"])
+    restore_scaler(accelerator, state.get("scaler", {}))
     work.cut_log(state["step"])
     return int(state["step"]), list(state.get("losses", []))
 

@@ -64,11 +64,11 @@ class TrainingRows:
         """Yield the batches of an epoch in the order that (seed, epoch) names, from batch `skip` on.
 
         Args:
-            part: (i, n): of every batch the i-th of n equal parts, for process i of n.
+            part: (i, n): of every batch the i-th of n equal parts, for process i of n; n divides `batch_size`.
         """
         order = stream(seed, "order", epoch).permutation(len(self))
         i, n = part
-        share = max(1, batch_size // n)
+        share = batch_size // n
         starts = [b * batch_size + i * share for b in range(skip, self.steps(batch_size))]
         chosen = (np.take(order, np.arange(start, start + share), mode="wrap") for start in starts)
         yield from ahead(self.read, chosen)

@@ -1,5 +1,6 @@
 """Fits resume to the same weights; the EMA is what is published; order belongs to (seed, epoch)."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -13,7 +14,7 @@ from advdiff_cli.data.provenance import recipe
 from advdiff_cli.data.streams import stream
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
-from advdiff_cli.models.ddpm import build_ddpm, load_ddpm
+from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
 from advdiff_cli.purification.diffusion import add_noise
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
 from advdiff_cli.training.augment import turn, vary_stain
@@ -87,6 +88,16 @@ def test_fits_of_one_process_may_differ_in_precision(rows, tmp_path):
         plan = DdpmPlan(1, 4, 1e-3, 0.9, 0.3, 0, precision)
         (record,) = fit_ddpm(build_ddpm("tiny", 96, 0.3, 0), rows, None, plan, work(tmp_path, precision), CPU)
         assert record["loss"] > 0
+
+
+def test_a_fit_leaves_no_mixed_precision_behind(rows, tmp_path):
+    model = build_ddpm("tiny", 96, 0.3, 0)
+    plan = DdpmPlan(1, 4, 1e-3, 0.9, 0.3, 0, "bf16")
+    list(fit_ddpm(model, rows, None, plan, work(tmp_path, "m"), CPU))
+    x, t = torch.rand(1, 3, 96, 96), torch.zeros(1)
+    other = copy.deepcopy(model.unet)
+    with torch.no_grad():
+        assert torch.equal(model(x, t), Ddpm(other, model.scheduler, model.card)(x, t))
 
 
 def test_published_weights_are_the_ema(rows, tmp_path):
