@@ -63,7 +63,9 @@ ClassifierName = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickled weights, of a source you trust.", rich_help_panel="Models")
 ]
-DdpmName = Annotated[str | None, typer.Option("-m", "--ddpm", help="Diffusion model: folder, bundled name or Hub id.")]
+_DDPM = "Diffusion model: folder, bundled name or Hub id."
+DdpmName = Annotated[str | None, typer.Option("-m", "--ddpm", help=_DDPM)]
+PurifierName = Annotated[str | None, typer.Option("-m", "--ddpm", help=_DDPM, show_default="pcam-ddpm")]
 Split = Annotated[
     str | None, typer.Option(help="train, valid or test, in a folder of PCam's files.", rich_help_panel=ROWS)
 ]
@@ -71,9 +73,17 @@ Labels = Annotated[Path | None, typer.Option(help="CSV of file,label for a folde
 Limit = Annotated[int | None, typer.Option(min=1, help="At most N patches.", rich_help_panel=ROWS)]
 Range = Annotated[
     object | None,
-    typer.Option("--range", parser=row_range, metavar="A:B", help="Rows A to B-1 only.", rich_help_panel=ROWS),
+    typer.Option(
+        "--range",
+        parser=row_range,
+        metavar="A:B",
+        help="Rows A to B-1 only; either may be left out.",
+        rich_help_panel=ROWS,
+    ),
 ]
-ShuffleSeed = Annotated[int | None, typer.Option(min=0, help="Shuffle the rows first.", rich_help_panel=ROWS)]
+ShuffleSeed = Annotated[
+    int | None, typer.Option(min=0, help="Shuffle the rows before the others select.", rich_help_panel=ROWS)
+]
 Shard = Annotated[
     object | None,
     typer.Option(parser=shard_of, metavar="I/N", help="Only part I of N, I from 0; see merge.", rich_help_panel=ROWS),
@@ -84,7 +94,7 @@ Device = Annotated[
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
-    typer.Option(rich_help_panel=MACHINE, help="auto: bf16 where the device has it."),
+    typer.Option(rich_help_panel=MACHINE, help="Of U-Nets and of training; auto: bf16 where the device has it."),
 ]
 FixedBatch = Annotated[
     int | None, typer.Option(min=1, max=_MOST_AT_ONCE, rich_help_panel=MACHINE, help="Patches computed at once.")
@@ -93,7 +103,7 @@ BatchSize = Annotated[
     object | None,
     typer.Option(
         parser=batch_of, metavar="N|auto", rich_help_panel=MACHINE,
-        help="Patches computed at once; auto: by cores and free memory.",
+        help="Patches computed at once, 32 or for purify 16 unless told; auto: by cores and free memory.",
     ),
 ]  # fmt: skip
 Compile = Annotated[
@@ -109,8 +119,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", ric
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the output path alone.", rich_help_panel=OUTPUT)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=OUTPUT)]
 Eps = Annotated[
-    float, typer.Option(parser=fraction, metavar="EPS", help="Attack budget in [0, 1] pixels.", show_default="2/255")
-]
+    float | None,
+    typer.Option(
+        parser=fraction, metavar="EPS", help="Attack budget, pixels being in [0, 1]; for l2 of a whole patch, say 0.5.",
+        show_default="2/255; none for l2",
+    ),
+]  # fmt: skip
 Defense = Annotated[
     Literal["none", "noise", "ddpm"] | None,
     typer.Option(
@@ -120,7 +134,9 @@ Defense = Annotated[
 TStar = Annotated[
     float | None,
     typer.Option(
-        help="Noise level, a fraction of T in (0, 1].", show_default="the model's own", rich_help_panel=DEFENCE
+        help="Noise level, a fraction of T in (0, 1].",
+        show_default="the model's own; for noise 0.04",
+        rich_help_panel=DEFENCE,
     ),
 ]
 Sampler = Annotated[
@@ -131,6 +147,21 @@ SamplerSteps = Annotated[
     int | None,
     typer.Option(min=1, help="U-Net evaluations a patch.", show_default="the model's own", rich_help_panel=DEFENCE),
 ]
+
+
+def budget(norm: str, eps: float | None) -> float:
+    """Return the attack budget asked for, or the usual one of the norm.
+
+    Raises:
+        AdvdiffError: there is none, or it is no budget of pixels in [0, 1].
+    """
+    if eps is None and norm == "l2":
+        raise AdvdiffError("--norm l2 needs --eps, the length of the whole patch's perturbation, such as 0.5")
+    found = 2 / 255 if eps is None else eps
+    need_positive(eps=found)
+    if norm == "linf" and found > 1:
+        raise AdvdiffError(f"--eps {found:g} is more than pixels in [0, 1] can change; of 255 it is {found:g}/255")
+    return found
 
 
 def need_positive(**values: float) -> None:

@@ -122,6 +122,8 @@ def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):
     (["--limit", "2", "--range", "99:"], "no patches selected"),
     (["--method", "fgsm", "--steps", "3"], "does not apply to --method fgsm"),
     (["--eps", "0"], "--eps must be above 0"),
+    (["--eps", "2"], "of 255 it is 2/255"),
+    (["--norm", "l2"], "--norm l2 needs --eps"),
     (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),
     (["--shard", "7/9"], "--shard 7/9 is empty"),
     (["--compile"], "--compile: this attack takes no gradient of a U-Net"),

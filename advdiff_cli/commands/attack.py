@@ -33,7 +33,7 @@ def attack(
         ),
     ] = "pgd",
     norm: Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")] = "linf",
-    eps: options.Eps = 2 / 255,
+    eps: options.Eps = None,
     loss: Annotated[
         Literal["ce", "margin"] | None,
         typer.Option(help="Cross-entropy, or the margin between the classes.", show_default="ce; square: margin"),
@@ -54,7 +54,8 @@ def attack(
     gradient: Annotated[
         Literal["blind", "bpda", "surrogate", "full"] | None,
         typer.Option(
-            help="Through a defence: none, as if it were the identity, of one with fewer sampler steps, or exact.",
+            help="full: exact, through the defence; bpda: the defence forward, the identity backward; surrogate: "
+            "through one of --attack-sampler-steps; blind: of the classifier alone.",
             show_default="full",
             rich_help_panel=options.DEFENCE,
         ),
@@ -111,7 +112,8 @@ def attack(
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
-    options.need_positive(eps=eps, **({} if step_size is None else {"step_size": step_size}))
+    size = options.budget(norm, eps)
+    options.need_positive(**({} if step_size is None else {"step_size": step_size}))
     writer.check_suffix(out)
     chip = resolve_device(device)
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
@@ -122,7 +124,7 @@ def attack(
         "loss": loss, "steps": steps, "step_size": step_size, "queries": queries, "restarts": restarts,
         "gradient": gradient, "eot": eot, "attack_sampler_steps": attack_sampler_steps, "fixed_draw": fixed_draw,
     }  # fmt: skip
-    settings = resolve(method, norm, eps, asked, defended=defence is not None)
+    settings = resolve(method, norm, size, asked, defended=defence is not None)
     begun = {} if overwrite else writer.begun(out)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
     judged = model if defence is None else defence.before(model, chip, exact)

@@ -26,7 +26,7 @@ _COMPILED = ", compiled"
 
 def bench(
     ctx: typer.Context,
-    ddpm: options.DdpmName = None,
+    ddpm: options.PurifierName = None,
     classifier: Annotated[
         str, typer.Option("-c", "--classifier", help="Classifier behind it, for the attack.")
     ] = "pcam-resnet18",

@@ -20,7 +20,9 @@ _DRAWS = 11
 
 
 def evaluate(
-    data: options.DataSets,
+    data: Annotated[
+        list[str], typer.Argument(help="Patch sets, a row of the table each; what selects rows does so in each.")
+    ],
     classifier: options.ClassifierName,
     ddpm: options.DdpmName = None,
     defense: options.Defense = None,

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -31,8 +31,10 @@ def purify(
         typer.Option(metavar="FILE", help="Only the images listed, a name a line, relative to DATA; - is stdin."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image of a folder that fails.")] = False,
-    ddpm: options.DdpmName = None,
-    defense: options.Defense = "ddpm",
+    ddpm: options.PurifierName = None,
+    defense: Annotated[
+        Literal["noise", "ddpm"], typer.Option(help="What purifies.", rich_help_panel=options.DEFENCE)
+    ] = "ddpm",
     t_star: options.TStar = None,
     sampler: options.Sampler = None,
     sampler_steps: options.SamplerSteps = None,

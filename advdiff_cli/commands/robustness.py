@@ -28,10 +28,16 @@ def robustness(
     out: options.Out,
     ddpm: options.DdpmName = None,
     preset: Annotated[
-        Literal["quick", "standard", "strong"], typer.Option(help="How much every attack may spend; see --dry-run.")
+        Literal["quick", "standard", "strong"],
+        typer.Option(
+            help="What attacks may spend: 10, 50 or 100 steps, each gradient of 2, 8 or 16 draws, on 64, 256 or 512 "
+            "patches, judged over 5, 11 or 21 draws."
+        ),
     ] = "standard",
-    eps: options.Eps = 2 / 255,
-    only: Annotated[list[str] | None, typer.Option(help="This rung alone; may be repeated.")] = None,
+    eps: options.Eps = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="This rung alone, named as by --dry-run; may be repeated.")
+    ] = None,
     seed: options.Seed = 0,
     defense: options.Defense = None,
     t_star: options.TStar = None,
@@ -67,7 +73,7 @@ def robustness(
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
-    options.need_positive(eps=eps)
+    size = options.budget("linf", eps)
     if out.exists() and not out.is_dir():
         raise AdvdiffError(f"--out {out} is a file; the rungs go to a folder")
     chip = resolve_device(device)
@@ -80,7 +86,7 @@ def robustness(
     patches.require_labels()
     defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     substitute = defence is not None and defence.parameters["defense"] == "ddpm"
-    whole = ladder(spend, eps, defended=defence is not None, substitute=substitute)
+    whole = ladder(spend, size, defended=defence is not None, substitute=substitute)
     rungs, begun = _chosen(whole, only), {} if overwrite else _begun(out, whole)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
     subject = _subject(
@@ -94,13 +100,13 @@ def robustness(
     climb = Climb(subject, patches, spend, out, seed, batch, chip, overwrite)
     tested = next(r.settings for r in rungs if r.name == "pgd") if only is None else None
     plan = climb.costs(rungs, tested)
-    heading = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {preset}, {spend.draws} judging draws"
+    heading = f"{len(patches)} patches, eps {size * 255:g}/255, preset {preset}, {spend.draws} judging draws"
     if dry_run:
         what = {"out": str(out), "status": "would climb", "n": len(patches), "rungs": plan}
         console.emit(what, f"{heading}\n{_plan_text(plan)}", out, as_json=as_json, quiet=quiet)
         return
     out.mkdir(parents=True, exist_ok=True)
-    result = _climbed(climb, rungs, {c["name"]: c for c in plan}, tested, eps, quiet)
+    result = _climbed(climb, rungs, {c["name"]: c for c in plan}, tested, size, quiet)
     if only is None:
         write_json(out / "robustness.json", result)
     brief = result["worst"]["accuracy"]["value"]

@@ -33,7 +33,7 @@ def sweep(
         str | None,
         typer.Option(
             help="Its values, separated by commas; for ddpm, models of different training.",
-            show_default="the paper's range; for ddpm none",
+            show_default="t-star: 0.001 to 0.3; eps: 0.5/255 to 8/255; sampler-steps: 1,2,4,8; ddpm: none",
         ),
     ] = None,
     ddpm: options.DdpmName = None,
@@ -43,7 +43,7 @@ def sweep(
     ] = "mean",
     method: Annotated[Literal["pgd", "fgsm", "apgd", "square", "paper"], typer.Option(help="Attack.")] = "pgd",
     norm: Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")] = "linf",
-    eps: options.Eps = 2 / 255,
+    eps: options.Eps = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Attack iterations.", show_default="the attack's")] = None,
     gradient: Annotated[
         Literal["blind", "bpda", "full"], typer.Option(help="Through the defence; blind as in the paper.")
@@ -86,7 +86,6 @@ def sweep(
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
-    options.need_positive(eps=eps)
     if out.exists() and not out.is_dir():
         raise AdvdiffError(f"--out {out} is a file; a sweep goes to a folder")
     chip = resolve_device(device)
@@ -97,7 +96,8 @@ def sweep(
     patches.require_shape()
     refuse_ignored(over, gradient, {"ddpm": ddpm, "t-star": t_star, "sampler-steps": sampler_steps}, defense, eot)
     attack = {"steps": steps, "gradient": gradient, "eot": eot}
-    asked = Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, eps, attack)
+    size = options.budget("linf" if over == "eps" else norm, eps)
+    asked = Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, size, attack)
     model, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
     spend = Preset(len(patches), 0, eot or 8, 0, draws)
     begun = _begun(out)
