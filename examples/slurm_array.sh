@@ -4,14 +4,15 @@
 #   sbatch --array=0-99 examples/slurm_array.sh DATA CLASSIFIER PARTS_DIR
 #   sbatch --dependency=afterany:JOB --wrap "advdiff merge PARTS_DIR/*.h5 -o OUT.h5"     # JOB is the array's number
 #
-# Submit the same line again for the tasks that failed: shards that are done are left as they are, those that were
-# begun go on, and merge says which rows are still missing. --requeue does so on preemption.
+# Submit the same line again when tasks failed: shards that are done are left as they are, those that were begun go
+# on, and merge says which rows are still missing. --requeue does so on preemption. To submit some of a hundred tasks alone,
+# say of how many they are: SHARDS=100 sbatch --array=3,17 ...
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8
 #SBATCH --requeue
 set -euo pipefail
 data=$1 classifier=$2 parts=$3
-n=${SLURM_ARRAY_TASK_COUNT:?run it with sbatch --array=0-N}
+n=${SHARDS:-${SLURM_ARRAY_TASK_COUNT:?run it with sbatch --array=0-N}}
 mkdir -p "$parts"
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 exec advdiff attack "$data" -c "$classifier" --shard "$SLURM_ARRAY_TASK_ID/$n" \
