@@ -40,7 +40,7 @@ def gradient(defended, images, noise):
     return torch.autograd.grad(defended(x, noise)[:, 1].sum(), x)[0]
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1), ("ddpm", 2), ("ddpm", 5), ("ddim", 3)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 2), ("ddpm", 5), ("ddim", 3)])  # one step is not checkpointed
 def test_checkpointing_changes_nothing(model, classifier, images, sampler, steps):
     defended = DefendedClassifier(DiffusionPurifier(model, 0.1, sampler, steps), classifier)
     noise = defended.noise(images, rows=ROWS, seed=0, purpose="x")
