@@ -126,9 +126,9 @@ def source_digest(name: str) -> str:
     """
     where = name.partition(":")[0]
     found, top = importlib.util.find_spec(where), importlib.util.find_spec(where.partition(".")[0])
-    if found is None or top is None or not found.origin or not top.origin or not Path(found.origin).is_file():
+    if found is None or top is None or not found.origin or not Path(found.origin).is_file():
         return digest([])
-    own, home = Path(found.origin).resolve(), Path(top.origin).resolve().parent
+    own, home = Path(found.origin).resolve(), Path(top.origin or found.origin).resolve().parent
     alone = home.name in _INSTALLED  # one file among all that is installed
     loaded = (Path(f).resolve() for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None)))
     beside = {p for p in loaded if not alone and home in p.parents and not _INSTALLED & {*p.relative_to(home).parts}}

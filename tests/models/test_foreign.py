@@ -166,17 +166,22 @@ def test_another_source_is_another_model(module, tmp_path):
     assert zoo.frozen_classifier(f"{module}:two", CPU)[1] != before
 
 
-def test_another_source_that_it_imports_is_another_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["beside", "package", "namespace"])
+def test_another_source_that_it_imports_is_another_model(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    nets, user, stranger = (f"{k}_{tmp_path.name}" for k in ("nets", "user", "stranger"))
-    (tmp_path / f"{nets}.py").write_text(MODULE)
-    (tmp_path / f"{stranger}.py").write_text("a = 1")
-    (tmp_path / f"{user}.py").write_text(f"from {nets} import two")
-    _, before = zoo.frozen_classifier(f"{user}:two", CPU)
-    (tmp_path / f"{stranger}.py").write_text("a = 2")
-    assert zoo.frozen_classifier(f"{user}:two", CPU)[1] == before
-    (tmp_path / f"{nets}.py").write_text(MODULE.replace("* 9", "* 8"))
-    assert zoo.frozen_classifier(f"{user}:two", CPU)[1] != before
+    nets, user, stranger, package = (f"{k}_{tmp_path.name}" for k in ("nets", "user", "stranger", "package"))
+    home, name = (tmp_path, user) if form == "beside" else (tmp_path / package, f"{package}.{user}")
+    home.mkdir(exist_ok=True)
+    if form == "package":
+        (home / "__init__.py").touch()
+    (home / f"{nets}.py").write_text(MODULE)
+    (home / f"{stranger}.py").write_text("a = 1")
+    (home / f"{user}.py").write_text(f"from {'' if form == 'beside' else '.'}{nets} import two")
+    _, before = zoo.frozen_classifier(f"{name}:two", CPU)
+    (home / f"{stranger}.py").write_text("a = 2")
+    assert zoo.frozen_classifier(f"{name}:two", CPU)[1] == before
+    (home / f"{nets}.py").write_text(MODULE.replace("* 9", "* 8"))
+    assert zoo.frozen_classifier(f"{name}:two", CPU)[1] != before
 
 
 def test_commands_take_a_callable(advdiff, module, test_x, tmp_path):
