@@ -143,10 +143,7 @@ def attack(
     part_of = cast("tuple[int, int] | None", shard)
     part = writer.shard_rows(len(patches), batch, part_of)
     if dry_run:
-        count = part.stop - part.start
-        plan = {"out": str(out), "status": "would attack", "patches": count, "parameters": parameters}
-        console.emit(plan, f"{out}: would attack {count} patches", out, as_json=as_json, quiet=quiet)
-        return
+        return _tell_plan(out, part.stop - part.start, parameters, as_json, quiet)
 
     work = _followed(partial(attack_rows, target, parameters, patches, device=chip), quiet)
     with together() as processes:
@@ -157,6 +154,11 @@ def attack(
     if not quiet or as_json:
         result |= _summary(judged, patches, out, part, parameters, chip, quiet)
     console.emit(result, "" if quiet else _text(parameters, result), out, as_json=as_json, quiet=quiet)
+
+
+def _tell_plan(out: Path, count: int, parameters: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    plan = {"out": str(out), "status": "would attack", "patches": count, "parameters": parameters}
+    console.emit(plan, f"{out}: would attack {count} patches", out, as_json=as_json, quiet=quiet)
 
 
 def _compile(defence: Defence | None, parameters: dict[str, Any], chip: Any) -> None:

@@ -63,8 +63,7 @@ def train_ddpm(
     made_by = recipe(
         "train-ddpm",
         plan.parameters()
-        | {"preset": preset}
-        | shared(plan.batch_size)
+        | {"preset": preset, **shared(plan.batch_size)}
         | ({} if data_range == "-1,1" else {"data_range": data_range})
         | ({"compiled": True} if compiled else {}),
         data=[s.recipe_input() for s in sets],

@@ -178,9 +178,7 @@ class Climb:
 
         def test() -> dict[str, Any]:
             few, s = self.patches.first(LOOKED_AT), self.subject
-            found = unit_test(
-                s.model, s.classifier, few, self.device, settings, self.seed, self.batch_size, advance
-            )  # fmt: skip
+            found = unit_test(s.model, s.classifier, few, self.device, settings, self.seed, self.batch_size, advance)
             return {} if found is None else found.as_dict()
 
         made = self._check("unit-test", {**settings, "seed": self.seed, "rows": LOOKED_AT}, test)

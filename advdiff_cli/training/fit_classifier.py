@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -86,16 +87,9 @@ def fit_classifier(
     for purifier in filter(None, regime.purifiers):
         purifier.to(accelerator.device)
     per_epoch = train.steps(plan.batch_size)
-    total, step, best, losses = plan.epochs * per_epoch, 0, -1.0, deque[float](maxlen=per_epoch)
     model.to(memory_format=torch.channels_last)
-    if (saved := work.load()) is not None:
-        tensors, state = saved
-        model.load_state_dict(prefixed(tensors, "model"))
-        load_optimizer(optimizer, tensors)
-        step, best = state["step"], state["best"]
-        losses.extend(state.get("losses", []))
-        restore_scaler(accelerator, state.get("scaler", {}))
-    work.cut_log(step)
+    step, best, before = _resume(model, optimizer, work, accelerator)
+    total, losses = plan.epochs * per_epoch, deque(before, per_epoch)
     network, optimizer = accelerator.prepare(model, optimizer)
     part = (accelerator.process_index, accelerator.num_processes)
 
@@ -133,6 +127,19 @@ def fit_classifier(
     model.eval()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # mixed precision was the training's alone
+
+
+def _resume(
+    model: Classifier, optimizer: torch.optim.Optimizer, work: WorkFolder, accelerator: Accelerator
+) -> tuple[int, float, list[float]]:  # fmt: skip
+    """Put back the last checkpoint; return its step (0: there is none), the best accuracy and the losses."""
+    tensors, state = work.load() or ({}, {"step": 0, "best": -1.0})
+    if tensors:
+        model.load_state_dict(prefixed(tensors, "model"))
+        load_optimizer(optimizer, tensors)
+        restore_scaler(accelerator, state.get("scaler", {}))
+    work.cut_log(state["step"])
+    return state["step"], state["best"], state.get("losses", [])
 
 
 def _varied(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:
