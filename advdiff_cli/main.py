@@ -11,6 +11,7 @@ from advdiff_cli import __version__, console
 from advdiff_cli.commands import (
     attack,
     bench,
+    compare,
     demo,
     download_pcam,
     evaluate,
@@ -41,6 +42,7 @@ app.command("train-ddpm")(train_ddpm.train_ddpm)
 app.command("attack")(attack.attack)
 app.command("purify")(purify.purify)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("robustness")(robustness.robustness)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)

@@ -82,7 +82,8 @@ attack() { # NAME CLASSIFIER OPTIONS...
 measure() { # NAME ATTACKED CLASSIFIER DEFENCE...
     local name=$1 adv=$2 judge=$3
     shift 3
-    advdiff evaluate "${rows[@]}" "$OUT/adv-$adv.safetensors" -c "$(model "$judge")" "$@" --json >"$OUT/$name.json.part"
+    advdiff evaluate "${rows[@]}" "$OUT/adv-$adv.safetensors" -c "$(model "$judge")" "$@" --json \
+        --predictions "$OUT/$name.csv" >"$OUT/$name.json.part"
     mv "$OUT/$name.json.part" "$OUT/$name.json"
 }
 pgd=(--steps "$ATTACK_STEPS") through=(--steps "$ADAPTIVE_STEPS") one=(--draws 1) many=(--draws "$DRAWS")
@@ -145,6 +146,8 @@ for path in sorted(map(Path, sys.argv[1:])):
     cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * s["accuracy"][k] for k in ("value", "low", "high"))) for s in sets]
     print(f"{path.stem:18}{sets[1]['n']:6}{cells[0]:>24}{cells[1]:>24}")
 PY
+# Each under the attack made for it, in pairs on the patches they share:
+advdiff compare "$OUT"/{undefended,noise,noised,robust,frozen-full,adapted-full}.csv | tee "$OUT/compare.txt"
 result() { results+=(--result "$2=$OUT/$1.json"); }
 results=()
 result undefended "undefended"

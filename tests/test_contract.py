@@ -26,7 +26,8 @@ def run(*arguments, **keywords):
 
 def test_the_commands_are_these_and_no_more():
     designed = {"download-pcam", "synthesize", "train-classifier", "train-ddpm", "attack", "purify", "evaluate"}
-    assert set(COMMANDS) == designed | {"robustness", "sweep", "report", "bench", "merge", "info", "models", "demo"}
+    added = {"compare", "robustness", "sweep", "report", "bench", "merge", "info", "models", "demo"}
+    assert set(COMMANDS) == designed | added
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -91,7 +92,7 @@ PRINT_NUMBERS = {"evaluate", "sweep", "robustness"}
 
 def test_streams(advdiff, steps, tmp_path):
     """--json is one object, --quiet one line (or one a set), and no ANSI; the result alone is on stdout."""
-    assert set(steps) | {"bench", "demo"} == set(COMMANDS)  # those two have tests of their own
+    assert set(steps) | {"bench", "compare", "demo"} == set(COMMANDS)  # those have tests of their own
     for command, arguments in steps.items():
         first = advdiff(command, *arguments, "--json")
         assert isinstance(json.loads(first.out), dict), command

@@ -1,5 +1,6 @@
 """The bash scripts that users copy, run on small data."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -8,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.models.classifiers import load_classifier
+from advdiff_cli.models.zoo import find_classifier
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -137,3 +141,23 @@ def test_dvc(warm, test_x, classifier, ddpm, tmp_path):
         subprocess.run(command, env=warm, cwd=tmp_path, check=True)
     assert repro()["n"] == 6
     assert repro(attack_steps=2)["history"][0]["parameters"]["steps"] == 2
+
+
+def test_batchnorm_collapse():
+    """What the paper's training moves, and what it does not."""
+    spec = importlib.util.spec_from_file_location("batchnorm_collapse", EXAMPLES / "batchnorm_collapse.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    images, labels = torch.rand(4, 3, 96, 96), torch.tensor([0, 1, 0, 1])
+    classifier = find_classifier("synthetic-classifier")
+    before = load_classifier(classifier).state_dict()
+    for batch, rate, follow in example.VARIANTS.values():
+        model = load_classifier(classifier)
+        example.train(model, images, labels, batch, rate, follow=follow)
+        moved = {
+            k for k, v in model.state_dict().items() if v.is_floating_point() and (v - before[k]).abs().max() > 1e-7
+        }
+        assert any("running" in k for k in moved) == follow
+        assert any("running" not in k for k in moved) == (rate > 1e-6)
+    clean, attacked = example.judge(model, images, labels)
+    assert clean.value >= attacked.value

@@ -193,7 +193,7 @@ def test_evaluate_judges_a_defence_over_draws(advdiff, test_x, classifier, ddpm,
     assert result.json["defence"]["draws"] == 5
     lines = [line.split(",") for line in csv.read_text().splitlines()[1:]]
     assert len(lines) == 2 * 6 * 5
-    mean = sum((float(p) > 0.5) == (label == "1") for s, _, label, _, p in lines if s == str(test_x)) / 30
+    mean = sum((float(p) > 0.5) == (label == "1") for s, *_, label, _, p in lines if s == str(test_x)) / 30
     assert clean["accuracy"]["value"] == pytest.approx(mean)
     alone = advdiff("evaluate", adv, "-c", classifier, *defence, "--draws", 1)
     assert "clean control is not among the sets" in alone.err

@@ -1,6 +1,5 @@
 """`advdiff evaluate`."""
 
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +62,7 @@ def evaluate(
     """
     from advdiff_cli.evaluation.comparing import compare
     from advdiff_cli.evaluation.controls import cautions
+    from advdiff_cli.evaluation.predictions_file import write_predictions
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
@@ -88,11 +88,11 @@ def evaluate(
         for name, patches in zip(data, sets, strict=True):
             evaluated.append(_predict(name, patches, model, chip, judging, advance))
     if predictions is not None:
-        _write_predictions(predictions, evaluated, sets)
+        write_predictions(predictions, [(e, patches.keys) for e, patches in zip(evaluated, sets, strict=True)])
     result: dict[str, Any] = {
         "classifier": {"name": Path(classifier).name, "fingerprint": mark},
         "defence": None if defence is None else {**defence.parameters, **judging, "precision": exact},
-        "sets": [_plain(e.as_dict()) for e in evaluated],
+        "sets": [e.as_dict() for e in evaluated],
         "comparisons": compare(evaluated),
         **({"fidelity": _fidelity(sets, evaluated)} if fidelity else {}),
     }
@@ -130,30 +130,6 @@ def _predict(
         advance(len(batch))
     predictions = Predictions(patches.require_labels(), np.concatenate(p1))
     return Evaluated(name, patches.origin(), patches.index, predictions, history(patches.provenance))
-
-
-def _plain(figures: dict[str, Any]) -> dict[str, Any]:
-    """Replace NaN, which JSON does not have, by null."""
-    return {
-        k: {name: None if v != v else v for name, v in value.items()} if isinstance(value, dict) else value
-        for k, value in figures.items()
-    }
-
-
-def _write_predictions(path: Path, evaluated: "list[Evaluated]", sets: "list[PatchSet]") -> None:
-    """Write set, row (index, or file in a folder), label, draw and p1 of every patch."""
-    from advdiff_cli.data.disk import replacing
-
-    with replacing(path) as fresh, fresh.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("set", "row", "label", "draw", "p1"))
-        for one, patches in zip(evaluated, sets, strict=True):
-            p = one.predictions
-            table.writerows(
-                (one.name, key, label, draw, f"{p1:.9g}")
-                for key, label, row in zip(patches.keys, p.labels, p.p1, strict=True)
-                for draw, p1 in enumerate(row)
-            )
 
 
 def _made(history: list[dict[str, Any]]) -> str:
@@ -200,13 +176,9 @@ def _fidelity_text(found: list[dict[str, Any]]) -> str:
 
 
 def _text(result: dict[str, Any]) -> str:
-    from advdiff_cli.evaluation.intervals import Estimate
+    from advdiff_cli.commands.tables import accuracies, cell, pairs
 
-    def cell(value: dict[str, Any]) -> str:
-        return "-" if value["value"] is None else str(Estimate(**value))
-
-    rows = [(s["data"], s["n"], *(cell(s[k]) for k in _COLUMNS)) for s in result["sets"]]
-    text = console.table(("% [95 % interval]", "n", *(k.replace("_", " ") for k in _COLUMNS)), rows)
+    text = accuracies("% [95 % interval]", ((s["data"], s) for s in result["sets"]), _COLUMNS)
     voted = [k for k in result["sets"][0] if k.startswith("vote_") or k == "all_correct"]
     if voted:
         rows = [(s["data"], s["draws"], *(cell(s[k]) for k in voted)) for s in result["sets"]]
@@ -216,16 +188,4 @@ def _text(result: dict[str, Any]) -> str:
         text += "\n\n" + _fidelity_text(result["fidelity"])
     made = [f"{s['data']}: {_made(s['history'])}" for s in result["sets"] if s["history"]]
     text += "".join(f"\n{line}" for line in ["", *made]) if made else ""
-    pairs = [
-        (
-            f"{c['second']} - {c['first']}",
-            c["n"],
-            cell(c["difference"]),
-            f"{c['p']:.2g}",
-            f"{c['p_holm']:.2g}",
-        )
-        for c in result["comparisons"]
-    ]
-    if pairs:
-        text += "\n\n" + console.table(("accuracy, paired", "n", "points [95 %]", "McNemar p", "Holm p"), pairs)
-    return text
+    return f"{text}\n\n{pairs(result['comparisons'])}" if result["comparisons"] else text

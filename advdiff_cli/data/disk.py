@@ -10,6 +10,9 @@ from safetensors import SafetensorError
 
 from advdiff_cli.errors import AdvdiffError
 
+_UMASK = os.umask(0o77)
+os.umask(_UMASK)
+
 
 def reserve(file: int, size: int) -> None:
     """Make the open file `size` bytes long with every block allocated, so that a full disk is told now.
@@ -29,9 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
     fresh = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
         yield fresh
+        share(fresh)
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def share(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode of a new file; safetensors leaves them to their owner alone."""
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~_UMASK)
 
 
 @contextmanager

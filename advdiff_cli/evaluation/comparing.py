@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.intervals import Estimate, holm, mcnemar, shares_difference
 from advdiff_cli.evaluation.metrics import Predictions, figures, votes
 
@@ -36,14 +37,18 @@ class Evaluated:
         }
 
 
-def compare(sets: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """Return a paired comparison of accuracy for each pair of sets of one origin, on the rows both hold.
+def compare(*groups: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Return a paired comparison of accuracy for each pair of sets of one group and origin, on the rows both hold.
 
-    Each has the difference (second - first) with its interval, McNemar's exact p, and p Holm-adjusted over all pairs.
-    Over several draws the difference is of the means over draws, and McNemar's test is of the majority votes.
+    Each has the difference (second - first) with its interval, McNemar's exact p, and p Holm-adjusted over all pairs
+    of all groups. Over several draws the difference is of the means over draws, and McNemar's test is of the majority
+    votes.
+
+    Raises:
+        AdvdiffError: two sets label a row differently.
     """
     found = []
-    for first, second in combinations(sets, 2):
+    for first, second in (pair for sets in groups for pair in combinations(sets, 2)):
         if first.origin != second.origin:
             continue
         _, a, b = np.intersect1d(first.index, second.index, return_indices=True)
@@ -61,6 +66,8 @@ def difference_of_means(first: Predictions, second: Predictions) -> Estimate:
 
 def _paired(first: Evaluated, second: Evaluated, a: NDArray[np.int64], b: NDArray[np.int64]) -> dict[str, Any]:
     one, other = first.predictions.take(a), second.predictions.take(b)
+    if not np.array_equal(one.labels, other.labels):
+        raise AdvdiffError(f"{first.name} and {second.name} label the same rows differently")
     before, after = one.largest_vote, other.largest_vote
     return {
         "first": first.name,

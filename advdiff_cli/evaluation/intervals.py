@@ -32,8 +32,8 @@ class Estimate:
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields."""
-        return asdict(self)
+        """Return the fields, None for NaN, which JSON does not have."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 def wilson(successes: int, n: int) -> Estimate:

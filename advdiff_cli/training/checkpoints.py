@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from advdiff_cli.data.disk import writing
+from advdiff_cli.data.disk import share, writing
 from advdiff_cli.data.locking import OutputLock
 from advdiff_cli.data.provenance import Provenance, canonical, difference, same_recipe, whole_lines
 from advdiff_cli.errors import AdvdiffError
@@ -154,6 +154,7 @@ class WorkFolder:
         for name in (LOG, *kept):
             if (self.part / name).is_file():
                 shutil.copyfile(self.part / name, self.final / name)
+        share(self.final)
         old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
             if old.exists():

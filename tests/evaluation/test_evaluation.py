@@ -182,7 +182,7 @@ def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
     json.dumps(result, allow_nan=False)
     (row,) = result["sets"]
     lines = csv.read_text().splitlines()
-    assert lines[0] == "set,row,label,draw,p1"
+    assert lines[0] == "set,origin,index,row,label,draw,p1"
     assert len(lines) == row["n"] + 1
     right = sum((float(p) > 0.5) == (label == "1") for *_, label, _, p in (line.split(",") for line in lines[1:]))
     assert row["accuracy"]["value"] == pytest.approx(right / row["n"])

@@ -1,0 +1,87 @@
+"""`compare`: predictions of several models or defences, written by `evaluate`, put side by side."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from advdiff_cli.evaluation.comparing import Evaluated
+from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.evaluation.predictions_file import read_predictions, write_predictions
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_predictions_are_read_as_they_were_written(tmp_path, draws):
+    rng = np.random.default_rng(0)
+    sets = [
+        Evaluated(name, "origin", rng.permutation(9)[:5], Predictions(rng.integers(2, size=5), rng.random((5, draws))))
+        for name in ("clean, of a folder", 'ad"v')
+    ]
+    write_predictions(tmp_path / "p.csv", [(one, [f"{i}.png" for i in one.index]) for one in sets])
+    for one, found in zip(sets, read_predictions(tmp_path / "p.csv"), strict=True):
+        assert (found.name, found.origin) == (one.name, one.origin)
+        np.testing.assert_array_equal(found.index, one.index)
+        np.testing.assert_array_equal(found.predictions.labels, one.predictions.labels)
+        np.testing.assert_allclose(found.predictions.p1, one.predictions.p1, rtol=1e-8)
+
+
+def test_defences_attacked_on_their_own_are_compared_by_place(advdiff, test_x, classifier, ddpm, tmp_path):
+    defences = {
+        "noise": ["--defense", "noise", "--t-star", "0.1"],
+        "ddpm": ["-m", ddpm, "--t-star", "0.1", "--sampler-steps", 1],
+    }
+    shares = {}
+    for name, defence in defences.items():
+        adv, rows = tmp_path / f"{name}.h5", ["--limit", 8 if name == "noise" else 6]
+        advdiff("attack", test_x, *rows, "-c", classifier, *defence, "--steps", 1, "-o", adv)
+        judge = ["evaluate", test_x, adv, *rows, "-c", classifier, *defence, "--draws", 3]
+        sets = advdiff(*judge, "--predictions", tmp_path / f"{name}.csv", "--json").json["sets"]
+        shares[name] = [read.predictions.share for read in read_predictions(tmp_path / f"{name}.csv")]
+        assert [s["accuracy"]["value"] for s in sets] == pytest.approx([share.mean() for share in shares[name]])
+    both = ["compare", *(tmp_path / f"{name}.csv" for name in defences)]
+    found = advdiff(*both, "--json").json
+    assert [(s["place"], s["n"]) for s in found["sets"]] == [(1, 8), (1, 6), (2, 8), (2, 6)]
+    assert [c["n"] for c in found["comparisons"]] == [6, 6]
+    for place, pair in enumerate(found["comparisons"]):
+        apart = shares["ddpm"][place] - shares["noise"][place][:6]
+        assert pair["difference"]["value"] == pytest.approx(apart.mean())
+    assert f"ddpm: {tmp_path / 'ddpm.h5'} - noise: {tmp_path / 'noise.h5'}" in " ".join(advdiff(*both).out.split())
+    assert advdiff(*both, "-q").out.split() == [str(c["difference"]["value"]) for c in found["comparisons"]]
+
+
+def test_compare_tests_every_pair_of_a_place(advdiff, tmp_path):
+    rights = [np.arange(20) < k for k in (18, 12, 5)]
+    for k, right in enumerate(rights):
+        one = Evaluated("adv", "origin", np.arange(20), Predictions(np.ones(20, int), right.astype(float)))
+        write_predictions(tmp_path / f"{k}.csv", [(one, range(20))])
+    found = advdiff("compare", *(tmp_path / f"{k}.csv" for k in range(3)), "--json").json["comparisons"]
+    pairs = list(itertools.combinations(rights, 2))
+    assert [c["p"] for c in found] == pytest.approx(
+        [binomtest(int((a & ~b).sum()), (a ^ b).sum()).pvalue for a, b in pairs]
+    )
+    assert all(c["p_holm"] >= c["p"] for c in found)
+    assert [c["difference"]["value"] for c in found] == pytest.approx([b.mean() - a.mean() for a, b in pairs])
+
+
+def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
+    def predictions(name, *sets, labels=(0, 1), origin="origin"):
+        of = [Evaluated(s, origin, np.arange(2), Predictions(np.array(labels), np.array([0.2, 0.7]))) for s in sets]
+        write_predictions(tmp_path / name, [(one, range(2)) for one in of])
+        return tmp_path / name
+
+    one = predictions("one.csv", "clean", "adv")
+    text = one.read_text()
+    (tmp_path / "cut.csv").write_text(text[: text.rindex(",")])
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    cases = {
+        "takes two files": [],
+        "is no file of predictions": [tmp_path / "other.csv"],
+        "is not whole": [tmp_path / "cut.csv"],
+        "holds 1 sets": [predictions("few.csv", "clean")],
+        "share no patches": [predictions("elsewhere.csv", "clean", "adv", origin="elsewhere")],
+        "label the same rows differently": [predictions("labels.csv", "clean", "adv", labels=(1, 1))],
+        "No such file": [tmp_path / "none.csv"],
+    }
+    for why, others in cases.items():
+        assert why in advdiff("compare", one, *others, code=1).err
