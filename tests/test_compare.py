@@ -75,7 +75,7 @@ def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
     (tmp_path / "cut.csv").write_text(text[: text.rindex(",")])
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     cases = {
-        "takes two files": [],
+        "takes two different files": [],
         "is no file of predictions": [tmp_path / "other.csv"],
         "is not whole": [tmp_path / "cut.csv"],
         "holds 1 sets": [predictions("few.csv", "clean")],
@@ -83,5 +83,6 @@ def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
         "label the same rows differently": [predictions("labels.csv", "clean", "adv", labels=(1, 1))],
         "No such file": [tmp_path / "none.csv"],
     }
+    assert "takes two different files" in advdiff("compare", one, one, code=1).err
     for why, others in cases.items():
         assert why in advdiff("compare", one, *others, code=1).err

@@ -32,8 +32,8 @@ def compare(
     from advdiff_cli.evaluation.comparing import compare as paired
     from advdiff_cli.evaluation.predictions_file import read_predictions
 
-    if len(predictions) < 2:
-        raise AdvdiffError("compare takes two files of predictions or more: one a model or defence")
+    if len(set(predictions)) < max(len(predictions), 2):
+        raise AdvdiffError("compare takes two different files of predictions or more: one a model or defence")
     places = _by_place({str(path): read_predictions(path) for path in predictions})
     comparisons = paired(*places)
     if not comparisons:
