@@ -28,17 +28,7 @@ from advdiff_cli.training.descent import accelerator_at, cosine, descend, restor
 from advdiff_cli.training.rows import TrainingRows
 
 GRID = "samples.png"
-_LEVELS = (
-    0.02,
-    0.04,
-    0.085,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    0.75,
-)  # fractions of T at which the validation loss is taken
+_LEVELS = (0.02, 0.04, 0.085, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # fractions of T at which the validation loss is taken
 _VALID_ROWS = 96
 
 
