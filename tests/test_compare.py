@@ -86,3 +86,8 @@ def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
     assert "takes two different files" in advdiff("compare", one, one, code=1).err
     for why, others in cases.items():
         assert why in advdiff("compare", one, *others, code=1).err
+
+
+def test_a_set_named_twice_has_no_predictions_of_its_own(advdiff, test_x, classifier, tmp_path):
+    told = advdiff("evaluate", test_x, test_x, "-c", classifier, "--predictions", tmp_path / "p.csv", code=1).err
+    assert "name each set once" in told

@@ -234,7 +234,7 @@ def test_one_process_at_a_time(advdiff, folder, ddpm, tmp_path):
 
 
 def test_links_out_of_the_output_are_not_written_through(advdiff, folder, ddpm, tmp_path):
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out, elsewhere = tmp_path / "out", tmp_path / "out-elsewhere"  # of one beginning
     purify(advdiff, folder, out, ddpm)
     elsewhere.mkdir()
     precious = elsewhere / "precious"
@@ -314,3 +314,19 @@ def test_large_images_are_read_computed_and_written_one_at_a_time(advdiff, ddpm,
     monkeypatch.setattr(FolderWriter, "write", writing)
     assert purify(advdiff, tmp_path / "in", tmp_path / "out", ddpm, "--batch-size", 16).json["purified"] == 5
     assert most == [1] * 5
+
+
+def test_a_file_with_spoilt_exif_is_named_and_the_others_go_on(advdiff, tmp_path, ddpm):
+    root = tmp_path / "in"
+    root.mkdir()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    picture.save(root / "good.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(root / "bad.jpg", exif=exif, dpi=(72, 72))
+    whole = (root / "bad.jpg").read_bytes()
+    head = whole.index(b"Exif\0\0") + 6
+    (root / "bad.jpg").write_bytes(whole[:head] + bytes(8) + whole[head + 8 :])  # the TIFF header of the metadata
+    done = purify(advdiff, root, tmp_path / "out", ddpm, code=3)
+    assert "bad.jpg cannot be decoded" in done.err
+    assert set(files(tmp_path / "out")) == {"good.png"}

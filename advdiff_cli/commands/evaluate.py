@@ -68,6 +68,8 @@ def evaluate(
 
     if predictions is not None and not predictions.parent.is_dir():
         raise AdvdiffError(f"--predictions {predictions}: there is no folder {predictions.parent}")
+    if predictions is not None and len(set(data)) < len(data):
+        raise AdvdiffError("--predictions tells sets apart by their names: name each set once")
     chip = resolve_device(device)
     sets = [open_selected(path, split, labels, limit, rows, shuffle_seed) for path in data]
     for patches in sets:

@@ -172,7 +172,7 @@ class FolderWriter:
         """Write the result of `file` as `name`, with what its file told about it, then say so in the journal."""
         target = self.out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not os.path.realpath(target.parent).startswith(os.path.realpath(self.out)):
+        if not target.parent.resolve().is_relative_to(self.out.resolve()):
             raise AdvdiffError(f"{target.parent} is a link out of {self.out}, which is not written through; remove it")
         fresh = target.with_name(f".{target.stem}.{self._tag}part{target.suffix}")
         fresh.unlink(missing_ok=True)  # of a process that was killed, or a link put in its place

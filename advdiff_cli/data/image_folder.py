@@ -21,6 +21,9 @@ from advdiff_cli.data.source import MAX_PIXELS, Images, Rows
 from advdiff_cli.data.streams import RowKey
 from advdiff_cli.errors import AdvdiffError
 
+_UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises of images and metadata that are damaged."""
+
 _MOST_DPI = 1e6
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 
@@ -115,7 +118,7 @@ def image_size(file: Path) -> tuple[int, int] | None:
         with _opened(file) as image:
             turned = image.getexif().get(0x0112, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
-    except (AdvdiffError, OSError, ValueError, Image.DecompressionBombError):
+    except (AdvdiffError, *_UNREADABLE):
         return None
 
 
@@ -176,7 +179,7 @@ def read_image(file: Path) -> NDArray[np.uint8]:
             rgb = ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise AdvdiffError(f"{file} is not an image that can be read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except _UNREADABLE as e:
         if isinstance(e, FileNotFoundError | PermissionError):
             raise
         raise AdvdiffError(f"{file} cannot be decoded ({e})") from None

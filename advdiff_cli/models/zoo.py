@@ -59,7 +59,9 @@ def frozen_classifier(name: str, device: torch.device, *, allow_pickle: bool = F
         folder = find_classifier(name)
         model, told = load_classifier(folder), ""
     made_of = fingerprint(folder) if not told else digest([told.encode(), *_tensors(_everything(model))])
-    model = model.to(device).to(memory_format=torch.channels_last)  # the faster layout
+    model = model.to(device)
+    if isinstance(model, Classifier):
+        model = model.to(memory_format=torch.channels_last)  # the faster layout, which other modules may not take
     return model.requires_grad_(False), made_of
 
 

@@ -209,3 +209,15 @@ def test_the_papers_model_is_known_by_its_name_on_the_hub(tmp_path):
     cached = tmp_path / "models--ankile--ddpm-pcam-96-flip" / "snapshots" / "abc"
     assert load_card(cached) == DdpmCard(data_range=(0.0, 1.0), index_offset=1)
     assert load_card(tmp_path) == DdpmCard()
+
+
+def test_a_module_that_flattens_with_view_is_taken_as_it_is(tmp_path, monkeypatch, images):
+    code = "import torch\nclass Flat(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    code += "        self.conv, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.LazyLinear(2)\n"
+    code += "    def forward(self, x):\n        y = self.conv(x)\n        return self.head(y.view(len(y), -1))\n"
+    code += "def build():\n    torch.manual_seed(0)\n    model = Flat()\n    model(torch.zeros(1, 3, 96, 96))\n"
+    code += "    return model\n"
+    (tmp_path / "flattening.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    model, _ = zoo.frozen_classifier("flattening:build", CPU)
+    assert model(images).shape == (2, 2)
