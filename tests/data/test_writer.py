@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from advdiff_cli.data.disk import replacing, share
 from advdiff_cli.data.merging import merge_sets
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import canonical, recipe
@@ -175,3 +178,15 @@ def test_overwrite_forgets_the_rows_of_the_earlier_work(tmp_path, source, monkey
     dies.armed = False
     assert write(out, source) == 3
     assert np.array_equal(open_patches(out).read(np.arange(N)), source.read(np.arange(N)))
+
+
+def test_what_safetensors_writes_is_readable_like_other_files(tmp_path):
+    """It leaves files to their owner alone; on a shared disk models and predictions are for others too."""
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "a.safetensors") as fresh:
+        save_file({"x": torch.zeros(1)}, fresh)
+    (tmp_path / "model").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "model" / "w.safetensors")
+    share(tmp_path / "model")
+    for file in (tmp_path / "a.safetensors", tmp_path / "model" / "w.safetensors"):
+        assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
