@@ -8,6 +8,11 @@ shift 2
 advdiff purify "$in" -o "$out" -q "$@"
 code=$?
 if [ "$code" -eq 3 ]; then
-    grep '"status":"failed"' "$out/advdiff.jsonl" >&2
+    python - "$out/advdiff.jsonl" >&2 <<'PY'
+import json, sys
+head, *lines = open(sys.argv[1])
+last = {found["file"]: found for found in map(json.loads, lines)}  # the last line of a file counts
+print(*(f"{name}: {found['reason']}" for name, found in last.items() if found["status"] == "failed"), sep="\n")
+PY
 fi
 exit "$code"

@@ -63,7 +63,7 @@ def test_purify_folder(run, patches, ddpm, tmp_path):
     done = run("purify_folder.sh", source, tmp_path / "out", *settings)
     assert done.returncode == 3
     assert done.stdout.strip() == str(tmp_path / "out")
-    assert '"file":"broken.png"' in done.stderr
+    assert "broken.png: " in done.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageCms
 
 from advdiff_cli.data.folder_writer import FolderWriter, output_names
 from advdiff_cli.data.locking import OutputLock
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.purification import files as purification_files
 
 
@@ -173,7 +174,7 @@ def test_a_list_of_files(advdiff, folder, ddpm, tmp_path, monkeypatch):
     (folder / "c.bmp").write_bytes((folder / "D.BMP").read_bytes())
     purify(advdiff, folder, tmp_path / "two", ddpm, "--files-from", listed)
     assert (set(files(tmp_path / "one")), set(files(tmp_path / "two"))) == ({"c.png"}, {"c.jpg.png"})
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"a.png\n{folder}/c.tif\nno such.png\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"a.png\n{folder}/c.tif\nno such.png\n".encode())))
     result = purify(advdiff, folder, out, ddpm, "--files-from", "-", code=3)
     assert (result.json["purified"], result.json["kept"], result.json["failed"]) == (1, 1, 1)
     assert "no such.png does not exist" in result.err
@@ -181,6 +182,49 @@ def test_a_list_of_files(advdiff, folder, ddpm, tmp_path, monkeypatch):
     assert "is not below" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
     listed.write_text("\n")
     assert "lists no images" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
+
+
+def test_listed_names_need_not_be_utf8(advdiff, folder, ddpm, tmp_path):
+    name = os.fsencode(folder) + b"/caf\xe9.png"
+    shutil.copy(folder / "a.png", name)
+    listed = tmp_path / "list.txt"
+    listed.write_bytes(b"caf\xe9.png\r\n")
+    assert purify(advdiff, folder, tmp_path / "out", ddpm, "--files-from", listed).json["purified"] == 1
+    assert os.path.exists(os.fsencode(tmp_path / "out") + b"/caf\xe9.png")
+    whole = advdiff("purify", folder / "*f*.png", "-m", ddpm, "-o", tmp_path / "rows.h5", "--t-star", 0.02, "--json")
+    assert whole.json["status"] == "done"
+
+
+def test_what_would_lose_or_ignore_something_is_named(advdiff, folder, ddpm, tmp_path, monkeypatch):
+    Image.new("RGB", (96, 96)).save(folder / "pages.tif", save_all=True, append_images=[Image.new("RGB", (96, 96))])
+    Image.new("RGB", (700, 600)).save(folder / "large.png")
+    compute = purification_files.purify_batch
+
+    def short_of_memory(purifier, images, *rest):
+        if images.shape[-1] > 512:
+            raise MemoryError
+        return compute(purifier, images, *rest)
+
+    monkeypatch.setattr(purification_files, "purify_batch", short_of_memory)
+    result = purify(advdiff, folder, tmp_path / "out", ddpm, code=3)
+    assert (result.json["purified"], result.json["failed"]) == (5, 2)
+    assert "pages.tif has 2 pages" in result.err
+    assert "large.png does not fit memory" in result.err
+    table = tmp_path / "labels.csv"
+    table.touch()
+    assert "labels of a patch set" in purify(advdiff, folder, tmp_path / "o", ddpm, "--labels", table, code=1).err
+
+
+def test_a_folder_that_another_shard_is_beginning(tmp_path):
+    (tmp_path / "advdiff.0of2.new").touch()  # killed before it was renamed, or about to be
+    (tmp_path / "advdiff.0of2.jsonl.lock").touch()
+    made_by = {"command": "purify", "parameters": {}}
+    with FolderWriter(tmp_path, made_by, (1, 2)) as writer:
+        assert not writer.is_done("a.png", "", "a.png")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").touch()
+    with pytest.raises(AdvdiffError, match="was not made by advdiff"):
+        FolderWriter(tmp_path / "else", made_by)
 
 
 def test_strict_stops_at_the_first_that_fails(advdiff, folder, ddpm, tmp_path):

@@ -39,6 +39,25 @@ def test_rows_of_a_file(advdiff, test_x, classifier, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5", "two.h5"]
 
 
+def test_rows_that_fit_one_batch(advdiff, test_x, classifier, tmp_path):
+    attack = [
+        "attack",
+        test_x,
+        "-c",
+        classifier,
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--limit",
+        3,
+        "-o",
+        tmp_path / "a.h5",
+    ]
+    assert json.loads(torchrun(*attack, "--json").stdout)["status"] == "done"
+    assert "up to date" in advdiff(*attack).err
+
+
 def test_files_of_a_folder(advdiff, ddpm, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()

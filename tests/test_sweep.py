@@ -119,6 +119,7 @@ def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
         (["--over", "sampler-steps", "--values", "1.5"], "1.5 is no value of sampler-steps"),
         (["--values", "nan"], "nan is no value of t-star"),
         (["--eot", 4], "--eot is of an attack through the defence"),
+        (["--over", "eps", "--eps", "1/255"], "takes its values from --values; leave out --eps"),
         (["--t-star", "0.1"], "takes its values from --values; leave out --t-star"),
     ):
         assert says in advdiff(*common, *wrong, *out, code=1).err

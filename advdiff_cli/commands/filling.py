@@ -48,7 +48,7 @@ def fill(
     else:
         if shard is not None:
             raise AdvdiffError("--shard: under torchrun each process takes the shard of its rank; leave it out")
-        status = _in_shards(out, made_by, patches, processes, one, overwrite)
+        status = _in_shards(out, made_by, patches, processes, one, device, overwrite)
     if status == "up to date":
         console.log(f"{out} is up to date")
     return status
@@ -56,7 +56,7 @@ def fill(
 
 def _in_shards(
     out: Path, made_by: dict[str, Any], patches: "PatchSet", processes: "Processes",
-    one: Callable[[Path, tuple[int, int]], str], overwrite: bool,
+    one: Callable[[Path, tuple[int, int] | None], str], device: str, overwrite: bool,
 ) -> str:  # fmt: skip
     from advdiff_cli.data.merging import merge_sets
     from advdiff_cli.data.writer import is_made
@@ -67,12 +67,17 @@ def _in_shards(
         raise AdvdiffError(f"{out} exists and was made otherwise; give --overwrite or another --out")
     batches = -(-len(patches) // made_by["parameters"]["batch_size"])
     shards = min(processes.count, batches)
+    if shards == 1:
+        if processes.first:
+            one(out, None)
+        processes.wait()
+        return "done"
     parts = [out.with_name(f"{out.stem}.{i}of{shards}{out.suffix}") for i in range(shards)]
     if processes.rank < shards:
         one(parts[processes.rank], (processes.rank, shards))
     processes.wait()
     if processes.first:
-        merge_sets(parts, out, overwrite=overwrite)
+        merge_sets(parts, out, device=device, overwrite=overwrite)
         for part in parts:
             part.unlink()
     processes.wait()

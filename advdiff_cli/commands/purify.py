@@ -77,9 +77,9 @@ def purify(
     if to_file:
         patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
         shape, n = patches.require_shape(), len(patches)
-    elif (split, limit, rows, shuffle_seed) != (None,) * 4 or not _holds_images(data):
+    elif (split, labels, limit, rows, shuffle_seed) != (None,) * 5 or not _holds_images(data):
         raise AdvdiffError(
-            f"--out {out}: rows of a patch set go to a .safetensors or .h5 file, whole folders of images to a folder"
+            f"--out {out}: rows and labels of a patch set go to a .safetensors or .h5 file, whole folders to a folder"
         )
     defence = build_defence(defense or "ddpm", ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     defence.purifier.to(chip)
@@ -147,8 +147,8 @@ def _listed(
     if files_from is not None:
         if files_from == "-" and processes.count > 1:
             raise AdvdiffError("--files-from -: the processes of torchrun share one stdin; give a file")
-        text = sys.stdin.read() if files_from == "-" else Path(files_from).read_text()
-        files = listed_images(root, text.splitlines())
+        text = sys.stdin.buffer.read() if files_from == "-" else Path(files_from).read_bytes()
+        files = listed_images(root, [os.fsdecode(line.removesuffix(b"\r")) for line in text.split(b"\n")])
     if not files:
         raise AdvdiffError(f"no images in {data}" if files_from is None else f"{files_from} lists no images")
     names = output_names(sorted({f.relative_to(root).as_posix() for f in [*below, *files]}))

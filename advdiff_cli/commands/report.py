@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,7 +37,10 @@ def report(
     ] = None,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Purification against adversarial attacks",
     seed: options.Seed = 0,
-    defense: options.Defense = None,
+    defense: Annotated[
+        Literal["none", "noise", "ddpm"],
+        typer.Option(help="What stands before the classifier.", rich_help_panel=options.DEFENCE),
+    ] = "ddpm",
     t_star: options.TStar = None,
     sampler: options.Sampler = None,
     sampler_steps: options.SamplerSteps = None,
@@ -74,8 +77,7 @@ def report(
             raise AdvdiffError("a gallery needs --clean, --attacked and -c")
         chip = resolve_device(device)
         alone, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
-        kind = defense or "ddpm"
-        defence = build_defence(kind, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
+        defence = build_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
         model = defence.before(alone, chip, resolve_precision(precision, chip))
         pair = _pair(*(open_selected(name, split, None, limit, None, None) for name in (clean, attacked)))
         made.gallery = _gallery(pair, _Judge(model, mark, defence, chip, seed), patches, index, out, quiet)

@@ -94,7 +94,8 @@ def sweep(
     )
     patches.require_labels()
     patches.require_shape()
-    refuse_ignored(over, gradient, {"ddpm": ddpm, "t-star": t_star, "sampler-steps": sampler_steps}, defense, eot)
+    fixed = {"ddpm": ddpm, "t-star": t_star, "sampler-steps": sampler_steps, "eps": eps}
+    refuse_ignored(over, gradient, fixed, defense, eot)
     attack = {"steps": steps, "gradient": gradient, "eot": eot}
     size = options.budget("linf" if over == "eps" else norm, eps)
     asked = Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, size, attack)

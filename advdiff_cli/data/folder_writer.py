@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -72,7 +73,12 @@ def _journals(out: Path) -> list[Path]:
 
 def _is_ours(out: Path) -> bool:
     """Tell whether a folder is empty, or was begun by a writer."""
-    return out.is_dir() and (bool(_journals(out)) or all(f.name.endswith(".lock") for f in out.iterdir()))
+    if not out.is_dir():
+        return False
+    kept = [f.name for f in out.iterdir()]  # listed once: another process may put the first file between two looks
+    return all(f.endswith(".lock") or fnmatch(f, "advdiff.*new") for f in kept) or any(
+        f == JOURNAL or fnmatch(f, "advdiff.*of*.jsonl") for f in kept
+    )
 
 
 class FolderWriter:

@@ -165,7 +165,8 @@ def read_image(file: Path) -> NDArray[np.uint8]:
     """Return an image as (3, H, W) uint8 RGB, EXIF rotation applied.
 
     Raises:
-        AdvdiffError: it cannot be decoded, has more than 8 bits a channel, is transparent, or has more than MAX_PIXELS.
+        AdvdiffError: it cannot be decoded, has more than 8 bits a channel, is transparent, or has several pages or
+            more than MAX_PIXELS.
     """
     check_file(file)
     try:
@@ -176,6 +177,8 @@ def read_image(file: Path) -> NDArray[np.uint8]:
                 raise AdvdiffError(f"{file} has more than 8 bits a channel; convert it to 8-bit RGB")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 raise AdvdiffError(f"{file} is transparent; flatten it to RGB")
+            if (pages := getattr(image, "n_frames", 1)) > 1:
+                raise AdvdiffError(f"{file} has {pages} pages; split it into one file each")
             rgb = ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise AdvdiffError(f"{file} is not an image that can be read") from None

@@ -40,11 +40,12 @@ class _Joined:
         return np.concatenate(images)
 
 
-def merge_sets(paths: Sequence[Path], out: Path, *, overwrite: bool) -> PatchWriter:
+def merge_sets(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwrite: bool) -> PatchWriter:
     """Join the sets at `paths` into `out`, and return the finished writer.
 
     Shards of one recipe, in any order, give the file that one run would have made, with its recipe. Other sets
-    are joined in the order given.
+    are joined in the order given. One file that holds all rows of its recipe is copied, recipe and all: it is the only
+    shard where the rows fit one batch.
 
     Raises:
         AdvdiffError: sizes or types differ, rows are there twice, or shards of the recipe are missing.
@@ -61,6 +62,8 @@ def merge_sets(paths: Sequence[Path], out: Path, *, overwrite: bool) -> PatchWri
             )
     if any("part" in (s.provenance or {}) for s in sets):
         sets, made, inputs = _shards(sets)
+    elif len(sets) == 1 and (known := sets[0].provenance) and "recipe" in known:
+        made, inputs = known["recipe"], known.get("inputs", [])
     else:
         made, inputs = (
             recipe("merge", {}, data=[s.recipe_input() for s in sets]),
@@ -81,6 +84,7 @@ def merge_sets(paths: Sequence[Path], out: Path, *, overwrite: bool) -> PatchWri
         Part(0, n, n),
         shape=source.require_shape(),
         dtype=sets[0].read_dtype(),
+        device=device,
         overwrite=overwrite,
         inputs=inputs,
     )

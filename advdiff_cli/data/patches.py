@@ -150,7 +150,8 @@ class PatchSet:
     def _header(self) -> bytes:
         labels = None if self.labels is None else self.labels.tolist()
         keys = self.keys if isinstance(self.keys[0], str) else self.index.tolist()
-        return canonical({"n": len(self), "shape": self.shape, "labels": labels, "keys": keys}).encode()
+        header = canonical({"n": len(self), "shape": self.shape, "labels": labels, "keys": keys})
+        return header.encode(errors="surrogateescape")  # names of files need not be UTF-8
 
     def _content(self, rows: Rows) -> Iterator[bytes]:
         yield self._header()

@@ -17,13 +17,16 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name, `auto` being the best there is; AdvdiffError when it is missing.
 
-    Processes that torchrun starts on one machine share its GPUs, each taking that of its LOCAL_RANK.
+    Processes that torchrun starts on one machine share its GPUs, each taking that of its LOCAL_RANK. On CUDA,
+    convolutions are deterministic from then on, and fp32 is not rounded to TF32.
     """
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(k for k, there in have.items() if there)
     if not have[name]:
         raise AdvdiffError(f"--device {name}: torch sees no such device here; use --device auto or cpu")
+    if name == "cuda":
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device(name, int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device(name)

@@ -26,6 +26,7 @@ TIATOOLBOX = "tiatoolbox:"
 """Prefix of an architecture that is TIAToolbox's, before the name of its backbone in torchvision."""
 
 _CUT = {"googlenet": 3, "inception_v3": 3}  # children from the pooling on: also a dropout
+_OURS = Path(__file__).resolve().parents[1]
 _INSTALLED = {"site-packages", "dist-packages"}
 _HUES = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.7, 0.5, 0.7), (0.4, 0.2, 0.6), (0.9, 0.7, 0.8), (0.5, 0.5, 0.5)]
 
@@ -122,7 +123,8 @@ def from_callable(name: str) -> nn.Module:
 def source_digest(name: str) -> str:
     """Return the SHA-256 of the sources that module:callable, once imported, is made of; of nothing without any.
 
-    They are the module's own and those that were imported from its package, or from beside it where it has none.
+    They are the module's own and those that were imported from its package, or from beside it where it has none;
+    advdiff's own are not among them.
     """
     where = name.partition(":")[0]
     found, top = importlib.util.find_spec(where), importlib.util.find_spec(where.partition(".")[0])
@@ -131,7 +133,8 @@ def source_digest(name: str) -> str:
     own, home = Path(found.origin).resolve(), Path(top.origin or found.origin).resolve().parent
     alone = home.name in _INSTALLED  # one file among all that is installed
     loaded = (Path(f).resolve() for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None)))
-    beside = {p for p in loaded if not alone and home in p.parents and not _INSTALLED & {*p.relative_to(home).parts}}
+    theirs = {p for p in loaded if home in p.parents and _OURS not in p.parents}
+    beside = {p for p in theirs if not alone and not _INSTALLED & {*p.relative_to(home).parts}}
     return digest(file_digest(p).encode() for p in sorted({own, *filter(Path.is_file, beside)}))
 
 

@@ -141,7 +141,11 @@ class FilesPurifier:
         decoded = _decoded(one)
         if isinstance(decoded, Outcome):
             return decoded
-        ((_, pixels),) = self._computed(self._batch([decoded], 1))
+        try:
+            ((_, pixels),) = self._computed(self._batch([decoded], 1))
+        except (MemoryError, torch.OutOfMemoryError):
+            why = f"{one.file} does not fit memory at so many steps; cut it into tiles, or give less --sampler-steps"
+            return Outcome(one.key, "failed", why, one.sha256)
         return self._write(decoded, pixels)
 
     def _write(self, one: _Image, pixels: NDArray[np.uint8]) -> Outcome:

@@ -125,6 +125,12 @@ def test_merged_shards_are_the_file_of_one_run(tmp_path, source, suffix):
         assert one.read_bytes() == merged.read_bytes()
 
 
+def test_the_only_shard_keeps_its_recipe(tmp_path, source):
+    write(tmp_path / "one.h5", source)
+    merge_sets([tmp_path / "one.h5"], tmp_path / "merged.h5", overwrite=False)
+    assert open_patches(tmp_path / "merged.h5").provenance == open_patches(tmp_path / "one.h5").provenance
+
+
 def test_missing_and_doubled_shards_are_refused(tmp_path, source):
     parts = []
     for i in range(3):

@@ -1,7 +1,9 @@
 """Classifiers and diffusion models that others made, against what those others compute."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models import zoo
+from advdiff_cli.models import foreign, zoo
 from advdiff_cli.models.ddpm import DdpmCard, load_card, load_ddpm
 
 CPU = torch.device("cpu")
@@ -34,6 +36,19 @@ class Published(nn.Module):
 
     def forward(self, images):
         return self.classifier(self.pool(self.feat_extract(images)).flatten(1)).softmax(-1)
+
+
+def test_a_callables_fingerprint_leaves_out_advdiffs_own_sources(tmp_path, monkeypatch):
+    for name in ("judge", "helper", "theirs/part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(f"name = {name!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(foreign, "_OURS", tmp_path / "theirs")
+    alone = foreign.source_digest("judge:build")
+    for name in ("theirs.part", "helper"):
+        found = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, name, found)
+        assert (foreign.source_digest("judge:build") == alone) == (name == "theirs.part")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,14 @@ from advdiff_cli.models.ddpm import PRESETS, Purification, build_ddpm, load_card
 from advdiff_cli.models.device import resolve_device, resolve_precision
 
 
+def test_on_cuda_convolutions_are_exact_and_deterministic(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for flag in ("deterministic", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, flag, flag == "allow_tf32")
+    assert resolve_device("cuda").type == "cuda"
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == (True, False)
+
+
 def test_diffusers_loads_unet_and_scheduler_unchanged(ddpm):
     ours = load_ddpm(ddpm)
     pipeline = DDPMPipeline.from_pretrained(ddpm)
