@@ -9,4 +9,6 @@ in=$1 out=$2 n=$3
 shift 3
 OMP_NUM_THREADS=1 parallel -j "$n" --line-buffer advdiff purify "$in" -o "$out" --shard {}/"$n" -q "$@" \
     ::: $(seq 0 $((n - 1))) >/dev/null
-advdiff purify "$in" -o "$out" -q "$@"
+again=() # what the shards have just made again is not to be made a third time
+for option in "$@"; do [ "$option" = --overwrite ] || again+=("$option"); done
+advdiff purify "$in" -o "$out" -q "${again[@]}"
