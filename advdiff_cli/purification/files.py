@@ -144,7 +144,7 @@ class FilesPurifier:
         try:
             ((_, pixels),) = self._computed(self._batch([decoded], 1))
         except (MemoryError, torch.OutOfMemoryError):
-            why = f"{one.file} does not fit memory at so many steps; cut it into tiles, or give less --sampler-steps"
+            why = f"{one.file} does not fit memory at so many steps; cut it into tiles, or give fewer --sampler-steps"
             return Outcome(one.key, "failed", why, one.sha256)
         return self._write(decoded, pixels)
 
