@@ -17,6 +17,7 @@ PCAM=$1 OUT=$2
 : "${NOISE:=0.085}"                                # t* of the noise that one of them is trained on
 : "${ADAPT_T_STARS:=0.2 0.25}"                     # t* of the purified patches that another is trained on
 : "${T_STARS:=0.001,0.005,0.01,0.02,0.04,0.06,0.085,0.1,0.15,0.2,0.25,0.3}" # Figure 1
+: "${TRAINING_STEPS:=500 1500}"                    # of the DDPMs that tell what more training is worth
 : "${SAMPLER_STEPS:=1}"                            # U-Net evaluations a patch; the paper's 40 is `--t-star 0.04` with all
 : "${N:=500}" "${TEST_N:=1000}"                    # patches of valid that choose, and of test that are reported
 : "${ATTACK_STEPS:=40}" "${EOT:=8}" "${DRAWS:=11}"
@@ -44,10 +45,12 @@ classifier() { # NAME ARCH EPOCHS OPTIONS...
         --epochs "$epochs" "$@" $CLASSIFIER_OPTIONS
 }
 classifier plain "$ARCH" "$EPOCHS"
-if [ "$(model ddpm)" = "$OUT/ddpm" ]; then
-    advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/ddpm" --preset "$PRESET" \
-        --max-t 0.3 --steps "$STEPS" $DDPM_OPTIONS
-fi
+diffusion() { # NAME STEPS
+    [ "$(model "$1")" = "$OUT/$1" ] || return 0
+    advdiff train-ddpm "$(split train)" "${lossless[@]}" --valid "$(split valid)" -o "$OUT/$1" --preset "$PRESET" \
+        --max-t 0.3 --steps "$2" $DDPM_OPTIONS
+}
+diffusion ddpm "$STEPS"
 more=(--init "$(model plain)" --learning-rate 5e-4)
 classifier noised "$ARCH" "$MORE_EPOCHS" "${more[@]}" --augment "noise:$NOISE"
 adapt=(--augment none)
@@ -57,17 +60,17 @@ classifier "$ROBUST_ARCH" "$ROBUST_ARCH" "$EPOCHS"
 classifier robust "$ROBUST_ARCH" "$MORE_EPOCHS" --init "$(model "$ROBUST_ARCH")" --learning-rate 5e-4 --adversarial $ADVERSARIAL_OPTIONS
 
 # 2. t*, chosen on valid (Figure 1): by the best mean of standard and robust accuracy.
-choose() { # NAME CLASSIFIER OPTIONS...: prints the chosen t*
+choose() { # NAME CLASSIFIER OPTIONS...: prints the chosen value
     local name=$1 judge=$2
     shift 2
-    advdiff sweep "$(split valid)" -c "$(model "$judge")" --limit "$N" --shuffle-seed 1 --values "$T_STARS" \
-        --steps "$ATTACK_STEPS" -o "$OUT/sweep-$name" "$@" -q
+    advdiff sweep "$(split valid)" -c "$(model "$judge")" --limit "$N" --shuffle-seed 1 --steps "$ATTACK_STEPS" \
+        -o "$OUT/sweep-$name" "$@" -q
 }
 ddpm=(-m "$(model ddpm)" --sampler-steps "$SAMPLER_STEPS")
-t_noise=$(choose noise plain --defense noise)
-t_noised=$(choose noised noised --defense noise)
-t_frozen=$(choose frozen plain "${ddpm[@]}")
-t_ddpm=$(choose ddpm adapted "${ddpm[@]}")
+t_noise=$(choose noise plain --values "$T_STARS" --defense noise)
+t_noised=$(choose noised noised --values "$T_STARS" --defense noise)
+t_frozen=$(choose frozen plain --values "$T_STARS" "${ddpm[@]}")
+t_ddpm=$(choose ddpm adapted --values "$T_STARS" "${ddpm[@]}")
 echo "chosen on valid: NoiseDefense t* $t_noise, with its own classifier $t_noised; DDPM t* $t_frozen, adapted $t_ddpm" >&2
 
 # 3. Standard and robust accuracy on test (Figure 3). The paper's attack knows the classifier alone (blind); those that know
@@ -136,7 +139,22 @@ other square --method square --queries "$QUERIES"
 advdiff purify "${test[@]}" "${adapted[@]}" -o "$OUT/purified.safetensors" -q >&2
 advdiff evaluate "${test[@]}" "$OUT/purified.safetensors" -c "$(model adapted)" --fidelity | tee "$OUT/fidelity.txt"
 
-# 6. One table of everything, and one page with the patches that tell most (Figure 2).
+# 6. Its open questions, on valid: other balls; more steps of the same t*; whether more training lets it purify more noise.
+trained=
+for steps in $TRAINING_STEPS; do
+    diffusion "ddpm_$steps" "$steps"
+    trained+="$(model "ddpm_$steps"),"
+done
+{
+    choose eps adapted --over eps "${adapted[@]}"
+    choose eps-l2 adapted --over eps --norm l2 --values 0.125,0.25,0.5,1,2 "${adapted[@]}"
+    choose sampler-steps plain --over sampler-steps --values 1,2,4,8,40 -m "$(model ddpm)" --t-star "$t_frozen"
+    for t in 0.2 0.3; do
+        choose "training-$t" plain --over ddpm --values "$trained$(model ddpm)" --t-star "$t" --sampler-steps "$SAMPLER_STEPS"
+    done
+} >/dev/null
+
+# 7. One table of everything, and one page with the patches that tell most (Figure 2).
 python - "$OUT"/*.json <<'PY'
 import json, sys
 from pathlib import Path
@@ -149,7 +167,7 @@ PY
 # Each under the attack made for it, in pairs on the patches they share:
 advdiff compare "$OUT"/{undefended,noise,noised,robust,frozen-full,adapted-full}.csv | tee "$OUT/compare.txt"
 result() { results+=(--result "$2=$OUT/$1.json"); }
-results=()
+results=() sweeps=()
 result undefended "undefended"
 result noise-blind "NoiseDefense, blind"
 result noise "NoiseDefense, white-box"
@@ -159,5 +177,6 @@ result frozen "DDPM, blind"
 result frozen-full "DDPM, white-box"
 result adapted "DDPM adapted, blind"
 result adapted-full "DDPM adapted, white-box"
-advdiff report "${results[@]}" --sweep "$OUT/sweep-ddpm" --sweep "$OUT/sweep-noise" --clean "$(split test)" \
+for name in ddpm noise eps eps-l2 sampler-steps training-0.2 training-0.3; do sweeps+=(--sweep "$OUT/sweep-$name"); done
+advdiff report "${results[@]}" "${sweeps[@]}" --clean "$(split test)" \
     --attacked "$OUT/adv-adapted.safetensors" -c "$(model adapted)" "${adapted[@]}" -o "$OUT/report"
