@@ -33,8 +33,9 @@ def run(warm):
 def test_reproduce_paper(run, patches, tmp_path):
     small = {
         "EPOCHS": "1", "MORE_EPOCHS": "1", "STEPS": "2", "N": "6", "TEST_N": "8", "ADAPTIVE_N": "4", "DRAWS": "3",
-        "TRAINING_STEPS": "1", "T_STARS": "0.02,0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1", "ADAPTIVE_STEPS": "1",
-        "EOT": "1", "QUERIES": "2", "NOISED": "synthetic-classifier",  # a model that is there already is not trained
+        "TRAINING_STEPS": "1", "T_STARS": "0.02,0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1",
+        "ADAPTIVE_STEPS": "1", "EOT": "1", "QUERIES": "2",
+        "NOISED": "synthetic-classifier",  # a model that is there already is not trained
         "PRESET": "tiny", "ARCH": "shufflenet_v2_x0_5", "ROBUST_ARCH": "squeezenet1_1", "OTHER_ARCHS": "squeezenet1_1",
         "CLASSIFIER_OPTIONS": "--batch-size 16", "DDPM_OPTIONS": "--batch-size 4",
         "ADVERSARIAL_OPTIONS": "--attack-steps 1",
@@ -49,7 +50,7 @@ def test_reproduce_paper(run, patches, tmp_path):
         assert re.search(rf"^{name} +\d+ +\d", done.stdout, re.M), name
     assert not (tmp_path / "noised").exists()
     assert "nuclear mass, ratio" in done.stdout
-    points = json.loads((tmp_path / "sweep-training-0.2" / "sweep.json").read_text())["points"]
+    points = json.loads((tmp_path / "sweep-training-0.2" / "sweep.json").read_text())["rows"]
     assert [Path(p["value"]).name for p in points] == ["ddpm_1", "ddpm"]
     assert (tmp_path / "report" / "report.html").is_file()
 
