@@ -148,7 +148,7 @@ done
 {
     choose eps adapted --over eps "${adapted[@]}"
     choose eps-l2 adapted --over eps --norm l2 --values 0.125,0.25,0.5,1,2 "${adapted[@]}"
-    choose sampler-steps plain --over sampler-steps --values 1,2,4,8,40 -m "$(model ddpm)" --t-star "$t_frozen"
+    choose sampler-steps plain --over sampler-steps --values 1,2,4,8,40 -m "$(model ddpm)" --t-star 0.25
     for t in 0.2 0.3; do
         choose "training-$t" plain --over ddpm --values "$trained$(model ddpm)" --t-star "$t" --sampler-steps "$SAMPLER_STEPS"
     done

@@ -4,7 +4,9 @@ import csv
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
+from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.sweeping import Judged, choose
 
@@ -68,23 +70,16 @@ def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
 
 
 def test_over_eps_steps_and_adaptive(advdiff, common, tmp_path):
-    eps = advdiff(
-        *common,
-        "--over",
-        "eps",
-        "--values",
-        "1/255,8/255",
-        "--steps",
-        2,
-        "--sampler-steps",
-        1,
-        "-o",
-        tmp_path / "e",
-        "--json",
-    ).json
+    over_eps = [*common, "--over", "eps", "--steps", 2, "--sampler-steps", 1, "--json"]
+    eps = advdiff(*over_eps, "--values", "1/255,8/255", "-o", tmp_path / "e").json
     assert [r["value"] for r in eps["rows"]] == pytest.approx([1, 8])
     assert (eps["chosen"], eps["attack_told"]) == (None, "pgd linf, steps 2, loss ce, gradient blind")
     assert eps["rows"][0]["undefended_robust"]["value"] >= eps["rows"][1]["undefended_robust"]["value"]
+    l2 = advdiff(*over_eps, "--norm", "l2", "--values", "0.5,2", "-o", tmp_path / "l").json
+    assert [r["name"] for r in l2["rows"]] == ["eps-0.5", "eps-2"]
+    attacked = load_file(tmp_path / "l" / "adv-eps-2.safetensors")
+    moved = attacked["images"] - open_patches(str(common[1])).read(attacked["index"].tolist())
+    assert moved.flatten(1).norm(dim=1).max().item() == pytest.approx(2, abs=0.01)
     steps = ["--over", "sampler-steps", "--values", "1,3", "--t-star", "0.1", "--steps", 1, "--gradient", "full"]
     found = advdiff(*common, *steps, "--eot", 1, "-o", tmp_path / "k", "--json").json
     assert [r["unet_evaluations"] for r in found["rows"]] == [1, 3]

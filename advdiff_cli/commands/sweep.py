@@ -33,7 +33,7 @@ def sweep(
         str | None,
         typer.Option(
             help="Its values, separated by commas; for ddpm, models of different training.",
-            show_default="t-star: 0.001 to 0.3; eps: 0.5/255 to 8/255; sampler-steps: 1,2,4,8; ddpm: none",
+            show_default="t-star: 0.001 to 0.3; eps: 0.5/255 to 8/255, for l2 0.125 to 2; sampler-steps: 1,2,4,8",
         ),
     ] = None,
     ddpm: options.DdpmName = None,
@@ -203,7 +203,7 @@ def _write(result: dict[str, Any], over: str, out: Path) -> None:
     from advdiff_cli.data.disk import replacing
     from advdiff_cli.evaluation.figures import sweep_curves
     from advdiff_cli.evaluation.judging import write_json
-    from advdiff_cli.evaluation.sweeping import AXES
+    from advdiff_cli.evaluation.sweeping import axis
 
     write_json(out / "sweep.json", result)
     with replacing(out / "sweep.csv") as fresh, fresh.open("w", newline="") as file:
@@ -213,7 +213,7 @@ def _write(result: dict[str, Any], over: str, out: Path) -> None:
         for r in result["rows"]:
             told = (r[f][k] for f in figures for k in ("value", "low", "high"))
             table.writerow((f"{r['value']:g}", r["unet_evaluations"], *(f"{v:.6g}" for v in told)))
-    sweep_curves(result, AXES[over], [out / "sweep.png", out / "sweep.svg"])
+    sweep_curves(result, axis(result), [out / "sweep.png", out / "sweep.svg"])
 
 
 def _text(result: dict[str, Any]) -> str:

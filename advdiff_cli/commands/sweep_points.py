@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _DEFAULTS = {
     "t-star": "0.001,0.005,0.01,0.02,0.03,0.04,0.06,0.085,0.1,0.15,0.2,0.25,0.3",
     "eps": "0.5/255,1/255,2/255,4/255,8/255",
+    "eps-l2": "0.125,0.25,0.5,1,2",
     "sampler-steps": "1,2,4,8",
 }
 
@@ -62,13 +63,16 @@ def build_points(
     from advdiff_cli.evaluation.ladder import Rung
     from advdiff_cli.evaluation.sweeping import Point
 
-    text = values or _DEFAULTS.get(over)
+    l2 = over == "eps" and asked.norm == "l2"
+    unit = 255 if over == "eps" and not l2 else 1  # the axis of linf is in 1/255
+    text = values or _DEFAULTS.get("eps-l2" if l2 else over)
     if text is None:
         raise AdvdiffError("--over ddpm needs --values: the models, separated by commas")
     points, load = [], cache(load_model)
     for one in text.split(","):
         value, defence = _setting(over, one.strip(), asked, load)
-        budget = value / 255 if over == "eps" else asked.eps
+        budget = value if over == "eps" else asked.eps
+        value *= unit
         ignored = {"eot", "gradient"} if asked.blind else {"gradient"} if asked.method == "square" else set()
         through = {k: v for k, v in asked.attack.items() if k not in ignored}
         settings = resolve(asked.method, asked.norm, budget, through, defended=not asked.blind)
@@ -79,7 +83,7 @@ def build_points(
         subject = replace(
             bare.subject, purifier=purifier, defence=defence.parameters, ddpm=defence.model, precision=precision
         )
-        told = f"{value:g}/255" if over == "eps" else one.strip() if over == "ddpm" else f"{value:g}"
+        told = f"{value:g}/255" if unit == 255 else one.strip() if over == "ddpm" else f"{value:g}"
         points.append(Point(value, name, told, replace(bare, subject=subject, label=f"{name}-"), rung))
     names = [p.name for p in points]
     if len(set(names)) < len(names):
@@ -106,7 +110,7 @@ def _setting(over: str, text: str, asked: Asked, load: Any) -> tuple[float, Defe
             settings[4] = min(a.sampler_steps, max(1, round(value * 1000)))
     elif over == "sampler-steps":
         settings[4] = int(value)
-    return value * 255 if over == "eps" else value, build_defence(*settings, allow_pickle=a.allow_pickle, load=load)
+    return value, build_defence(*settings, allow_pickle=a.allow_pickle, load=load)
 
 
 def _training_steps(name: str) -> float:

@@ -15,7 +15,7 @@ from advdiff_cli.data.disk import replacing
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.figures import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
 from advdiff_cli.evaluation.intervals import Estimate
-from advdiff_cli.evaluation.sweeping import AXES
+from advdiff_cli.evaluation.sweeping import axis
 
 PAGE = "report.html"
 
@@ -46,9 +46,9 @@ class Report:
             context["bars"] = {"rows": rows, "svg": inline(out / "bars.svg", "bars", "standard and robust accuracy")}
         context["sweeps"] = []
         for k, sweep in enumerate(self.sweeps.values(), 1):
-            sweep_curves(sweep, AXES[sweep["over"]], drawn(f"sweep-{k}"))
-            svg = inline(out / f"sweep-{k}.svg", f"sweep-{k}", f"accuracy over {AXES[sweep['over']]}")
-            context["sweeps"].append({**sweep, "axis": AXES[sweep["over"]], "svg": svg})
+            sweep_curves(sweep, axis(sweep), drawn(f"sweep-{k}"))
+            svg = inline(out / f"sweep-{k}.svg", f"sweep-{k}", f"accuracy over {axis(sweep)}")
+            context["sweeps"].append({**sweep, "axis": axis(sweep), "svg": svg})
         if self.ladder:
             ladder_bars(self.ladder, drawn("ladder"))
             context["ladder"] = {

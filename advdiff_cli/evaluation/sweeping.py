@@ -1,6 +1,6 @@
 """A sweep: standard and robust accuracy of a defence at one setting after another, and the one a rule chooses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,13 +18,20 @@ RULES: dict[Rule, str] = {
     "mean": "the best mean of standard and robust accuracy",
     "robust": "the least value whose robust accuracy is not significantly (paired, 95 %) below the best",
 }
-AXES = {
+_AXES = {
     "t-star": "noise level t*, fraction of T",
-    "eps": "attack budget eps, 1/255",
+    "eps": "attack budget eps, linf, 1/255",
+    "eps-l2": "attack budget eps, l2 of a whole patch",
     "sampler-steps": "U-Net evaluations a patch",
     "ddpm": "training steps",
 }
 CLEAN = Rung("clean", "control")
+
+
+def axis(sweep: Mapping[str, Any]) -> str:
+    """Return what the values of a sweep, as sweep.json holds it, are."""
+    l2 = sweep["over"] == "eps" and sweep["attack"].get("norm") == "l2"
+    return _AXES["eps-l2" if l2 else sweep["over"]]
 
 
 @dataclass(frozen=True)
