@@ -177,6 +177,14 @@ result frozen "DDPM, blind"
 result frozen-full "DDPM, white-box"
 result adapted "DDPM adapted, blind"
 result adapted-full "DDPM adapted, white-box"
-for name in ddpm noise eps eps-l2 sampler-steps training-0.2 training-0.3; do sweeps+=(--sweep "$OUT/sweep-$name"); done
+curve() { sweeps+=(--sweep "$2=$OUT/sweep-$1"); }
+curve noise "NoiseDefense"
+curve noised "NoiseDefense, own classifier"
+curve frozen "DDPM"
+curve ddpm "DDPM adapted"
+curve eps "DDPM adapted, l-inf"
+curve eps-l2 "DDPM adapted, l2"
+curve sampler-steps "DDPM, t* 0.25"
+for t in 0.2 0.3; do curve "training-$t" "DDPM, t* $t"; done
 advdiff report "${results[@]}" "${sweeps[@]}" --clean "$(split test)" \
     --attacked "$OUT/adv-adapted.safetensors" -c "$(model adapted)" "${adapted[@]}" -o "$OUT/report"

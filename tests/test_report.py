@@ -38,7 +38,8 @@ def page(advdiff, inputs):
         few = ["--limit", 8, "--preset", "quick", "-o", root / "ladder"]
         advdiff("robustness", x, *few, "-c", c)
         made = ["--result", f"undefended={root / 'plain.json'}", "--result", f"DDPM <b>={root / 'ddpm.json'}"]
-        made += ["--sweep", root / "sweep", "--ladder", root / "ladder", "--patches", 5, "-o", out]
+        made += ["--sweep", f"over <i>={root / 'sweep'}", "--sweep", root / "sweep"]
+        made += ["--ladder", root / "ladder", "--patches", 5, "-o", out]
         gallery = ["--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "-m", m, *defence]
         told = advdiff("report", *made, *gallery, "--json").json
         assert sorted(told["files"] + ["panel.png"]) == sorted(p.name for p in out.iterdir())
@@ -80,8 +81,9 @@ def test_a_page_of_its_own(page):
         with Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2]))) as image:
             assert image.size == (96, 96) == (int(picture["width"]), int(picture["height"]))
         assert picture["alt"]
-    assert found.tags.count("svg") == 3
+    assert found.tags.count("svg") == 4
     assert "DDPM &lt;b&gt;" in text
+    assert "<h3>over &lt;i&gt;: over noise level t*" in text
 
 
 def test_numbers_are_the_commands_own_with_their_recipes(page, inputs):
@@ -140,6 +142,7 @@ def test_what_cannot_be_reported_is_said(advdiff, page, inputs, tmp_path):
     for wrong, says in (
         ([], "nothing to report"),
         (["--result", "plain.json"], "give NAME=FILE"),
+        (["--sweep", "nowhere"], "no such folder"),
         (["--result", f"a={tmp_path / 'nowhere.json'}"], "No such file"),
         (["--result", f"a={tmp_path / 'no.json'}"], "not a JSON object"),
         (["--result", f"a={tmp_path / 'swapped.json'}"], "not of a clean and an attacked set, in that order"),

@@ -25,7 +25,9 @@ def report(
         list[str] | None,
         typer.Option(help="NAME=FILE: a bar of accuracies, from evaluate CLEAN ATTACKED --json. May be repeated."),
     ] = None,
-    sweep: Annotated[list[Path] | None, typer.Option(help="Folder of a sweep. May be repeated.")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="FOLDER of a sweep, or NAME=FOLDER to head it. May be repeated.")
+    ] = None,
     ladder: Annotated[Path | None, typer.Option(help="Folder of robustness.")] = None,
     clean: Annotated[str | None, typer.Option(help="Patches of the gallery, clean.")] = None,
     attacked: Annotated[str | None, typer.Option(help="The same, attacked.")] = None,
@@ -67,10 +69,12 @@ def report(
         raise AdvdiffError(f"--out {out} is a file; a report goes to a folder")
     if not (result or sweep or ladder or clean):
         raise AdvdiffError("nothing to report: give --result, --sweep, --ladder, or --clean and --attacked")
-    made = Report(title, read_results([_named(text) for text in result or []]))
+    made = Report(title, read_results([_named(text, "give NAME=FILE to --result") for text in result or []]))
     for name, found in made.results.items():
         bar(name, found)  # refused before anything is written
-    made.sweeps = read_results([(str(folder), folder / "sweep.json") for folder in sweep or []])
+    unknown = "no such folder; --sweep takes FOLDER or NAME=FOLDER"
+    sweeps = [(text, Path(text)) if Path(text).is_dir() else _named(text, unknown) for text in sweep or []]
+    made.sweeps = read_results([(name, folder / "sweep.json") for name, folder in sweeps])
     made.ladder = read_results([("ladder", ladder / "robustness.json")])["ladder"] if ladder else None
     if clean or attacked:
         if not (clean and attacked and classifier):
@@ -89,10 +93,11 @@ def report(
     )
 
 
-def _named(text: str) -> tuple[str, Path]:
+def _named(text: str, help_: str) -> tuple[str, Path]:
+    """Return the two halves of NAME=PATH; AdvdiffError with `help_` when it is not that."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise AdvdiffError(f"--result {text}: give NAME=FILE, for example DDPM=ddpm.json")
+        raise AdvdiffError(f"{text}: {help_}")
     return name, Path(path)
 
 

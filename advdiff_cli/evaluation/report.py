@@ -45,10 +45,10 @@ class Report:
             bars(rows, attacks[0] if len(attacks) == 1 else "each under the attack told in the table", drawn("bars"))
             context["bars"] = {"rows": rows, "svg": inline(out / "bars.svg", "bars", "standard and robust accuracy")}
         context["sweeps"] = []
-        for k, sweep in enumerate(self.sweeps.values(), 1):
+        for k, (name, sweep) in enumerate(self.sweeps.items(), 1):
             sweep_curves(sweep, axis(sweep), drawn(f"sweep-{k}"))
             svg = inline(out / f"sweep-{k}.svg", f"sweep-{k}", f"accuracy over {axis(sweep)}")
-            context["sweeps"].append({**sweep, "axis": axis(sweep), "svg": svg})
+            context["sweeps"].append({**sweep, "name": name, "axis": axis(sweep), "svg": svg})
         if self.ladder:
             ladder_bars(self.ladder, drawn("ladder"))
             context["ladder"] = {
