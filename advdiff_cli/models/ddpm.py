@@ -40,7 +40,7 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "s2d2": (2, {"block_out_channels": (48, 96, 192), "layers_per_block": 1}),
-    "tiny": (4, {"block_out_channels": (48, 96), "layers_per_block": 1}),
+    "tiny": (2, {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}),
     "s2d4": (4, {"block_out_channels": (96, 192), "layers_per_block": 1}),
 }
 """Name -> space-to-depth factor and the U-Net's own arguments."""
