@@ -164,8 +164,9 @@ for path in sorted(map(Path, sys.argv[1:])):
     cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * s["accuracy"][k] for k in ("value", "low", "high"))) for s in sets]
     print(f"{path.stem:18}{sets[1]['n']:6}{cells[0]:>24}{cells[1]:>24}")
 PY
-# Each under the attack made for it, in pairs on the patches they share:
+# In pairs on the patches they share, each under the attack made for it; then the purifier under the paper's kind of attack:
 advdiff compare "$OUT"/{undefended,noise,noised,robust,frozen-full,adapted-full}.csv | tee "$OUT/compare.txt"
+advdiff compare "$OUT"/{undefended,noise,robust,frozen,adapted}.csv | tee "$OUT/compare-blind.txt"
 result() { results+=(--result "$2=$OUT/$1.json"); }
 results=() sweeps=()
 result undefended "undefended"
