@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.classifiers import load_classifier
-from advdiff_cli.models.zoo import find_classifier
+from advdiff_cli.models.ddpm import Purification, load_ddpm
+from advdiff_cli.models.zoo import find_classifier, find_ddpm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -146,21 +148,40 @@ def test_dvc(warm, test_x, classifier, ddpm, tmp_path):
     assert repro(attack_steps=2)["history"][0]["parameters"]["steps"] == 2
 
 
+def example(name):
+    """Return a script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_batchnorm_collapse():
     """What the paper's training moves, and what it does not."""
-    spec = importlib.util.spec_from_file_location("batchnorm_collapse", EXAMPLES / "batchnorm_collapse.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    collapse = example("batchnorm_collapse")
     images, labels = torch.rand(4, 3, 96, 96), torch.tensor([0, 1, 0, 1])
     classifier = find_classifier("synthetic-classifier")
     before = load_classifier(classifier).state_dict()
-    for batch, rate, follow in example.VARIANTS.values():
+    for batch, rate, follow in collapse.VARIANTS.values():
         model = load_classifier(classifier)
-        example.train(model, images, labels, batch, rate, follow=follow)
+        collapse.train(model, images, labels, batch, rate, follow=follow)
         moved = {
             k for k, v in model.state_dict().items() if v.is_floating_point() and (v - before[k]).abs().max() > 1e-7
         }
         assert any("running" in k for k in moved) == follow
         assert any("running" not in k for k in moved) == (rate > 1e-6)
-    clean, attacked = example.judge(model, images, labels)
+    clean, attacked = collapse.judge(model, images, labels)
     assert clean.value >= attacked.value
+
+
+@pytest.mark.parametrize("classifier", [None, "synthetic-classifier"])
+def test_one_step_purifier(test_x, tmp_path, classifier):
+    """A diffusion model of the same form, whose weights have moved and are no longer said to be train-ddpm's."""
+    before = load_ddpm(find_ddpm("synthetic-ddpm"))
+    options = {"classifier": classifier, "steps": 2, "batch_size": 2}
+    example("one_step_purifier").main("synthetic-ddpm", [str(test_x)], tmp_path / "d", **options)
+    after = load_ddpm(tmp_path / "d")
+    moved = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
+    assert 0 < max(moved) < 1e-2
+    settings = Purification(0.2, sampler_steps=1)
+    assert after.card == replace(before.card, recommended=settings, provenance=None)
