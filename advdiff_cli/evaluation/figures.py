@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -101,7 +102,7 @@ def bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[Path]) ->
         note: What the attack was, for the title.
         paths: Files, png or svg.
     """
-    figure, axes = plt.subplots(figsize=(1.5 + 1.35 * len(rows), 3.9), dpi=150, layout="constrained")
+    figure, axes = plt.subplots(figsize=(min(1.5 + 1.35 * len(rows), 10), 3.9), dpi=150, layout="constrained")
     for shift, (name, colour) in zip((-0.2, 0.2), (("standard", STANDARD), ("robust", ROBUST)), strict=True):
         value = np.array([100 * row[name]["value"] for row in rows])
         low, high = (np.array([100 * row[name][k] for row in rows]) for k in ("low", "high"))
@@ -110,9 +111,8 @@ def bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[Path]) ->
         axes.errorbar(places, value, [value - low, high - value], fmt="none", ecolor="black", capsize=3, linewidth=0.9)
         for x, v, top in zip(places, value, high, strict=True):
             axes.text(x, top + 1.5, f"{v:.1f}", ha="center", fontsize=7)
-    axes.set_xticks(
-        np.arange(len(rows)), [f"{row['name']}\nn = {row['n']}".replace(", ", ",\n") for row in rows], fontsize=8
-    )
+    names = [f"{fill(row['name'], 13, break_long_words=False, break_on_hyphens=False)}\nn = {row['n']}" for row in rows]
+    axes.set_xticks(np.arange(len(rows)), names, fontsize=8)
     axes.set(ylabel="accuracy, % [95 %]", ylim=(0, 105))
     axes.set_title(note, fontsize=8)
     axes.grid(axis="y", alpha=0.25)
