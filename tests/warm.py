@@ -4,6 +4,7 @@
 caller's streams, folder and environment, and runs the same main().
 """
 
+import importlib
 import json
 import os
 import signal
@@ -26,13 +27,8 @@ def client(path):
 
 
 def serve(path):
-    # imported for the forks to find, not for use here: what the linter calls unused
-    import diffusers  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import skimage.metrics  # noqa: F401
-    import torch  # noqa: F401
-    import torchvision  # noqa: F401
-
+    for name in ("diffusers", "matplotlib.pyplot", "skimage.metrics", "torch", "torchvision"):
+        importlib.import_module(name)  # for the forks to find
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork
     with socket.socket(socket.AF_UNIX) as waiting:
         waiting.bind(path)
