@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
 from advdiff_cli.data.folder_writer import FolderWriter, output_names
@@ -50,6 +51,19 @@ def test_every_file_keeps_its_name_and_size(advdiff, folder, ddpm, tmp_path):
     assert set(files(out)) == {"a.png", "sub dir/b é.png", "c.tif", "D.png", "c.png"}
     with Image.open(out / "c.tif") as tif, Image.open(out / "a.png") as png:
         assert (tif.size, tif.format, png.mode) == ((70, 50), "TIFF", "RGB")
+
+
+def test_the_same_pixels_on_any_number_of_threads(advdiff, folder, ddpm, tmp_path):
+    before, found = torch.get_num_threads(), []
+    try:
+        for k in (1, 3):
+            torch.set_num_threads(k)
+            purify(advdiff, folder, tmp_path / f"out{k}", ddpm)
+            found.append(files(tmp_path / f"out{k}"))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found[0]) == 5
+    assert found[0] == found[1]
 
 
 def test_resolution_and_profile_are_kept(advdiff, ddpm, tmp_path):

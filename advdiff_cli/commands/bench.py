@@ -30,7 +30,7 @@ def bench(
     classifier: Annotated[
         str, typer.Option("-c", "--classifier", help="Classifier behind it, for the attack.")
     ] = "pcam-resnet18",
-    number: Annotated[int, typer.Option("-n", "--number", min=16, help="Patches that are purified.")] = 512,
+    number: Annotated[int, typer.Option("-n", "--number", min=16, help="Patches that are purified.")] = 2048,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turns.")] = 3,
     paper: Annotated[bool, typer.Option(help="Measure the paper's loop too: about a minute a round on a CPU.")] = True,
     compiled: Annotated[

@@ -10,7 +10,10 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def ahead(task: Callable[[S], T], items: Iterable[S], *, threads: int = 1, depth: int = 1) -> Iterator[T]:
+def ahead(
+    task: Callable[[S], T], items: Iterable[S], *,
+    threads: int = 1, depth: int = 1, leaving: Callable[[], object] = lambda: None,
+) -> Iterator[T]:  # fmt: skip
     """Yield task(item) for each of `items`, in their order.
 
     Args:
@@ -18,6 +21,7 @@ def ahead(task: Callable[[S], T], items: Iterable[S], *, threads: int = 1, depth
         items: Taken by the caller's thread.
         threads: How many tasks run at once.
         depth: How many are begun while the caller works on a result.
+        leaving: Called at the end, or when the caller goes no further, before running tasks are waited for.
     """
     source = iter(items)
     with ThreadPoolExecutor(threads) as pool:
@@ -28,4 +32,5 @@ def ahead(task: Callable[[S], T], items: Iterable[S], *, threads: int = 1, depth
                 coming.extend(pool.submit(task, item) for item in islice(source, 1))
                 yield done.result()
         finally:
+            leaving()
             pool.shutdown(cancel_futures=True)

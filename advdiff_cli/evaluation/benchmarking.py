@@ -6,6 +6,7 @@ Contestants take turns, so that what else the machine does falls on all of them;
 import copy
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm
-from advdiff_cli.models.device import autocast
+from advdiff_cli.models.device import autocast, spread
 from advdiff_cli.purification.defended import DefendedClassifier
 
 PAPER_STEPS = 40
@@ -146,14 +147,20 @@ def _unet_flops(unet: nn.Module, images: Tensor) -> int:
 
 
 def forward_alone(ddpm: Ddpm, images: Tensor, precision: str, device: torch.device) -> Contestant:
-    """Return one evaluation of the U-Net on a batch, as a purifier calls it."""
+    """Return evaluations of the U-Net alone, on a few batches as `purify` computes them: side by side on a CPU."""
     x, t = images[:BATCH].to(device), torch.zeros(BATCH, device=device)
+    at_once = torch.get_num_threads() if device.type == "cpu" else 1
+    batches = 8 * at_once
 
-    def run() -> None:
+    def evaluate(x: Tensor) -> None:
         with torch.inference_mode(), autocast(precision, device):
             ddpm(x, t)
 
-    return Contestant(f"U-Net forward, {precision}", run, BATCH, _ddpm_flops(ddpm, images[:1].to(device)), 1)
+    def run() -> None:
+        deque(spread(lambda _: x, evaluate, range(batches), at_once), 0)
+
+    work = _ddpm_flops(ddpm, images[:1].to(device))
+    return Contestant(f"U-Net forward, {precision}", run, batches * BATCH, work, 1)
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
-from torch import nn
+from torch import Tensor, nn
 
-from advdiff_cli.data.ahead import ahead
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.evaluation.intervals import Estimate, area, mean_of_two, mean_share, wilson
-from advdiff_cli.models.device import onto
+from advdiff_cli.models.device import onto, spread
 from advdiff_cli.purification.defended import DefendedClassifier, finite, judged_at_once
+from advdiff_cli.purification.footprint import batches_that_fit
 
 VOTES = (1, 5, 11, 21)  # draws a majority vote is taken over: odd, there are two classes
 
@@ -71,7 +71,6 @@ class Predictions:
         return Predictions(self.labels[rows], self.p1[rows])
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module, patches: PatchSet, device: torch.device, *,
     draws: int = 1, seed: int = 0, first_draw: int = 0,
@@ -92,7 +91,13 @@ def predict(
     """
     size, n = judged_at_once(model), len(patches)
     batches = (np.minimum(np.arange(s, s + size), n - 1) for s in range(0, n, size))  # full: rows do not depend on N
-    for rows, images in ahead(lambda rows: (rows, onto(patches.read(rows), device)), batches):
+
+    def read(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
+        return rows, onto(patches.read(rows), device)
+
+    @torch.inference_mode()
+    def judged(one: tuple[NDArray[np.int64], Tensor]) -> NDArray[np.float64]:
+        rows, images = one
         if isinstance(model, DefendedClassifier):
             keys = patches.index[rows].tolist()  # what every set made from these rows carries along
             logits = []
@@ -103,7 +108,9 @@ def predict(
             logits = [model(images)]
         where = [patches.keys[i] for i in rows]
         p1 = torch.stack([finite(z, where, patches.path).cpu().double().softmax(1)[:, 1] for z in logits], 1)
-        yield p1[: n - int(rows[0])].numpy()
+        return p1[: n - int(rows[0])].numpy()
+
+    yield from spread(read, judged, batches, batches_that_fit(model, *patches.require_shape(), size, device))
 
 
 def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:

@@ -1,12 +1,21 @@
 """Devices and precisions, resolved once and named explicitly."""
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from itertools import chain, islice
+from threading import Event
+from typing import Literal, TypeVar
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from advdiff_cli.data.ahead import ahead
 from advdiff_cli.errors import AdvdiffError
+
+R = TypeVar("R")
+S = TypeVar("S")
+T = TypeVar("T")
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
@@ -62,3 +71,41 @@ def layout(device: torch.device) -> torch.memory_format:
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor on `device`; CUDA copies it from pinned memory while it computes."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def spread(
+    prepare: Callable[[S], R], compute: Callable[[R], T], batches: Iterable[S], at_once: int
+) -> Iterator[T]:  # fmt: skip
+    """Yield compute(prepare(batch)) for each of `batches`, in their order.
+
+    On a CPU, threads take a batch each through all layers, and share the cores evenly: cores that compute one layer
+    together wait for each other at its end, and for whatever else is done meanwhile.
+
+    Args:
+        prepare: What a thread does ahead of the computation.
+        compute: What is computed; it sets its own grad mode and precision, which belong to a thread.
+        batches: Taken by the caller's thread.
+        at_once: How many are computed side by side, at most; 1 leaves the computation to the caller's thread.
+    """
+    source = iter(batches)
+    first = list(islice(source, at_once))
+    whole = chain(first, source)
+    if len(first) < 2:
+        yield from map(compute, ahead(prepare, whole))
+        return
+    threads, stopped = torch.get_num_threads(), Event()
+
+    def task(batch: S) -> T:
+        torch.set_num_threads(max(1, threads // len(first)))  # of this thread, and of those that are born later
+        return compute(prepare(batch))
+
+    def stop(*_: object) -> None:
+        if stopped.is_set():  # the caller was interrupted, and waits for the threads: what they compute is lost
+            raise InterruptedError
+
+    hook = register_module_forward_pre_hook(stop)
+    try:
+        yield from ahead(task, whole, threads=len(first), depth=len(first) + 1, leaving=stopped.set)
+    finally:
+        hook.remove()
+        torch.set_num_threads(threads)

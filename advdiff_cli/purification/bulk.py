@@ -1,15 +1,15 @@
-"""Purify the rows of a patch set, the next batch being read meanwhile."""
+"""Purify the rows of a patch set, batches side by side on a CPU, the next one being read meanwhile elsewhere."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from advdiff_cli.data.ahead import ahead
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.writer import Batch, PatchWriter
-from advdiff_cli.models.device import autocast, onto
+from advdiff_cli.models.device import autocast, onto, spread
 from advdiff_cli.purification.defended import row_noise
+from advdiff_cli.purification.footprint import batches_that_fit
 from advdiff_cli.purification.purifier import Purifier
 
 
@@ -32,7 +32,11 @@ def purify_rows(
         noise = row_noise(purifier, images, [patches.keys[i] for i in batch.rows], seed=seed, purpose="purify")
         return batch, onto(images, device), onto(noise, device)
 
+    def purified(one: tuple[Batch, Tensor, Tensor]) -> tuple[Batch, Tensor]:
+        return one[0], purify_batch(purifier, *one[1:], precision)
+
+    at_once = batches_that_fit(purifier, *patches.require_shape(), batch_size, device)
     with sink:
-        for batch, images, noise in ahead(read, sink.batches(batch_size)):
-            sink.write(batch, purify_batch(purifier, images, noise, precision).numpy())
+        for batch, clean in spread(read, purified, sink.batches(batch_size), at_once):
+            sink.write(batch, clean.numpy())
             yield batch.count

@@ -21,9 +21,10 @@ from advdiff_cli.data.image_folder import check_file, image_size, read_image, to
 from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.data.source import MIN_SIZE
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.device import onto
+from advdiff_cli.models.device import onto, spread
 from advdiff_cli.purification.bulk import purify_batch
 from advdiff_cli.purification.defended import row_noise
+from advdiff_cli.purification.footprint import batches_that_fit
 from advdiff_cli.purification.purifier import Purifier
 from advdiff_cli.purification.windows import LARGEST
 
@@ -98,8 +99,9 @@ class FilesPurifier:
         """Yield what became of each of `files`, image files below the root."""
         threads = min(_THREADS, os.cpu_count() or 1)
         loaded = ahead(self._load, files, threads=threads, depth=self.batch_size)
-        gathered = ahead(self._ready, _gathered(loaded, self.batch_size))
-        yield from ahead(self._settle, self._purified(gathered), threads=threads, depth=2 * threads)
+        at_once = batches_that_fit(self.purifier, LARGEST, LARGEST, self.batch_size, self.device)
+        computed = spread(self._ready, self._computed, _gathered(loaded, self.batch_size), at_once)
+        yield from ahead(self._settle, self._purified(computed), threads=threads, depth=2 * threads)
 
     def _load(self, file: Path) -> Outcome | _Image:
         key, sha256 = file.relative_to(self.root).as_posix(), None
@@ -124,25 +126,28 @@ class FilesPurifier:
         noise = row_noise(self.purifier, images, [one.key for one in full], seed=self.seed, purpose="purify")
         return _Ready(group, onto(images, self.device), onto(noise, self.device))
 
-    def _purified(self, gathered: Iterable[Outcome | _Image | _Ready]) -> Iterator[Outcome | _Pixels]:
-        for found in gathered:
-            if isinstance(found, _Ready):
-                yield from self._computed(found)
+    def _computed(self, found: Outcome | _Image | _Ready) -> Outcome | _Image | list[_Pixels]:
+        return self._clean(found) if isinstance(found, _Ready) else found
+
+    def _purified(self, computed: Iterable[Outcome | _Image | list[_Pixels]]) -> Iterator[Outcome | _Pixels]:
+        for found in computed:
+            if isinstance(found, list):
+                yield from found
             else:
                 yield self._alone(found) if isinstance(found, _Image) else found
 
-    def _computed(self, batch: _Ready) -> Iterator[_Pixels]:
+    def _clean(self, batch: _Ready) -> list[_Pixels]:
         clean = purify_batch(self.purifier, batch.images, batch.noise, self.precision)
-        for one, image in zip(batch.group, clean, strict=False):
-            height, width = one.size
-            yield one, (image[:, :height, :width] * 255).round().byte().numpy()
+        sizes = [one.size for one in batch.group]
+        cut = [image[:, :h, :w] for image, (h, w) in zip(clean, sizes, strict=False)]  # the last may be there again
+        return [(one, (image * 255).round().byte().numpy()) for one, image in zip(batch.group, cut, strict=True)]
 
     def _alone(self, one: _Image) -> Outcome:
         decoded = _decoded(one)
         if isinstance(decoded, Outcome):
             return decoded
         try:
-            ((_, pixels),) = self._computed(self._batch([decoded], 1))
+            ((_, pixels),) = self._clean(self._batch([decoded], 1))
         except (MemoryError, torch.OutOfMemoryError):
             why = f"{one.file} does not fit memory at so many steps; cut it into tiles, or give fewer --sampler-steps"
             return Outcome(one.key, "failed", why, one.sha256)

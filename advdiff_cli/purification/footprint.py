@@ -1,4 +1,4 @@
-"""How many patches are computed at once: as many as keep the cores busy and the memory holds."""
+"""How many patches, and how many batches of them, are computed at once: what keeps the cores busy and memory holds."""
 
 import math
 from pathlib import Path
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from advdiff_cli.purification.defended import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
-A_THREAD = 8  # patches of 96 x 96 a thread is kept busy by; more at once only leave the caches
+A_BATCH = 16  # patches of 96 x 96 on a CPU: more at once only leave the caches
+A_THREAD = 8  # patches that keep a thread busy where threads share a batch, as they do for gradients
 A_GPU = 512
 _SHARE = 0.5  # of the memory that is free: what the layers put out is not all they need
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-@torch.no_grad()
 def batch_that_fits(
     module: nn.Module, height: int, width: int, device: torch.device, *, n: int | None = None, graph: bool = False
 ) -> int:  # fmt: skip
@@ -30,6 +30,34 @@ def batch_that_fits(
         n: How many images there are: a batch much larger would be filled up.
         graph: Whether gradients are taken, so that what every layer puts out is kept, and its gradient beside it.
     """
+    each = _bytes_each(module, height, width, device) * (2 if graph else 1) + _held(module, height, width)
+    shared = A_THREAD * torch.get_num_threads() if graph else 0
+    busy = A_GPU if device.type != "cpu" else max(A_BATCH, shared)
+    most = min(busy, int(_SHARE * free_memory(device) / each))
+    fits = 1 << max(most.bit_length() - 1, 0)
+    return fits if n is None else min(fits, 1 << (n - 1).bit_length())
+
+
+def batches_that_fit(module: nn.Module, height: int, width: int, batch_size: int, device: torch.device) -> int:
+    """Return how many batches are computed side by side, each by a thread, without gradients: on a CPU alone several.
+
+    Args:
+        module: As for `batch_that_fits`.
+        height: Of an image, in pixels.
+        width: Of an image, in pixels.
+        batch_size: Images in a batch.
+        device: Where the module is.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return 1
+    each = _bytes_each(module, height, width, device) + _held(module, height, width)
+    return max(1, min(threads, int(_SHARE * free_memory(device) / (each * batch_size))))
+
+
+@torch.no_grad()
+def _bytes_each(module: nn.Module, height: int, width: int, device: torch.device) -> int:
+    """Return the bytes that the layers put out for one image."""
     put_out: dict[nn.Module, int] = {}
 
     def note(layer: nn.Module, _: object, output: object) -> None:
@@ -43,11 +71,7 @@ def batch_that_fits(
     finally:
         for hook in hooks:
             hook.remove()
-    each = sum(put_out.values()) * (2 if graph else 1) + _held(module, height, width)
-    busy = A_GPU if device.type != "cpu" else max(16, A_THREAD * torch.get_num_threads())
-    most = min(busy, int(_SHARE * free_memory(device) / each))
-    fits = 1 << max(most.bit_length() - 1, 0)
-    return fits if n is None else min(fits, 1 << (n - 1).bit_length())
+    return sum(put_out.values())
 
 
 def _in_one_step(module: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from torch import nn
 from advdiff_cli.data.writer import begun
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import footprint
-from advdiff_cli.purification.footprint import batch_that_fits, free_memory
+from advdiff_cli.purification.footprint import batch_that_fits, batches_that_fit, free_memory
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ LAYERS = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 8, 1)))
 
 def fitting(monkeypatch, patches, **asked):
     """The batch where twice the memory of so many patches is free, which is more than cores ask for."""
-    monkeypatch.setattr(footprint, "A_THREAD", 10**6)
+    monkeypatch.setattr(footprint, "A_BATCH", 10**6)
     each = 3072 * (2 if asked.get("graph") else 1) + 2 * 768
     monkeypatch.setattr(footprint, "free_memory", lambda device: 2 * patches * each)
     return batch_that_fits(LAYERS, 8, 8, CPU, **asked)
@@ -33,21 +33,33 @@ def test_memory_bounds_the_batch(monkeypatch, graph):
 def test_cores_bound_the_batch(monkeypatch):
     monkeypatch.setattr(footprint, "free_memory", lambda device: 10**15)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    assert batch_that_fits(LAYERS, 8, 8, CPU) == 32
+    assert batch_that_fits(LAYERS, 8, 8, CPU, graph=True) == 32
+    assert batch_that_fits(LAYERS, 8, 8, CPU) == 16  # a thread has one to itself
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert batch_that_fits(LAYERS, 8, 8, CPU) == 16
+    assert batch_that_fits(LAYERS, 8, 8, CPU, graph=True) == 16
+
+
+def test_memory_and_cores_bound_the_batches_side_by_side(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    each = 4 * (3072 + 2 * 768)  # of a batch of four
+    for batches, fit in ((0.1, 1), (1, 1), (3.9, 3), (6, 6), (100, 6)):
+        monkeypatch.setattr(footprint, "free_memory", lambda device, free=batches * 2 * each: int(free))
+        assert batches_that_fit(LAYERS, 8, 8, 4, CPU) == fit
+    assert batches_that_fit(LAYERS, 8, 8, 4, torch.device("cuda")) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert batches_that_fit(LAYERS, 8, 8, 4, CPU) == 1
 
 
 def test_a_batch_is_not_filled_up_for_few_images(monkeypatch):
     monkeypatch.setattr(footprint, "free_memory", lambda device: 10**15)
-    monkeypatch.setattr(footprint, "A_THREAD", 10**6)
+    monkeypatch.setattr(footprint, "A_BATCH", 10**6)
     assert [batch_that_fits(LAYERS, 8, 8, CPU, n=n) for n in (1, 2, 3, 20)] == [1, 2, 4, 32]
 
 
 def test_the_noise_of_every_step_counts_and_one_step_is_computed(monkeypatch, ddpm):
     model = load_ddpm(ddpm)
     monkeypatch.setattr(footprint, "free_memory", lambda device: 10**9)
-    monkeypatch.setattr(footprint, "A_THREAD", 10**6)
+    monkeypatch.setattr(footprint, "A_BATCH", 10**6)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     one, many = (batch_that_fits(DiffusionPurifier(model, 0.3, "ddpm", k), 96, 96, CPU) for k in (1, 300))
