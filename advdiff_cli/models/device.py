@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
-from threading import Event
+from threading import Event, get_ident
 from typing import Literal, TypeVar
 
 import torch
@@ -93,14 +93,15 @@ def spread(
     if len(first) < 2:
         yield from map(compute, ahead(prepare, whole))
         return
-    threads, stopped = torch.get_num_threads(), Event()
+    threads, stopped, workers = torch.get_num_threads(), Event(), set()
 
     def task(batch: S) -> T:
+        workers.add(get_ident())
         torch.set_num_threads(max(1, threads // len(first)))  # of this thread, and of those that are born later
         return compute(prepare(batch))
 
     def stop(*_: object) -> None:
-        if stopped.is_set():  # the caller was interrupted, and waits for the threads: what they compute is lost
+        if stopped.is_set() and get_ident() in workers:  # the caller was interrupted, and waits for them
             raise InterruptedError
 
     hook = register_module_forward_pre_hook(stop)
