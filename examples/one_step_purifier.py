@@ -18,11 +18,12 @@ import typer
 from torch.nn.functional import cross_entropy, mse_loss
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.provenance import provenance, recipe
 from advdiff_cli.data.streams import stream
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import Purification, load_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision
-from advdiff_cli.models.zoo import find_classifier, find_ddpm
+from advdiff_cli.models.zoo import find_classifier, find_ddpm, fingerprint
 from advdiff_cli.purification import DiffusionPurifier
 from advdiff_cli.training.augment import turn
 from advdiff_cli.training.descent import cosine
@@ -49,7 +50,8 @@ def main(
     precision = resolve_precision("auto", chip)
     model = load_ddpm(find_ddpm(ddpm)).to(chip).train()
     judge = classifier and load_classifier(find_classifier(classifier)).to(chip).requires_grad_(False)
-    rows = TrainingRows([open_patches(name) for name in train], labelled=bool(judge))
+    sets = [open_patches(name) for name in train]
+    rows = TrainingRows(sets, labelled=bool(judge))
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
     for step, (images, labels) in enumerate(rows.batches(0, steps, batch_size, seed)):
         rng = stream(seed, "augment", step)
@@ -74,8 +76,12 @@ def main(
         optimizer.step()
         if step % 20 == 0 or step == steps - 1:
             print(f"step {step + 1} of {steps}: loss {loss.item():.4f}", flush=True)
+    told = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "t_star": t_star, "seed": seed}
+    inputs = {"data": [s.recipe_input() for s in sets], "init": fingerprint(find_ddpm(ddpm))}
+    inputs["classifier"] = fingerprint(find_classifier(classifier)) if classifier else None
+    made_by = provenance(recipe("one_step_purifier.py", told | {"precision": precision}, **inputs), device=chip.type)
     settings = Purification(t_star[1], sampler_steps=1)
-    model.card = replace(model.card, recommended=settings, provenance=None)  # the weights are no longer train-ddpm's
+    model.card = replace(model.card, recommended=settings, provenance=made_by)
     save_ddpm(model.cpu().eval(), out)
 
 

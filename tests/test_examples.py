@@ -15,7 +15,7 @@ import torch
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import Purification, load_ddpm
-from advdiff_cli.models.zoo import find_classifier, find_ddpm
+from advdiff_cli.models.zoo import find_classifier, find_ddpm, fingerprint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -176,7 +176,7 @@ def test_batchnorm_collapse():
 
 @pytest.mark.parametrize("classifier", [None, "synthetic-classifier"])
 def test_one_step_purifier(test_x, tmp_path, classifier):
-    """A diffusion model of the same form, whose weights have moved and are no longer said to be train-ddpm's."""
+    """A diffusion model of the same form, whose weights have moved, and which says so."""
     before = load_ddpm(find_ddpm("synthetic-ddpm"))
     options = {"classifier": classifier, "steps": 2, "batch_size": 2}
     example("one_step_purifier").main("synthetic-ddpm", [str(test_x)], tmp_path / "d", **options)
@@ -184,4 +184,8 @@ def test_one_step_purifier(test_x, tmp_path, classifier):
     moved = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
     assert 0 < max(moved) < 1e-2
     settings = Purification(0.2, sampler_steps=1)
-    assert after.card == replace(before.card, recommended=settings, provenance=None)
+    made = after.card.provenance["recipe"]
+    assert (made["command"], made["parameters"]["steps"]) == ("one_step_purifier.py", 2)
+    assert made["init"] == fingerprint(find_ddpm("synthetic-ddpm"))
+    assert (made["classifier"] is None) == (classifier is None)
+    assert after.card == replace(before.card, recommended=settings, provenance=after.card.provenance)
