@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Peak memory and time of purify and attack over the number of patches, and of a gradient over draws and steps.
 
-    python benchmarks/memory.py WORK_DIR [--sizes 1000 10000]
+    python benchmarks/memory.py WORK_DIR [--sizes 1000 10000] [--forms safetensors hdf5 pcam folder]
 
 Random patches of 96x96 in each form; `purify` with one step of the bundled synthetic-ddpm, `attack` with one on the
 bundled synthetic-classifier, each in a process of its own, whose peak resident memory (VmHWM) and seconds in all
@@ -22,6 +22,8 @@ import h5py
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
+
+FORMS = ["safetensors", "hdf5", "pcam", "folder"]
 
 
 def make(form: str, n: int, folder: Path) -> Path:
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="*", default=[1000, 10_000], help="numbers of patches; none: gradients alone"
     )
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="forms of patch sets")
     parser.add_argument("-m", dest="ddpm", default="pcam-ddpm", help="diffusion model of the gradients")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ def main() -> None:
     if not args.sizes:
         return
     print(f"{'peak memory and time':23}{'  '.join(f'n = {n:<14}' for n in args.sizes)}")
-    for form in ("safetensors", "hdf5", "pcam", "folder"):
+    for form in args.forms:
         sets = [make(form, n, args.work) for n in args.sizes]
         split = ["--split", "test"] if form == "pcam" else []
         outs = {"purify": ".h5" if form == "hdf5" else ".safetensors", "attack": ".safetensors"}

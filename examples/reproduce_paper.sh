@@ -12,7 +12,7 @@ set -euo pipefail
 shopt -s inherit_errexit
 PCAM=$1 OUT=$2
 : "${ARCH:=resnet18}" "${ROBUST_ARCH:=googlenet}"  # the classifier, and the one trained adversarially (the paper's)
-: "${EPOCHS:=12}" "${STEPS:=4500}" "${PRESET:=s2d2}" # classifier epochs, DDPM optimiser steps and size
+: "${EPOCHS:=12}" "${STEPS:=12000}" "${PRESET:=tiny}" # classifier epochs, DDPM optimiser steps and size
 : "${MORE_EPOCHS:=4}"                              # of the classifiers that go on from the plain one
 : "${NOISE:=0.085}"                                # t* of the noise that one of them is trained on
 : "${ADAPT_T_STARS:=0.2 0.25}"                     # t* of the purified patches that another is trained on

@@ -62,3 +62,5 @@ def test_bench_end_to_end(advdiff, ddpm, classifier, tmp_path):
     assert found["ratios"]["purify, times diffusers in batches, a U-Net evaluation"] == pytest.approx(times / 40)
     assert all(share > 0 for share in found["of_ceiling"].values())
     assert found["purify_outside_unet"] < 1
+    copied = next(m for m in found["measured"] if m["name"] == "reading and writing alone")
+    assert found["reading_and_writing"] == pytest.approx(purify["patches_per_second"] / copied["patches_per_second"])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PURIFY = "advdiff purify"
 _TRAIN = "advdiff training step"
+_COPY = "reading and writing alone"
 _COMPILED = ", compiled"
 
 
@@ -64,6 +65,7 @@ def bench(
         command += [*(["-m", ddpm] if ddpm else []), *(["--allow-pickle"] if allow_pickle else [])]
         purify = Contestant(_PURIFY, lambda: run_command(ctx, command, heard=False), number)
         contestants = _contestants(purify, defence, alone, paper, compiled, exact, chip, data)
+        contestants.append(_copying(data, number))
         with console.progress(rounds + 1, "bench: rounds, the first to warm up", quiet=quiet) as advance:
             found = measure(contestants, rounds, chip, advance)
     product = f"matrix product, {exact}"
@@ -81,6 +83,7 @@ def bench(
             for name in (_PURIFY, f"U-Net forward, {exact}")
         },
         "purify_outside_unet": 1 - steps * forward / found[_PURIFY].patch_seconds,
+        "reading_and_writing": found[_COPY].patch_seconds / found[_PURIFY].patch_seconds,
         "measured": [timing.as_dict() for timing in found.values()],
     }
     rate = found[_PURIFY].as_dict()["patches_per_second"]
@@ -169,6 +172,25 @@ def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path, how: str = ""
     return Contestant(_TRAIN + how, lambda: next(records), BATCH)
 
 
+def _copying(data: Path, number: int) -> "Contestant":
+    """Return the reading and writing of a purification of `data`, batch by batch, with nothing between them."""
+    from advdiff_cli.data.patches import open_patches
+    from advdiff_cli.data.provenance import recipe
+    from advdiff_cli.data.writer import PatchWriter, shard_rows
+    from advdiff_cli.evaluation.benchmarking import BATCH, Contestant
+
+    patches = open_patches(data)
+    shape, part, made_by = patches.require_shape(), shard_rows(number, BATCH, None), recipe("bench", {})
+
+    def run() -> None:
+        sink = PatchWriter(data.with_name("copy.safetensors"), made_by, patches, part, shape=shape, overwrite=True)
+        with sink:
+            for batch in sink.batches(BATCH):
+                sink.write(batch, patches.read(batch.rows))
+
+    return Contestant(_COPY, run, number)
+
+
 def _text(result: dict[str, Any]) -> str:
     ratios = [(name, f"{value:,.1f}") for name, value in result["ratios"].items()]
     shares = [(name, f"{100 * value:.0f} %") for name, value in result["of_ceiling"].items()]
@@ -191,5 +213,8 @@ def _text(result: dict[str, Any]) -> str:
         console.table((f"FLOP/s of a matrix product's, {result['precision']}", "share"), shares),
         console.table(head, rows),
     ]
-    outside = f"{100 * result['purify_outside_unet']:.0f} % of purify's time is outside its U-Net"
+    outside = (
+        f"{100 * result['purify_outside_unet']:.0f} % of purify's time is outside its U-Net; reading and writing alone "
+        f"take {100 * result['reading_and_writing']:.1f} %, in part at the same time as computing"
+    )
     return "\n\n".join(tables) + f"\n{outside}; {result['device']}, {result['threads']} threads"

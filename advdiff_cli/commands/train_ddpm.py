@@ -7,7 +7,7 @@ import typer
 from advdiff_cli import console, options
 from advdiff_cli.commands.training import fit_precision, follow, open_sets, shared
 
-_BATCH = 16
+_BATCH = 32
 
 
 def train_ddpm(
@@ -16,15 +16,17 @@ def train_ddpm(
     valid: Annotated[str | None, typer.Option(help="Patch set for the validation loss and the picture.")] = None,
     preset: Annotated[
         Literal["paper", "s2d2", "s2d4", "tiny"],
-        typer.Option(help="The paper's U-Net, a small one on space-to-depth by 2 or 4, or one for trials."),
-    ] = "s2d2",
+        typer.Option(help="The paper's U-Net, a small one on space-to-depth by 2 or 4, or pcam-ddpm's (tiny)."),
+    ] = "tiny",
     max_t: Annotated[float, typer.Option(min=1e-3, max=1.0, help="Train noise levels up to this fraction of T.")] = 1.0,
     data_range: Annotated[
         Literal["-1,1", "0,1"], typer.Option(help="What pixels are scaled to; 0,1 is what the paper's model saw.")
     ] = "-1,1",
     init: Annotated[str | None, typer.Option(help="Start from this model's weights.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 10_000,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 3e-4,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 12_000,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of the cosine cycle.", show_default="1e-3 for tiny, else 3e-4")
+    ] = None,
     ema: Annotated[float, typer.Option(min=0.0, max=1.0, help="Decay of the weights' moving average.")] = 0.999,
     split: options.Split = None,
     batch_size: options.FixedBatch = _BATCH,
@@ -38,6 +40,8 @@ def train_ddpm(
     quiet: options.Quiet = False,
 ) -> None:
     """Train a diffusion model on patches, labelled or not; diffusers loads the folder it writes.
+
+    The defaults but --max-t are those of the bundled pcam-ddpm, which has 0.3 and is a purifier and no generator.
 
     Along the way it writes the validation loss of each noise level (training.jsonl) and a picture of clean, noised and
     denoised patches (samples.png). Run again after an interruption, it ends in the same weights as an uninterrupted
@@ -54,12 +58,13 @@ def train_ddpm(
     from advdiff_cli.training.fit_ddpm import GRID, DdpmPlan, fit_ddpm
     from advdiff_cli.training.rows import TrainingRows
 
-    options.need_positive(learning_rate=learning_rate)
+    rate = (1e-3 if preset == "tiny" else 3e-4) if learning_rate is None else learning_rate
+    options.need_positive(learning_rate=rate)
     chip = resolve_device(device)
     recorded = zoo.recorded_recipe(out)
     sets, valid_set = open_sets(data, valid, split)
     exact = fit_precision(precision, out, recorded, chip)
-    plan = DdpmPlan(steps, batch_size or _BATCH, learning_rate, ema, max_t, seed, exact)
+    plan = DdpmPlan(steps, batch_size or _BATCH, rate, ema, max_t, seed, exact)
     made_by = recipe(
         "train-ddpm",
         plan.parameters()

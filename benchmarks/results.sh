@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Every table that rests on the bundled models, made again: those of the README's "Results" on real patches, and those of
+# benchmarks/README.md on steps.
+#
+#   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]      # sections: blind choose ladder steps sampler paper; all by default
+#
+# PCAM_DIR holds pcam/camelyonpatch_level_2_split_*_x.h5 and may hold images/lossless_valid. What is made is kept in OUT_DIR
+# and resumed: run it again after an interruption, and run sections beside each other, a thread each (OMP_NUM_THREADS=1).
+# Each step leaves its figures as OUT_DIR/NAME.json, a sweep or a ladder its own folder.
+set -euo pipefail
+shopt -s inherit_errexit
+PCAM=$1 OUT=$2
+shift 2
+mkdir -p "$OUT"
+TEST=$PCAM/pcam/camelyonpatch_level_2_split_test_x.h5 VALID=$PCAM/pcam/camelyonpatch_level_2_split_valid_x.h5
+LOSSLESS=$PCAM/images/lossless_valid
+frozen=(-c pcam-resnet18 -m pcam-ddpm) adapted=(-c pcam-resnet18-adapted -m pcam-ddpm)
+
+evaluate() { # NAME SETS AND OPTIONS...
+    local name=$1
+    shift
+    advdiff evaluate "$@" --json >"$OUT/$name.json.part"
+    mv "$OUT/$name.json.part" "$OUT/$name.json"
+}
+purify() { advdiff purify "$1" -o "$OUT/$2.safetensors" -q "${@:3}"; } # SET NAME OPTIONS...
+
+blind() { # the attack knows the classifier alone
+    local set
+    for set in test lossless; do
+        local data=$TEST
+        [ $set = test ] || data=$LOSSLESS
+        [ -e "$data" ] || continue
+        local adv=$OUT/$set-adv.safetensors
+        advdiff attack "$data" -c pcam-resnet18 -o "$adv" -q
+        purify "$data" $set-clean-ddpm
+        purify "$adv" $set-adv-ddpm
+        purify "$data" $set-clean-noise --defense noise --t-star 0.085
+        purify "$adv" $set-adv-noise --defense noise --t-star 0.085
+        evaluate $set-blind "$data" "$adv" "$OUT"/$set-{clean,adv}-{ddpm,noise}.safetensors -c pcam-resnet18
+    done
+}
+
+choose() { # t*, on valid: blind, and under an attack through the purification
+    local some=("$VALID" --over t-star --shuffle-seed 1 --sampler-steps 1)
+    advdiff sweep "${some[@]}" "${frozen[@]}" --values 0.1,0.15,0.2,0.25,0.3 --limit 512 --steps 20 -o "$OUT/choose-blind" -q
+    local through=(--limit 256 --gradient full --steps 10 --eot 4 --draws 11)
+    advdiff sweep "${some[@]}" "${frozen[@]}" --values 0.15,0.2,0.25,0.3 "${through[@]}" -o "$OUT/choose-frozen" -q
+    advdiff sweep "${some[@]}" "${adapted[@]}" --values 0.15,0.2,0.25 "${through[@]}" --rule robust -o "$OUT/choose-adapted" -q
+}
+
+ladder() {
+    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 96 -o "$OUT/ladder"
+    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 1581 --only clean --only random --only blind -o "$OUT/ladder-all"
+    advdiff robustness "$TEST" "${frozen[@]}" --t-star 0.25 --limit 96 -o "$OUT/ladder-frozen"
+}
+
+steps() { # of the same t*; then 40 of diffusers' scheduler at the t* that is best for them on valid
+    local valid=("$VALID" "${frozen[@]}" --shuffle-seed 1) menu=(--over sampler-steps --values 1,2,4,8,40 --t-star 0.25)
+    advdiff sweep "${valid[@]}" "${menu[@]}" --limit 200 --steps 20 -o "$OUT/steps-blind" -q
+    advdiff sweep "${valid[@]}" "${menu[@]}" --limit 64 --gradient full --steps 10 --eot 2 --draws 5 -o "$OUT/steps-through" -q
+    local t
+    t=$(advdiff sweep "${valid[@]}" --over t-star --values 0.1,0.15,0.2,0.25 --sampler-steps 40 --limit 200 --steps 20 \
+        -o "$OUT/forty" -q)
+    local forty=(--t-star "$t" --sampler ddpm --sampler-steps 40) adv=$OUT/test-adv.safetensors
+    advdiff attack "$TEST" -c pcam-resnet18 -o "$adv" -q
+    purify "$TEST" test-clean-ddpm
+    purify "$adv" test-adv-ddpm
+    purify "$TEST" test-clean-40 "${forty[@]}"
+    purify "$adv" test-adv-40 "${forty[@]}"
+    evaluate forty-blind "$OUT"/test-{clean,adv}-{ddpm,40}.safetensors -c pcam-resnet18
+    local few=(--shuffle-seed 0 --limit 32) how=(--steps 10 --eot 4)
+    advdiff attack "$TEST" "${few[@]}" "${frozen[@]}" "${how[@]}" -o "$OUT/through-1.safetensors" -q
+    advdiff attack "$TEST" "${few[@]}" "${frozen[@]}" "${forty[@]}" "${how[@]}" -o "$OUT/through-40.safetensors" -q
+    judge through-1 "$OUT/through-1.safetensors" "${few[@]}" --draws 11
+    judge through-40 "$OUT/through-40.safetensors" "${few[@]}" "${forty[@]}" --draws 11
+    advdiff compare "$OUT"/through-{1,40}.csv --json >"$OUT/through-compared.json"
+}
+judge() { # NAME ATTACKED OPTIONS...: the purified classifier on plain and attacked patches, every draw kept
+    evaluate "$1" "$TEST" "$2" "${frozen[@]}" "${@:3}" --predictions "$OUT/$1.csv"
+}
+
+sampler() { # the paper's: all steps of t* 0.04, and of 0.085, where its model on [0, 1] has the same relative noise
+    local n
+    advdiff attack "$TEST" --shuffle-seed 0 --limit 256 -c pcam-resnet18 --steps 50 -o "$OUT/sampler-blind.safetensors" -q
+    for n in 40 85; do
+        local all=(--t-star "$(printf 0.%03d $n)" --sampler ddpm --sampler-steps $n)
+        local name=sampler-$n few=(--shuffle-seed 0 --limit 32)
+        judge $name-blind "$OUT/sampler-blind.safetensors" --shuffle-seed 0 --limit 256 "${all[@]}" --draws 1
+        for gradient in full bpda; do
+            advdiff attack "$TEST" "${few[@]}" "${frozen[@]}" "${all[@]}" --gradient $gradient --steps 10 --eot 4 \
+                -o "$OUT/$name-$gradient.safetensors" -q
+            judge $name-$gradient "$OUT/$name-$gradient.safetensors" "${few[@]}" "${all[@]}" --draws 5
+        done
+    done
+}
+
+paper() { # the paper's experiment with the bundled models; the other classifiers are trained, or taken from OUT_DIR/paper
+    PLAIN=pcam-resnet18 DDPM=pcam-ddpm ADAPTED=pcam-resnet18-adapted EPOCHS=4 MORE_EPOCHS=2 N=200 TEST_N=256 ATTACK_STEPS=20 \
+        EOT=4 DRAWS=11 ADAPTIVE_N=64 ADAPTIVE_STEPS=10 QUERIES=50 ADVERSARIAL_OPTIONS="--attack-steps 1" \
+        OTHER_ARCHS="googlenet shufflenet_v2_x1_0" "$(dirname "$0")/../examples/reproduce_paper.sh" "$PCAM" "$OUT/paper"
+}
+
+[ $# -gt 0 ] || set -- blind choose ladder steps sampler paper
+for section; do
+    declare -F "$section" >/dev/null || { echo "$0: no section called $section" >&2 && exit 2; }
+    "$section"
+done
