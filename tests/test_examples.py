@@ -38,7 +38,7 @@ def test_reproduce_paper(run, patches, tmp_path):
         "TRAINING_STEPS": "1", "T_STARS": "0.02,0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1",
         "ADAPTIVE_STEPS": "1", "EOT": "1", "QUERIES": "2",
         "NOISED": "synthetic-classifier",  # a model that is there already is not trained
-        "PRESET": "tiny", "ARCH": "shufflenet_v2_x0_5", "ROBUST_ARCH": "squeezenet1_1", "OTHER_ARCHS": "squeezenet1_1",
+        "ARCH": "shufflenet_v2_x0_5", "ROBUST_ARCH": "squeezenet1_1", "OTHER_ARCHS": "squeezenet1_1",
         "CLASSIFIER_OPTIONS": "--batch-size 16", "DDPM_OPTIONS": "--batch-size 4",
         "ADVERSARIAL_OPTIONS": "--attack-steps 1",
     }  # fmt: skip
