@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Every table that rests on the bundled models, made again: those of the README's "Results" on real patches, and those of
-# benchmarks/README.md on steps.
+# Every table that rests on pcam-ddpm and the classifier adapted to it, made again: those of the README's "Results" on real
+# patches, and those of benchmarks/README.md on steps.
 #
 #   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]      # sections: blind choose ladder steps sampler paper; all by default
 #
 # PCAM_DIR holds pcam/camelyonpatch_level_2_split_*_x.h5 and may hold images/lossless_valid. What is made is kept in OUT_DIR
-# and resumed: run it again after an interruption, and run sections beside each other, a thread each (OMP_NUM_THREADS=1).
+# and resumed: run it again after an interruption. Sections may run beside each other, a thread each (OMP_NUM_THREADS=1), but
+# `blind` and `steps` share files.
 # Each step leaves its figures as OUT_DIR/NAME.json, a sweep or a ladder its own folder.
 set -euo pipefail
 shopt -s inherit_errexit
@@ -29,7 +30,7 @@ blind() { # the attack knows the classifier alone
     for set in test lossless; do
         local data=$TEST
         [ $set = test ] || data=$LOSSLESS
-        [ -e "$data" ] || continue
+        [ $set = test ] || [ -d "$data" ] || continue
         local adv=$OUT/$set-adv.safetensors
         advdiff attack "$data" -c pcam-resnet18 -o "$adv" -q
         purify "$data" $set-clean-ddpm
@@ -103,5 +104,5 @@ paper() { # the paper's experiment with the bundled models; the other classifier
 [ $# -gt 0 ] || set -- blind choose ladder steps sampler paper
 for section; do
     declare -F "$section" >/dev/null || { echo "$0: no section called $section" >&2 && exit 2; }
-    "$section"
 done
+for section; do "$section"; done

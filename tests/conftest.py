@@ -114,6 +114,14 @@ def _synthesize(root):
             Image.fromarray(image).save(folder / f"{kind}{i}.tif")
 
 
+@pytest.fixture
+def threads():
+    """Set the number of torch's threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def test_x(patches):
     return patches / "pcam" / "camelyonpatch_level_2_split_test_x.h5"

@@ -191,18 +191,27 @@ def test_a_closed_pipe_is_no_traceback(command, advdiff, steps, classifier):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_one_line_and_resumable(signum, code, test_x, classifier, tmp_path):
-    out = tmp_path / "adv.safetensors"
-    command = [test_x, "-c", classifier, "-o", out, "--steps", 200, "--batch-size", 2, "--limit", 10]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "advdiff_cli", "attack", *map(str, command)], stderr=subprocess.PIPE, text=True
+@pytest.mark.parametrize(
+    ("command", "signum", "code"),
+    [("attack", signal.SIGINT, 130), ("purify", signal.SIGINT, 130), ("purify", signal.SIGTERM, 143)],
+)
+def test_a_signal_is_one_line_and_resumable(command, signum, code, test_x, classifier, ddpm, tmp_path):
+    out = tmp_path / "out.safetensors"
+    how = (
+        ["-c", classifier, "--steps", 200]
+        if command == "attack"
+        else ["-m", ddpm, "--t-star", 0.3, "--sampler-steps", 300]
     )
+    words = [command, test_x, *how, "-o", out, "--batch-size", 2, "--limit", 10]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "advdiff_cli", *map(str, words)],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "3"},
+    )  # fmt: skip
     _wait_for(out.with_name(out.name + ".part.rows"))
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert re.fullmatch(r"advdiff: error: stopped by a signal.*\n", err)
+    assert re.fullmatch(r"(.*: t\* .*\n)?advdiff: error: stopped by a signal.*\n", err)
     assert not out.exists()
 
 

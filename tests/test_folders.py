@@ -374,6 +374,29 @@ def test_large_images_are_read_computed_and_written_one_at_a_time(advdiff, ddpm,
     assert most == [1] * 5
 
 
+def test_a_large_image_waits_for_the_batches_before_it(advdiff, ddpm, tmp_path, monkeypatch, threads):
+    """Memory is granted to them or to it."""
+    (tmp_path / "in").mkdir()
+    for k in range(9):
+        size = (32, 400) if k in (4, 6) else (32, 32)
+        Image.fromarray(np.full((*size, 3), 20 * k, np.uint8)).save(tmp_path / "in" / f"{k}.png")
+    computing, most = [], []
+
+    def compute(purifier, images, noise, precision):
+        computing.append(max(images.shape[-2:]) > 384)
+        most.append(not any(computing) or len(computing) == 1)
+        time.sleep(0.02)
+        most.append(not any(computing) or len(computing) == 1)
+        computing.pop()
+        return images
+
+    monkeypatch.setattr(purification_files, "purify_batch", compute)
+    threads(3)
+    assert purify(advdiff, tmp_path / "in", tmp_path / "out", ddpm, "--batch-size", 1).json["purified"] == 9
+    assert len(most) == 18
+    assert all(most)
+
+
 def test_a_file_with_spoilt_exif_is_named_and_the_others_go_on(advdiff, tmp_path, ddpm):
     root = tmp_path / "in"
     root.mkdir()

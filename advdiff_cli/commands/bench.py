@@ -130,13 +130,15 @@ def _contestants(
 
     from advdiff_cli.data.synthetic import SyntheticSource
     from advdiff_cli.evaluation import benchmarking as b
+    from advdiff_cli.purification.footprint import batches_that_fit
     from advdiff_cli.purification.purifier import DiffusionPurifier
 
     images = torch.from_numpy(SyntheticSource(b.BATCH, 0).read(np.arange(b.BATCH))).float() / 255
     purifier = defence.before(alone, chip, exact).purifier
     assert isinstance(purifier, DiffusionPurifier)
     model, steps = purifier.ddpm, len(purifier.indices)
-    forward = b.forward_alone(model, images, exact, chip)
+    at_once = batches_that_fit(purifier, images.shape[2], images.shape[3], b.BATCH, chip)
+    forward = b.forward_alone(model, images, exact, chip, at_once)
     found = [b.matrix_product(exact, chip), *([b.papers_loop(images, chip)] if paper else [])]
     found += [b.diffusers_in_batches(model, images, chip)]
     found += [replace(purify, flops=steps * forward.flops, unet_evaluations=steps), forward]
@@ -186,7 +188,7 @@ def _copying(data: Path, number: int) -> "Contestant":
         sink = PatchWriter(data.with_name("copy.safetensors"), made_by, patches, part, shape=shape, overwrite=True)
         with sink:
             for batch in sink.batches(BATCH):
-                sink.write(batch, patches.read(batch.rows))
+                sink.write(batch, patches.read(batch.rows).numpy())
 
     return Contestant(_COPY, run, number)
 

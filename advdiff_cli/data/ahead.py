@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -25,8 +25,9 @@ def ahead(
     """
     source = iter(items)
     with ThreadPoolExecutor(threads) as pool:
-        coming = deque(pool.submit(task, item) for item in islice(source, depth))
+        coming = deque[Future[T]]()
         try:
+            coming.extend(pool.submit(task, item) for item in islice(source, depth))
             while coming:
                 done = coming.popleft()
                 coming.extend(pool.submit(task, item) for item in islice(source, 1))

@@ -146,11 +146,10 @@ def _unet_flops(unet: nn.Module, images: Tensor) -> int:
     return flops(lambda: unet(images, torch.zeros(len(images), device=images.device))) // len(images)
 
 
-def forward_alone(ddpm: Ddpm, images: Tensor, precision: str, device: torch.device) -> Contestant:
-    """Return evaluations of the U-Net alone, on a few batches as `purify` computes them: side by side on a CPU."""
+def forward_alone(ddpm: Ddpm, images: Tensor, precision: str, device: torch.device, at_once: int) -> Contestant:
+    """Return evaluations of the U-Net alone, on a few batches as `purify` computes them: `at_once` side by side."""
     x, t = images[:BATCH].to(device), torch.zeros(BATCH, device=device)
-    at_once = torch.get_num_threads() if device.type == "cpu" else 1
-    batches = 8 * at_once
+    batches = 8 * max(1, at_once)
 
     def evaluate(x: Tensor) -> None:
         with torch.inference_mode(), autocast(precision, device):

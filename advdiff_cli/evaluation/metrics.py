@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.evaluation.intervals import Estimate, area, mean_of_two, mean_share, wilson
 from advdiff_cli.models.device import onto, spread
+from advdiff_cli.models.foreign import TwoLogits
 from advdiff_cli.purification.defended import DefendedClassifier, finite, judged_at_once
 from advdiff_cli.purification.footprint import batches_that_fit
 
@@ -110,7 +111,9 @@ def predict(
         p1 = torch.stack([finite(z, where, patches.path).cpu().double().softmax(1)[:, 1] for z in logits], 1)
         return p1[: n - int(rows[0])].numpy()
 
-    yield from spread(read, judged, batches, batches_that_fit(model, *patches.require_shape(), size, device))
+    stateful = any(isinstance(m, TwoLogits) for m in model.modules())  # as modules of others may be
+    at_once = 0 if stateful else batches_that_fit(model, *patches.require_shape(), size, device)
+    yield from spread(read, judged, batches, at_once)
 
 
 def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain, islice
 from threading import Event, get_ident
 from typing import Literal, TypeVar
 
@@ -78,26 +77,29 @@ def spread(
 ) -> Iterator[T]:  # fmt: skip
     """Yield compute(prepare(batch)) for each of `batches`, in their order.
 
-    On a CPU, threads take a batch each through all layers, and share the cores evenly: cores that compute one layer
-    together wait for each other at its end, and for whatever else is done meanwhile.
+    On a CPU, threads take a batch each through all layers: cores that compute one layer together wait for each other at
+    its end, and for whatever else is done meanwhile. A batch has one core even where others are idle, since what layers
+    compute in fp32 depends on the number that share them.
 
     Args:
         prepare: What a thread does ahead of the computation.
         compute: What is computed; it sets its own grad mode and precision, which belong to a thread.
         batches: Taken by the caller's thread.
-        at_once: How many are computed side by side, at most; 1 leaves the computation to the caller's thread.
+        at_once: How many are computed side by side, at most; 0 leaves the computation to the caller's thread and to
+            what it computes on, all cores or a GPU.
     """
-    source = iter(batches)
-    first = list(islice(source, at_once))
-    whole = chain(first, source)
-    if len(first) < 2:
-        yield from map(compute, ahead(prepare, whole))
-        return
     threads, stopped, workers = torch.get_num_threads(), Event(), set()
+    if at_once < 2:
+        torch.set_num_threads(at_once or threads)
+        try:
+            yield from map(compute, ahead(prepare, batches))
+        finally:
+            torch.set_num_threads(threads)
+        return
 
     def task(batch: S) -> T:
         workers.add(get_ident())
-        torch.set_num_threads(max(1, threads // len(first)))  # of this thread, and of those that are born later
+        torch.set_num_threads(1)  # of this thread, and of those that are born later
         return compute(prepare(batch))
 
     def stop(*_: object) -> None:
@@ -106,7 +108,7 @@ def spread(
 
     hook = register_module_forward_pre_hook(stop)
     try:
-        yield from ahead(task, whole, threads=len(first), depth=len(first) + 1, leaving=stopped.set)
+        yield from ahead(task, batches, threads=at_once, depth=at_once + 1, leaving=stopped.set)
     finally:
         hook.remove()
         torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ windows, would fill the memory so: each is read, computed and written alone.
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,8 @@ class FilesPurifier:
         """Yield what became of each of `files`, image files below the root."""
         threads = min(_THREADS, os.cpu_count() or 1)
         loaded = ahead(self._load, files, threads=threads, depth=self.batch_size)
-        at_once = batches_that_fit(self.purifier, LARGEST, LARGEST, self.batch_size, self.device)
-        computed = spread(self._ready, self._computed, _gathered(loaded, self.batch_size), at_once)
-        yield from ahead(self._settle, self._purified(computed), threads=threads, depth=2 * threads)
+        gathered = _gathered(loaded, self.batch_size)
+        yield from ahead(self._settle, self._purified(gathered), threads=threads, depth=2 * threads)
 
     def _load(self, file: Path) -> Outcome | _Image:
         key, sha256 = file.relative_to(self.root).as_posix(), None
@@ -116,7 +116,7 @@ class FilesPurifier:
         one = _Image(file, key, sha256, size, {})
         return one if max(size) > LARGEST else _decoded(one)
 
-    def _ready(self, found: Outcome | _Image | list[_Image]) -> Outcome | _Image | _Ready:
+    def _ready(self, found: Outcome | list[_Image]) -> Outcome | _Ready:
         return self._batch(found, self.batch_size) if isinstance(found, list) else found
 
     def _batch(self, group: list[_Image], size: int) -> _Ready:
@@ -126,15 +126,18 @@ class FilesPurifier:
         noise = row_noise(self.purifier, images, [one.key for one in full], seed=self.seed, purpose="purify")
         return _Ready(group, onto(images, self.device), onto(noise, self.device))
 
-    def _computed(self, found: Outcome | _Image | _Ready) -> Outcome | _Image | list[_Pixels]:
-        return self._clean(found) if isinstance(found, _Ready) else found
+    def _computed(self, found: Outcome | _Ready) -> list[Outcome] | list[_Pixels]:
+        return self._clean(found) if isinstance(found, _Ready) else [found]
 
-    def _purified(self, computed: Iterable[Outcome | _Image | list[_Pixels]]) -> Iterator[Outcome | _Pixels]:
-        for found in computed:
-            if isinstance(found, list):
-                yield from found
+    def _purified(self, gathered: Iterable[Outcome | _Image | list[_Image]]) -> Iterator[Outcome | _Pixels]:
+        """Compute batches side by side, and large images when those before them are done."""
+        at_once = batches_that_fit(self.purifier, LARGEST, LARGEST, self.batch_size, self.device)
+        for large, found in groupby(gathered, lambda one: isinstance(one, _Image)):
+            if large:
+                yield from (self._alone(one) for one in found if isinstance(one, _Image))
             else:
-                yield self._alone(found) if isinstance(found, _Image) else found
+                small = (one for one in found if not isinstance(one, _Image))
+                yield from chain.from_iterable(spread(self._ready, self._computed, small, at_once))
 
     def _clean(self, batch: _Ready) -> list[_Pixels]:
         clean = purify_batch(self.purifier, batch.images, batch.noise, self.precision)

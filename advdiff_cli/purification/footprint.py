@@ -23,7 +23,7 @@ def batch_that_fits(
     """Return a power of two of images (3, height, width) for `module` to compute at once.
 
     Args:
-        module: A purifier, a classifier or a defended one; called once, with one image and one step.
+        module: A purifier, a classifier or a defended one; called once, with two images and one step.
         height: Of an image, in pixels.
         width: Of an image, in pixels.
         device: Where the module is.
@@ -39,7 +39,7 @@ def batch_that_fits(
 
 
 def batches_that_fit(module: nn.Module, height: int, width: int, batch_size: int, device: torch.device) -> int:
-    """Return how many batches are computed side by side, each by a thread, without gradients: on a CPU alone several.
+    """Return how many batches are computed side by side, each by a thread, without gradients; 0 where not on a CPU.
 
     Args:
         module: As for `batch_that_fits`.
@@ -50,7 +50,7 @@ def batches_that_fit(module: nn.Module, height: int, width: int, batch_size: int
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
-        return 1
+        return int(device.type == "cpu")
     each = _bytes_each(module, height, width, device) + _held(module, height, width)
     return max(1, min(threads, int(_SHARE * free_memory(device) / (each * batch_size))))
 
@@ -67,11 +67,11 @@ def _bytes_each(module: nn.Module, height: int, width: int, device: torch.device
     brief = _in_one_step(module)
     hooks = [m.register_forward_hook(note) for m in brief.modules() if not list(m.children())]
     try:
-        brief(torch.zeros(1, 3, height, width, device=device))
+        brief(torch.zeros(2, 3, height, width, device=device))  # modules of others may squeeze a batch of one
     finally:
         for hook in hooks:
             hook.remove()
-    return sum(put_out.values())
+    return sum(put_out.values()) // 2
 
 
 def _in_one_step(module: nn.Module) -> nn.Module:

@@ -54,3 +54,15 @@ def test_no_thread_is_left_when_the_reader_stops_early():
     next(reading)
     reading.close()
     assert threading.active_count() == before
+
+
+def test_the_caller_leaves_at_once_when_items_end_in_an_error_at_the_first():
+    gone = threading.Event()
+
+    def items():
+        yield 0
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        next(ahead(lambda _: gone.wait(60), items(), threads=2, depth=3, leaving=gone.set))
+    assert gone.is_set()

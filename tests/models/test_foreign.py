@@ -5,13 +5,17 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import get_model
 
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.synthetic import SyntheticSource
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.evaluation.metrics import predict
 from advdiff_cli.models import foreign, zoo
 from advdiff_cli.models.ddpm import DdpmCard, load_card, load_ddpm
 
@@ -111,6 +115,7 @@ def test_timms_folders_of_torchvision_networks_are_read(images, tmp_path):
 
 
 MODULE = """
+import time
 import torch
 from torch import nn
 
@@ -134,6 +139,12 @@ def nothing(): return 5
 class Noisy(nn.Module):
     def forward(self, x): return x + torch.randn_like(x)
 def noisy(): return Net(2, Noisy())
+class Keeping(nn.Module):
+    def forward(self, x):
+        self.x = x.mean((2, 3))
+        time.sleep(0.01)
+        return self.x[:, :2].squeeze()
+def keeping(): return Keeping()
 """
 
 
@@ -156,6 +167,14 @@ def test_any_module_to_one_or_two_logits(module, images):
         logits = single(images)
         assert torch.equal(logits[:, 1] - logits[:, 0], single.module(images).reshape(2))
         assert other != mark
+
+
+def test_a_module_that_keeps_what_it_computes_is_judged_a_batch_at_a_time(module, threads):
+    keeping, _ = zoo.frozen_classifier(f"{module}:keeping", CPU)
+    patches = PatchSet(SyntheticSource(200, 0))
+    threads(4)
+    logits = keeping(patches.read(range(200)))
+    assert np.concatenate(list(predict(keeping, patches, CPU)))[:, 0] == pytest.approx(logits.softmax(1)[:, 1].numpy())
 
 
 @pytest.mark.parametrize(

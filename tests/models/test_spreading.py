@@ -8,15 +8,7 @@ from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.device import spread
 
 
-@pytest.fixture
-def threads():
-    """Set the number of torch's threads for a test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 5])
+@pytest.mark.parametrize("at_once", [0, 1, 2, 5])
 @pytest.mark.parametrize("n", [0, 1, 2, 20])
 def test_results_come_in_order(threads, at_once, n):
     threads(4)
@@ -27,15 +19,12 @@ def test_results_come_in_order(threads, at_once, n):
     assert torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize(("n", "share"), [(3, 2), (2, 3), (20, 1)])
-def test_threads_share_the_cores(threads, n, share):
+@pytest.mark.parametrize("n", [1, 2, 20])
+@pytest.mark.parametrize(("at_once", "cores"), [(6, 1), (1, 1), (0, 6)])
+def test_a_batch_has_one_core_however_many_there_are(threads, n, at_once, cores):
     threads(6)
-    assert set(spread(lambda _: torch.get_num_threads(), lambda found: found, range(n), 6)) == {share}
-
-
-def test_one_batch_has_all_cores(threads):
-    threads(3)
-    assert list(spread(lambda x: x, lambda _: torch.get_num_threads(), [0], 3)) == [3]
+    assert set(spread(lambda _: None, lambda _: torch.get_num_threads(), range(n), at_once)) == {cores}
+    assert torch.get_num_threads() == 6
 
 
 def test_an_error_falls_where_its_result_would_have_been(threads):
@@ -64,15 +53,17 @@ def test_an_interrupted_caller_waits_for_a_layer_and_not_for_a_batch(threads):
 
 
 def test_the_same_rows_on_any_number_of_threads(advdiff, threads, test_x, classifier, ddpm, tmp_path):
-    """purify to a file and judging, batches shared by threads or side by side: to the bit."""
-    images, found = {}, {}
-    defended = ["-c", classifier, "-m", ddpm, "--t-star", 0.05, "--sampler-steps", 2]
-    for k in (1, 2, 3):
+    """purify to a file and judging, of batches side by side and of one that is left alone: to the bit, in fp32."""
+    images, judged = {}, {}
+    defended = ["-c", classifier, "-m", ddpm, "--t-star", 0.05, "--sampler-steps", 2, "--precision", "fp32"]
+    for k in (1, 3):
         threads(k)
-        out = tmp_path / f"{k}.safetensors"
-        advdiff("purify", test_x, *defended[2:], "--batch-size", 4, "-o", out)
-        images[k] = open_patches(out).fingerprint()
-        judged = advdiff("evaluate", test_x, *defended, "--draws", 3, "--json").json
-        found[k] = [s["accuracy"] for s in judged["sets"]], [s["auroc"] for s in judged["sets"]]
-    assert images[1] == images[2] == images[3]
-    assert found[1] == found[2] == found[3]
+        for n in (4, 40):
+            rows, out, told = ["--limit", n], tmp_path / f"{k}-{n}.safetensors", tmp_path / f"{k}-{n}.csv"
+            advdiff("purify", test_x, *rows, *defended[2:], "--batch-size", 4, "-o", out)
+            images[k, n] = open_patches(out).read(range(n))
+            advdiff("evaluate", test_x, *rows, *defended, "--draws", 3, "--predictions", told)
+            judged[k, n] = told.read_text().splitlines()
+    for k, n in images:
+        assert torch.equal(images[k, n], images[1, 40][:n])
+        assert judged[k, n] == judged[1, 40][: len(judged[k, n])]

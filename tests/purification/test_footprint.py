@@ -45,7 +45,7 @@ def test_memory_and_cores_bound_the_batches_side_by_side(monkeypatch):
     for batches, fit in ((0.1, 1), (1, 1), (3.9, 3), (6, 6), (100, 6)):
         monkeypatch.setattr(footprint, "free_memory", lambda device, free=batches * 2 * each: int(free))
         assert batches_that_fit(LAYERS, 8, 8, 4, CPU) == fit
-    assert batches_that_fit(LAYERS, 8, 8, 4, torch.device("cuda")) == 1
+    assert batches_that_fit(LAYERS, 8, 8, 4, torch.device("cuda")) == 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert batches_that_fit(LAYERS, 8, 8, 4, CPU) == 1
 
