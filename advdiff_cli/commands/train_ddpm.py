@@ -58,8 +58,7 @@ def train_ddpm(
     from advdiff_cli.training.fit_ddpm import GRID, DdpmPlan, fit_ddpm
     from advdiff_cli.training.rows import TrainingRows
 
-    rate = (1e-3 if preset == "tiny" else 3e-4) if learning_rate is None else learning_rate
-    options.need_positive(learning_rate=rate)
+    rate = _peak_rate(learning_rate, preset)
     chip = resolve_device(device)
     recorded = zoo.recorded_recipe(out)
     sets, valid_set = open_sets(data, valid, split)
@@ -100,3 +99,10 @@ def train_ddpm(
     log = zoo.training_log(out)
     text = f"{out}: {preset}, {log[-1]['step']} steps, loss {log[-1]['loss']:.4f}"
     console.emit({"out": str(out), "log": log}, text, out, as_json=as_json, quiet=quiet)
+
+
+def _peak_rate(given: float | None, preset: str) -> float:
+    """Return the learning rate that is given, or the preset's; AdvdiffError where it is not above 0."""
+    rate = given if given is not None else 1e-3 if preset == "tiny" else 3e-4
+    options.need_positive(learning_rate=rate)
+    return rate
