@@ -239,6 +239,9 @@ def test_options_that_do_not_fit_the_data(advdiff, classifier, test_x, tmp_path)
     refused(advdiff("evaluate", test_x, "--labels", "x.csv", "-c", classifier, code=1).err, "holds its own labels")
     assert "shuffle-seed" in advdiff("evaluate", test_x, "--shuffle-seed", "-1", "-c", classifier, code=2).err
     assert "max-t" in advdiff("train-ddpm", test_x, "--max-t", "300", "-o", tmp_path / "d", code=2).err
+    for rate in (0, -1):
+        result = advdiff("train-ddpm", test_x, "--learning-rate", rate, "-o", tmp_path / "d", code=1)
+        refused(result.err, f"--learning-rate must be above 0, not {rate}")
     for i, size in enumerate((48, 64)):
         (tmp_path / "in" / "0").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (size, size)).save(tmp_path / "in" / "0" / f"{i}.png")
