@@ -30,15 +30,16 @@ def test_contestants_take_turns_and_the_first_round_does_not_count():
     found = measure(contestants, 2, CPU, lambda: rounds.append(len(order)))
     assert order == list("ababab")
     assert rounds == [2, 4, 6]
-    assert [len(t.seconds) for t in found.values()] == [2, 2]
+    assert [len(t.seconds) for t in found.values()] == [len(t.processor_seconds) for t in found.values()] == [2, 2]
 
 
 def test_figures_and_ratios():
-    fast = Timing(Contestant("fast", lambda: 0, patches=4, flops=100), [1.0, 2.0, 9.0])
-    slow = Timing(Contestant("slow", lambda: 0, patches=1), [5.0])
+    fast = Timing(Contestant("fast", lambda: 0, patches=4, flops=100), [1.0, 2.0, 9.0], [1.0, 6.0, 4.0])
+    slow = Timing(Contestant("slow", lambda: 0, patches=1), [5.0], [5.0])
     told = fast.as_dict()
     assert told["seconds"] == {"median": 0.5, "least": 0.25, "most": 2.25}
     assert (told["patches_per_second"], told["flops_per_second"]) == (2.0, 200.0)
+    assert told["processor_seconds"] == 1.0
     assert ratios({"fast": fast, "slow": slow}, {"r": ("fast", "slow"), "none": ("fast", "nowhere")}) == {"r": 10.0}
 
 
@@ -64,4 +65,7 @@ def test_bench_end_to_end(advdiff, ddpm, classifier, tmp_path):
     assert all(share > 0 for share in found["of_ceiling"].values())
     assert found["purify_outside_unet"] < 1
     copied = next(m for m in found["measured"] if m["name"] == "reading and writing alone")
-    assert found["reading_and_writing"] == pytest.approx(purify["patches_per_second"] / copied["patches_per_second"])
+    assert found["reading_and_writing"] == {
+        "time": pytest.approx(purify["patches_per_second"] / copied["patches_per_second"]),
+        "processor_time": pytest.approx(copied["processor_seconds"] / purify["processor_seconds"]),
+    }

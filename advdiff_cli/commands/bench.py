@@ -69,8 +69,9 @@ def bench(
         with console.progress(rounds + 1, "bench: rounds, the first to warm up", quiet=quiet) as advance:
             found = measure(contestants, rounds, chip, advance)
     product = f"matrix product, {exact}"
-    steps = found[_PURIFY].contestant.unet_evaluations
-    an_evaluation = found["diffusers in batches"].patch_seconds / PAPER_STEPS / (found[_PURIFY].patch_seconds / steps)
+    purified, copied = found[_PURIFY], found[_COPY]
+    steps = purified.contestant.unet_evaluations
+    an_evaluation = found["diffusers in batches"].patch_seconds / PAPER_STEPS / (purified.patch_seconds / steps)
     forward = found[f"U-Net forward, {exact}"].patch_seconds
     result: dict[str, Any] = {
         "device": chip.type,
@@ -82,11 +83,14 @@ def bench(
             name: found[name].as_dict()["flops_per_second"] / found[product].as_dict()["flops_per_second"]
             for name in (_PURIFY, f"U-Net forward, {exact}")
         },
-        "purify_outside_unet": 1 - steps * forward / found[_PURIFY].patch_seconds,
-        "reading_and_writing": found[_COPY].patch_seconds / found[_PURIFY].patch_seconds,
+        "purify_outside_unet": 1 - steps * forward / purified.patch_seconds,
+        "reading_and_writing": {
+            "time": copied.patch_seconds / purified.patch_seconds,
+            "processor_time": copied.patch_processor_seconds / purified.patch_processor_seconds,
+        },
         "measured": [timing.as_dict() for timing in found.values()],
     }
-    rate = found[_PURIFY].as_dict()["patches_per_second"]
+    rate = purified.as_dict()["patches_per_second"]
     console.emit(result, _text(result), f"{rate:.4g}", as_json=as_json, quiet=quiet)
 
 
@@ -215,8 +219,9 @@ def _text(result: dict[str, Any]) -> str:
         console.table((f"FLOP/s of a matrix product's, {result['precision']}", "share"), shares),
         console.table(head, rows),
     ]
+    copied = {name: f"{100 * share:.1f} %" for name, share in result["reading_and_writing"].items()}
     outside = (
         f"{100 * result['purify_outside_unet']:.0f} % of purify's time is outside its U-Net; reading and writing alone "
-        f"take {100 * result['reading_and_writing']:.1f} %, in part at the same time as computing"
+        f"take {copied['time']} of it, in part beside computing, and {copied['processor_time']} of its processor time"
     )
     return "\n\n".join(tables) + f"\n{outside}; {result['device']}, {result['threads']} threads"

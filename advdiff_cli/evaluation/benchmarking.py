@@ -45,11 +45,13 @@ class Contestant:
 class Timing:
     """The seconds a contestant took in each round, and the most bytes it added to what stood in memory before it.
 
-    `warm_up` is the seconds of the round before them all, compilation included.
+    `processor_seconds` are summed over threads; waiting for a disk is none of them. `warm_up` is the seconds of the
+    round before them all, compilation included.
     """
 
     contestant: Contestant
     seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
     memory: int = 0
     warm_up: float = 0.0
 
@@ -58,8 +60,13 @@ class Timing:
         """The median seconds a patch."""
         return median(self.seconds) / self.contestant.patches
 
+    @property
+    def patch_processor_seconds(self) -> float:
+        """The median seconds a patch of the processors."""
+        return median(self.processor_seconds) / self.contestant.patches
+
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures: median and range of the seconds a patch, rate, FLOP/s, peak memory."""
+        """Return the figures: median and range of the seconds a patch, processor seconds, rate, FLOP/s, memory."""
         c, each = self.contestant, sorted(s / self.contestant.patches for s in self.seconds)
         return {
             "name": c.name,
@@ -67,6 +74,7 @@ class Timing:
             "rounds": len(each),
             "unet_evaluations": c.unet_evaluations,
             "seconds": {"median": self.patch_seconds, "least": each[0], "most": each[-1]},
+            "processor_seconds": self.patch_processor_seconds,
             "warm_up_seconds": self.warm_up,
             "patches_per_second": 1 / self.patch_seconds,
             "flop_per_patch": c.flops,
@@ -83,11 +91,12 @@ def measure(
     for turn in range(rounds + 1):
         for timing in timings.values():
             before = _forget_memory(device)
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             timing.contestant.run()
             _wait(device)
             if turn:
                 timing.seconds.append(time.perf_counter() - started)
+                timing.processor_seconds.append(time.process_time() - busy)
             else:
                 timing.warm_up = time.perf_counter() - started
             timing.memory = max(timing.memory, _peak_memory(device) - before)
