@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import provenance, recipe
-from advdiff_cli.data.streams import stream
+from advdiff_cli.data.rng import stream
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import Purification, load_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 
 from advdiff_cli.data.folder_writer import FolderWriter, output_names
-from advdiff_cli.data.locking import OutputLock
+from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.purification import files as purification_files
 

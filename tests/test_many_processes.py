@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advdiff_cli.data.locking import OutputLock
+from advdiff_cli.data.distributed import together
+from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.data.processes import together
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import pytest
 
 from advdiff_cli.attacks.plan import resolve
 from advdiff_cli.attacks.stored import attack_recipe
-from advdiff_cli.data.disk import replacing
+from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.evaluation import ladder
 from advdiff_cli.evaluation.judging import kept_result
 from advdiff_cli.evaluation.ladder import Preset

@@ -102,7 +102,7 @@ def test_kill_and_resume(suffix, advdiff, commands, tmp_path):
 
 
 def test_resume_takes_batch_size_and_precision_from_the_work(advdiff, commands, tmp_path, monkeypatch):
-    from advdiff_cli.data.writer import PatchWriter
+    from advdiff_cli.data.patch_writer import PatchWriter
 
     out = tmp_path / "p.h5"
     base = [*commands["purify"][:-2], "--limit", 6, "-o", out]

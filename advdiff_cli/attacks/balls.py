@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from advdiff_cli.data.streams import RowStreams
+from advdiff_cli.data.rng import RowStreams
 
 Norm = Literal["linf", "l2"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from advdiff_cli.attacks.balls import Norm, round_inside, surface_share
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.rng import RowKey
 from advdiff_cli.purification.defended import DefendedClassifier, finite, judged_at_once
 
 DRAWS = 3  # of a defence's noise: the first ones that evaluate takes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.losses import LOSSES, LossName
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.rng import RowKey
 from advdiff_cli.purification.defended import DefendedClassifier
 
 CHOOSING_DRAWS = 8

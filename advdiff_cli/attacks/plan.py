@@ -13,7 +13,7 @@ from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.attacks.paper import paper
 from advdiff_cli.attacks.pgd import pgd
 from advdiff_cli.attacks.square import square
-from advdiff_cli.data.streams import RowKey, RowStreams
+from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.purification.defended import DefendedClassifier, StraightThrough
 from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advdiff_cli.attacks.balls import project
 from advdiff_cli.attacks.losses import LossName
 from advdiff_cli.attacks.objective import Objective, best_restart, check_images
-from advdiff_cli.data.streams import RowKey, stream
+from advdiff_cli.data.rng import RowKey, stream
 
 _FIRST_SHARE = 0.8  # p, the share of the image that the first squares cover
 _HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries (section 5)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from advdiff_cli.attacks.plan import Target, run
-from advdiff_cli.data.ahead import ahead
+from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.prefetch import ahead
 from advdiff_cli.data.provenance import Provenance, recipe
-from advdiff_cli.data.writer import PatchWriter
 from advdiff_cli.models.device import onto
 
 

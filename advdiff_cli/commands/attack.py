@@ -15,7 +15,7 @@ from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.data.writer import PatchWriter
+    from advdiff_cli.data.patch_writer import PatchWriter
 
 _BATCH = 32
 
@@ -107,14 +107,14 @@ def attack(
     """
     from advdiff_cli.attacks.plan import aim, resolve
     from advdiff_cli.attacks.stored import attack_recipe, attack_rows
-    from advdiff_cli.data import writer
-    from advdiff_cli.data.processes import together
+    from advdiff_cli.data import patch_writer
+    from advdiff_cli.data.distributed import together
     from advdiff_cli.models import zoo
     from advdiff_cli.models.device import resolve_device
 
     size = options.budget(norm, eps)
     options.need_positive(**({} if step_size is None else {"step_size": step_size}))
-    writer.check_suffix(out)
+    patch_writer.check_suffix(out)
     chip = resolve_device(device)
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
@@ -125,7 +125,7 @@ def attack(
         "gradient": gradient, "eot": eot, "attack_sampler_steps": attack_sampler_steps, "fixed_draw": fixed_draw,
     }  # fmt: skip
     settings = resolve(method, norm, size, asked, defended=defence is not None)
-    begun = {} if overwrite else writer.begun(out)
+    begun = {} if overwrite else patch_writer.begun(out)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
     judged = model if defence is None else defence.before(model, chip, exact)
     batch = sized(
@@ -141,7 +141,7 @@ def attack(
         _compile(defence, parameters, chip)
     target = aim(model, None if defence is None else defence.purifier, settings, exact)
     part_of = cast("tuple[int, int] | None", shard)
-    part = writer.shard_rows(len(patches), batch, part_of)
+    part = patch_writer.shard_rows(len(patches), batch, part_of)
     if dry_run:
         return _tell_plan(out, part.stop - part.start, parameters, as_json, quiet)
 

@@ -180,9 +180,9 @@ def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path, how: str = ""
 
 def _copying(data: Path, number: int) -> "Contestant":
     """Return the reading and writing of a purification of `data`, batch by batch, with nothing between them."""
+    from advdiff_cli.data.patch_writer import PatchWriter, shard_rows
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.data.writer import PatchWriter, shard_rows
     from advdiff_cli.evaluation.benchmarking import BATCH, Contestant
 
     patches = open_patches(data)

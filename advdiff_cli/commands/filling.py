@@ -8,9 +8,9 @@ from advdiff_cli import console
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
+    from advdiff_cli.data.distributed import Processes
+    from advdiff_cli.data.patch_writer import PatchWriter
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.data.processes import Processes
-    from advdiff_cli.data.writer import PatchWriter
 
 
 def fill(
@@ -32,11 +32,11 @@ def fill(
     Raises:
         AdvdiffError: as PatchWriter, or a shard is asked for of processes that are shards already.
     """
-    from advdiff_cli.data import writer
+    from advdiff_cli.data import patch_writer
 
     def one(target: Path, part: tuple[int, int] | None) -> str:
-        rows = writer.shard_rows(len(patches), made_by["parameters"]["batch_size"], part)
-        sink = writer.PatchWriter(
+        rows = patch_writer.shard_rows(len(patches), made_by["parameters"]["batch_size"], part)
+        sink = patch_writer.PatchWriter(
             target, made_by, patches, rows, shape=patches.require_shape(), device=device, overwrite=overwrite
         )
         if not sink.up_to_date:
@@ -58,8 +58,8 @@ def _in_shards(
     out: Path, made_by: dict[str, Any], patches: "PatchSet", processes: "Processes",
     one: Callable[[Path, tuple[int, int] | None], str], device: str, overwrite: bool,
 ) -> str:  # fmt: skip
-    from advdiff_cli.data.merging import merge_sets
-    from advdiff_cli.data.writer import is_made
+    from advdiff_cli.data.merge import merge_sets
+    from advdiff_cli.data.patch_writer import is_made
 
     if not overwrite and is_made(out, made_by):
         return "up to date"

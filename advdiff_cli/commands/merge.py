@@ -21,7 +21,7 @@ def merge(
 
     Example: advdiff merge part0.h5 part1.h5 -o adv.h5
     """
-    from advdiff_cli.data.merging import merge_sets
+    from advdiff_cli.data.merge import merge_sets
 
     done = merge_sets(parts, out, overwrite=overwrite)
     if done.up_to_date:

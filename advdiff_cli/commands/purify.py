@@ -17,8 +17,8 @@ from advdiff_cli.errors import AdvdiffError, SomeInputsFailed
 if TYPE_CHECKING:
     from torch import device as Chip
 
+    from advdiff_cli.data.distributed import Processes
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.data.processes import Processes
 
 _BATCH = 16
 
@@ -61,15 +61,15 @@ def purify(
 
     Example: advdiff purify patches/ -o purified/
     """
-    from advdiff_cli.data import folder_writer, writer
-    from advdiff_cli.data.processes import together
+    from advdiff_cli.data import folder_writer, patch_writer
+    from advdiff_cli.data.distributed import together
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.models.device import resolve_device, resolve_precision
     from advdiff_cli.purification.windows import LARGEST
 
     chip = resolve_device(device)
     to_file = out.suffix in (".safetensors", ".h5", ".hdf5")
-    earlier = {} if overwrite else writer.begun(out) if to_file else folder_writer.begun(out)
+    earlier = {} if overwrite else patch_writer.begun(out) if to_file else folder_writer.begun(out)
     exact = resolve_precision(earlier.get("precision", "auto") if precision == "auto" else precision, chip)
     shape, n = (LARGEST, LARGEST), None  # of the largest images of a folder that are batched
     if to_file and (files_from is not None or strict):
@@ -108,7 +108,7 @@ def _to_file(
     patches: "PatchSet", out: Path, made_by: dict[str, Any], defence: Defence, shard: tuple[int, int] | None,
     processes: "Processes", chip: "Chip", overwrite: bool, dry_run: bool, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    from advdiff_cli.data.writer import PatchWriter, shard_rows
+    from advdiff_cli.data.patch_writer import PatchWriter, shard_rows
     from advdiff_cli.purification.bulk import purify_rows
 
     machine = made_by["parameters"]

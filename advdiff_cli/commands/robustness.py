@@ -116,7 +116,7 @@ def robustness(
 def _begun(out: Path, rungs: "list[Rung]") -> Mapping[str, Any]:
     """Return the parameters of a rung that is there or begun, one through the defence if there is one."""
     from advdiff_cli.attacks.stored import goes_through
-    from advdiff_cli.data.writer import begun
+    from advdiff_cli.data.patch_writer import begun
 
     found = [p for r in rungs if r.settings and (p := begun(out / f"{r.name}.safetensors"))]
     return next((p for p in found if goes_through(p)), found[0] if found else {})

@@ -120,12 +120,12 @@ def sweep(
 
 def _begun(out: Path) -> dict[str, Any]:
     """Return the batch size and precision of what is in a sweep's folder, so that it goes on where it was begun."""
-    from advdiff_cli.data import writer
+    from advdiff_cli.data import patch_writer
     from advdiff_cli.evaluation.judging import recorded_recipe
 
     found: dict[str, Any] = {}
     for path in sorted(out.glob("adv*.safetensors*")):
-        made = writer.begun(path.with_name(path.name.removesuffix(".rows").removesuffix(".part")))
+        made = patch_writer.begun(path.with_name(path.name.removesuffix(".rows").removesuffix(".part")))
         found |= {"batch_size": made["batch_size"]} if "batch_size" in made else {}
     for path in sorted(out.glob("*-clean.predictions.safetensors")):
         exact = recorded_recipe(path).get("parameters", {}).get("precision")
@@ -200,7 +200,7 @@ def _judge(climb: "Climb", rung: "Rung", quiet: bool) -> "Predictions":
 
 def _write(result: dict[str, Any], over: str, out: Path) -> None:
     """Write sweep.json, sweep.csv and the pictures."""
-    from advdiff_cli.data.disk import replacing
+    from advdiff_cli.data.atomic_files import replacing
     from advdiff_cli.evaluation.figures import sweep_curves
     from advdiff_cli.evaluation.judging import write_json
     from advdiff_cli.evaluation.sweeping import axis

@@ -21,10 +21,10 @@ def synthesize(
 
     Example: advdiff synthesize -n 256 -o tissue.safetensors
     """
+    from advdiff_cli.data.patch_writer import Part, PatchWriter
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.data.synthetic import SyntheticSource
-    from advdiff_cli.data.writer import Part, PatchWriter
 
     source = PatchSet(SyntheticSource(number, seed))
     made_by = recipe("synthesize", {"seed": seed, "n": number})

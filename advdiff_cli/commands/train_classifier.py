@@ -90,7 +90,7 @@ def train_classifier(
 
     Example: advdiff train-classifier train.h5 --valid valid.h5 -o classifier
     """
-    from advdiff_cli.data.processes import together
+    from advdiff_cli.data.distributed import together
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import zoo
     from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier

@@ -49,7 +49,7 @@ def train_ddpm(
 
     Example: advdiff train-ddpm train.h5 --valid valid.h5 --max-t 0.3 -o ddpm
     """
-    from advdiff_cli.data.processes import together
+    from advdiff_cli.data.distributed import together
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import zoo
     from advdiff_cli.models.ddpm import DdpmCard, Purification, save_ddpm

@@ -44,7 +44,7 @@ def shared(batch_size: int) -> dict[str, int]:
     Raises:
         AdvdiffError: they cannot share a batch evenly.
     """
-    from advdiff_cli.data.processes import process_count
+    from advdiff_cli.data.distributed import process_count
 
     count = process_count()
     if batch_size % count:

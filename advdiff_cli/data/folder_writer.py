@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advdiff_cli.data.image_folder import write_image
-from advdiff_cli.data.locking import OutputLock
+from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.provenance import (
     Provenance,
     canonical,

@@ -13,10 +13,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from advdiff_cli.data.disk import reserve
+from advdiff_cli.data.atomic_files import reserve
+from advdiff_cli.data.patch_source import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
-from advdiff_cli.data.source import Images, Rows, check_labels, check_layout
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 _CHUNK_BYTES = 1 << 20

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from advdiff_cli.data.patch_source import MAX_PIXELS, Images, Rows
 from advdiff_cli.data.provenance import Provenance
-from advdiff_cli.data.source import MAX_PIXELS, Images, Rows
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from advdiff_cli.data.patch_source import Images, Rows
 from advdiff_cli.data.provenance import Provenance, canonical, digest
-from advdiff_cli.data.source import Images, Rows
+from advdiff_cli.data.rng import RowKey, stream
 from advdiff_cli.data.stain import mix
-from advdiff_cli.data.streams import RowKey, stream
 
 SIZE = 96  # pixels, about 1 µm each
 _MARGIN = 24  # drawn around the patch, so that nuclei are cut by its border

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.balls import random_start
-from advdiff_cli.data.streams import RowKey, RowStreams
+from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.purification.defended import DefendedClassifier, FixedNoise
 
 INNER = 63  # points inside the ball, the patch among them

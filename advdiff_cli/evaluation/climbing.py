@@ -15,9 +15,9 @@ from advdiff_cli.attacks.cost import Cost, attack_cost
 from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.attacks.plan import aim
 from advdiff_cli.attacks.stored import attack_recipe, attack_rows
+from advdiff_cli.data.patch_writer import PatchWriter, is_made, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, recipe
-from advdiff_cli.data.writer import PatchWriter, is_made, shard_rows
 from advdiff_cli.evaluation.alarms import Gradients, UnitTest
 from advdiff_cli.evaluation.binarisation import PROBES
 from advdiff_cli.evaluation.judging import keep_result, kept_predictions, kept_result, predict_and_keep

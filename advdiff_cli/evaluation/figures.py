@@ -13,7 +13,7 @@ from torch import Tensor
 mpl.use("Agg")  # files only: no display is asked for
 from matplotlib import pyplot as plt
 
-from advdiff_cli.data.disk import replacing
+from advdiff_cli.data.atomic_files import replacing
 
 mpl.rcParams["svg.fonttype"] = "none"  # text stays text: searched, read aloud, coloured by the page
 mpl.rcParams["svg.hashsalt"] = "advdiff"  # the ids in an SVG, which are random otherwise

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from advdiff_cli.data.disk import replacing, writing
+from advdiff_cli.data.atomic_files import replacing, writing
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, difference, same_recipe
 from advdiff_cli.errors import AdvdiffError

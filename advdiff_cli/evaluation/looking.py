@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.attacks.plan import Target, run
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.rng import RowKey
 from advdiff_cli.evaluation.alarms import Gradients, UnitTest
 from advdiff_cli.evaluation.binarisation import Tested, binarisation_test
 from advdiff_cli.evaluation.intervals import bootstrap, wilson

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from advdiff_cli.data.disk import replacing
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.atomic_files import replacing
+from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.comparing import Evaluated
 from advdiff_cli.evaluation.metrics import Predictions

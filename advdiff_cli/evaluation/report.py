@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from advdiff_cli import __version__
 from advdiff_cli.attacks.plan import describe, knows_the_defence
-from advdiff_cli.data.disk import replacing
+from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.figures import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
 from advdiff_cli.evaluation.intervals import Estimate

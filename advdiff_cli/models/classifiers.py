@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from advdiff_cli.data.disk import writing
+from advdiff_cli.data.atomic_files import writing
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse_object
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.foreign import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone

@@ -17,7 +17,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from advdiff_cli.data.disk import writing
+from advdiff_cli.data.atomic_files import writing
 from advdiff_cli.data.provenance import Provenance, parse_object
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import layout

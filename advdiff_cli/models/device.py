@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from advdiff_cli.data.ahead import ahead
+from advdiff_cli.data.prefetch import ahead
 from advdiff_cli.errors import AdvdiffError
 
 R = TypeVar("R")

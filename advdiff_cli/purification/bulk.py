@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from advdiff_cli.data.patch_writer import Batch, PatchWriter
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.writer import Batch, PatchWriter
 from advdiff_cli.models.device import autocast, onto, spread
 from advdiff_cli.purification.defended import row_noise
 from advdiff_cli.purification.footprint import batches_that_fit

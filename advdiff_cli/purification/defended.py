@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advdiff_cli.data.streams import RowKey, RowStreams
+from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import autocast
 from advdiff_cli.purification.purifier import Purifier

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advdiff_cli.data.ahead import ahead
 from advdiff_cli.data.folder_writer import FolderWriter
 from advdiff_cli.data.image_folder import check_file, image_size, read_image, told_of
+from advdiff_cli.data.patch_source import MIN_SIZE
+from advdiff_cli.data.prefetch import ahead
 from advdiff_cli.data.provenance import file_digest
-from advdiff_cli.data.source import MIN_SIZE
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import onto, spread
 from advdiff_cli.purification.bulk import purify_batch

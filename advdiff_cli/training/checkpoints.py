@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from advdiff_cli.data.disk import share, writing
-from advdiff_cli.data.locking import OutputLock
+from advdiff_cli.data.atomic_files import share, writing
+from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.provenance import Provenance, canonical, difference, same_recipe, whole_lines
 from advdiff_cli.errors import AdvdiffError
 

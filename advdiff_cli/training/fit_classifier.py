@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.source import Rows
-from advdiff_cli.data.streams import drawing, stream
+from advdiff_cli.data.rng import drawing, stream
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt

@@ -19,7 +19,7 @@ from torch.nn.functional import mse_loss
 from torchvision.utils import make_grid
 
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.streams import RowStreams, stream
+from advdiff_cli.data.rng import RowStreams, stream
 from advdiff_cli.models.ddpm import Ddpm
 from advdiff_cli.purification.diffusion import add_noise, estimate_x_0, noise_levels
 from advdiff_cli.training.augment import turn

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advdiff_cli.data.ahead import ahead
+from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.source import Rows
-from advdiff_cli.data.streams import stream
+from advdiff_cli.data.prefetch import ahead
+from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
 
 

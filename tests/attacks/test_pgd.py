@@ -13,7 +13,7 @@ from advdiff_cli.attacks.balls import project, random_start, round_inside, surfa
 from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.attacks.paper import paper
 from advdiff_cli.attacks.pgd import iterates, pgd
-from advdiff_cli.data.streams import RowStreams
+from advdiff_cli.data.rng import RowStreams
 
 EPS = 2 / 255
 

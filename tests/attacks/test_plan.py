@@ -6,7 +6,7 @@ from torch import nn
 
 from advdiff_cli.attacks.fab import fab
 from advdiff_cli.attacks.plan import aim, resolve, run
-from advdiff_cli.data.streams import RowStreams
+from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.climbing import Subject
 from advdiff_cli.models.ddpm import load_ddpm

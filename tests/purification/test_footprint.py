@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from advdiff_cli.data.writer import begun
+from advdiff_cli.data.patch_writer import begun
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import footprint
 from advdiff_cli.purification.footprint import batch_that_fits, batches_that_fit, free_memory

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from advdiff_cli.attacks.objective import Objective
-from advdiff_cli.data.streams import RowStreams
+from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import Ddpm, DdpmCard, load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier, StraightThrough

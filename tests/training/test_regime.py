@@ -8,7 +8,7 @@ from advdiff_cli.attacks.balls import random_start
 from advdiff_cli.attacks.objective import Objective
 from advdiff_cli.attacks.pgd import iterates
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.data.streams import RowStreams
+from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier

@@ -11,7 +11,7 @@ import torch
 
 from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.data.provenance import recipe
-from advdiff_cli.data.streams import stream
+from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from advdiff_cli.data.patch_source import Images, Rows
+from advdiff_cli.data.patch_writer import Part, PatchWriter
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, canonical, recipe
-from advdiff_cli.data.source import Images, Rows
-from advdiff_cli.data.streams import RowKey
-from advdiff_cli.data.writer import Part, PatchWriter
+from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 _BATCH = 64

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advdiff_cli.data.provenance import Provenance
-from advdiff_cli.data.streams import RowKey
+from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 Images = NDArray[Any]  # (B, 3, H, W) uint8 or float32

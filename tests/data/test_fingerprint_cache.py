@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from advdiff_cli.data import remembering
 from advdiff_cli.data.patches import Selection, open_patches
 
 OLD = 1_700_000_000

@@ -6,12 +6,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from advdiff_cli.data.disk import replacing, share
-from advdiff_cli.data.merging import merge_sets
+from advdiff_cli.data.atomic_files import replacing, share
+from advdiff_cli.data.merge import merge_sets
+from advdiff_cli.data.patch_writer import Part, PatchWriter, begun, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import canonical, recipe
 from advdiff_cli.data.synthetic import SyntheticSource
-from advdiff_cli.data.writer import Part, PatchWriter, begun, shard_rows
 from advdiff_cli.errors import AdvdiffError
 
 N, B = 11, 4
@@ -178,7 +178,7 @@ def test_overwrite_forgets_the_rows_of_the_earlier_work(tmp_path, source, monkey
         return real(value)
 
     dies.armed = True
-    monkeypatch.setattr("advdiff_cli.data.writer.canonical", dies)
+    monkeypatch.setattr("advdiff_cli.data.patch_writer.canonical", dies)
     with pytest.raises(OSError, match="full"):
         write(out, source, made=OTHER, overwrite=True)
     dies.armed = False

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from advdiff_cli.data.streams import RowStreams, stream
+from advdiff_cli.data.rng import RowStreams, stream
 
 rows = st.lists(st.one_of(st.integers(0, 10**6), st.text(min_size=1, max_size=8)), min_size=1, max_size=5, unique=True)
 

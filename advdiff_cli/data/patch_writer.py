@@ -12,11 +12,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from advdiff_cli.data.hdf5_file import Hdf5Target
-from advdiff_cli.data.locking import OutputLock
+from advdiff_cli.data.locks import OutputLock
+from advdiff_cli.data.patch_source import Images, Rows
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, canonical, difference, mend, provenance, same_recipe, whole_lines
 from advdiff_cli.data.safetensors_file import SafetensorsTarget
-from advdiff_cli.data.source import Images, Rows
 from advdiff_cli.errors import AdvdiffError
 
 _FLUSH_SECONDS = 1.0

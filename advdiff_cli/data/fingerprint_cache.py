@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from advdiff_cli.data.disk import replacing
+from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.data.provenance import canonical, digest
 
 _LARGE = 256 << 20  # bytes; reading less costs less than a second

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from advdiff_cli.data.ahead import ahead
+from advdiff_cli.data.prefetch import ahead
 
 
 @pytest.mark.parametrize(("threads", "depth"), [(1, 1), (1, 3), (4, 8)])
