@@ -34,10 +34,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from advdiff_cli.data import download
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.data.pcam import PREFIX, RemoteFile
-from advdiff_cli.data.synthetic import SyntheticSource
+from advdiff_cli.datasets import download
+from advdiff_cli.datasets.pcam import PREFIX, RemoteFile
+from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.main import main
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
 from advdiff_cli.models.ddpm import build_ddpm, save_ddpm

@@ -19,7 +19,7 @@ from PIL import Image
 from warm import client
 
 from advdiff_cli.data.provenance import recipe
-from advdiff_cli.data.synthetic import SyntheticSource
+from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.main import main
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
 from advdiff_cli.models.ddpm import build_ddpm, save_ddpm

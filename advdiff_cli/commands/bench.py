@@ -132,7 +132,7 @@ def _contestants(
     import numpy as np
     import torch
 
-    from advdiff_cli.data.synthetic import SyntheticSource
+    from advdiff_cli.datasets.synthetic import SyntheticSource
     from advdiff_cli.evaluation import benchmarking as b
     from advdiff_cli.purification.footprint import batches_that_fit
     from advdiff_cli.purification.purifier import DiffusionPurifier

@@ -30,8 +30,8 @@ def download_pcam(
 
     Example: advdiff download-pcam --split test --data-dir data
     """
-    from advdiff_cli.data import download
-    from advdiff_cli.data.pcam import MIRROR, folder
+    from advdiff_cli.datasets import download
+    from advdiff_cli.datasets.pcam import MIRROR, folder
 
     if check:
         _check(split, data_dir, as_json, quiet)
@@ -50,12 +50,12 @@ def download_pcam(
 
 
 def _check(split: str, data_dir: Path, as_json: bool, quiet: bool) -> None:
-    from advdiff_cli.data import checking
-    from advdiff_cli.data.pcam import SPLITS, folder, split_name
+    from advdiff_cli.datasets import verify
+    from advdiff_cli.datasets.pcam import SPLITS, folder, split_name
 
     wanted = SPLITS if split == "all" else (split_name(split),)
     found = []
-    for finding in checking.check(wanted, data_dir):
+    for finding in verify.check(wanted, data_dir):
         found.append(finding)
         if not quiet:
             console.log(f"{finding.file}: {finding.what} {finding.status}")

@@ -24,7 +24,7 @@ def synthesize(
     from advdiff_cli.data.patch_writer import Part, PatchWriter
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.data.synthetic import SyntheticSource
+    from advdiff_cli.datasets.synthetic import SyntheticSource
 
     source = PatchSet(SyntheticSource(number, seed))
     made_by = recipe("synthesize", {"seed": seed, "n": number})

@@ -15,10 +15,10 @@ from advdiff_cli.data.fingerprint_cache import remembered
 from advdiff_cli.data.hdf5_file import open_hdf5
 from advdiff_cli.data.image_folder import open_folder
 from advdiff_cli.data.patch_source import MIN_SIZE, Rows, Source
-from advdiff_cli.data.pcam import find_split
 from advdiff_cli.data.provenance import canonical, digest
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.safetensors_file import open_safetensors
+from advdiff_cli.datasets.pcam import find_split
 from advdiff_cli.errors import AdvdiffError
 
 _FILES = (".safetensors", ".h5", ".hdf5")

@@ -11,7 +11,7 @@ from advdiff_cli.data.merge import merge_sets
 from advdiff_cli.data.patch_writer import Part, PatchWriter, begun, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import canonical, recipe
-from advdiff_cli.data.synthetic import SyntheticSource
+from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.errors import AdvdiffError
 
 N, B = 11, 4

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.synthetic import SyntheticSource
+from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.metrics import predict
 from advdiff_cli.models import foreign, zoo

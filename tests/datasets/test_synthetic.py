@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from advdiff_cli.data.synthetic import SyntheticSource
+from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.evaluation.metrics import auroc
 
 

@@ -13,11 +13,11 @@ import torch
 from torchvision.datasets import PCAM
 from torchvision.transforms.functional import pil_to_tensor
 
-from advdiff_cli.data import download
-from advdiff_cli.data.checking import check
-from advdiff_cli.data.fetching import Patience
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.data.pcam import METADATA, PREFIX, REGISTRY, SPLITS, RemoteFile
+from advdiff_cli.datasets import download
+from advdiff_cli.datasets.http_client import Patience
+from advdiff_cli.datasets.pcam import METADATA, PREFIX, REGISTRY, SPLITS, RemoteFile
+from advdiff_cli.datasets.verify import check
 from advdiff_cli.errors import AdvdiffError
 
 

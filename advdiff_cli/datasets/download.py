@@ -11,8 +11,8 @@ from pathlib import Path
 import h5py
 from filelock import FileLock
 
-from advdiff_cli.data.fetching import PATIENT, FetchError, Patience, fetch
-from advdiff_cli.data.pcam import METADATA, REGISTRY, SPLITS, Registry, RemoteFile, folder, split_name
+from advdiff_cli.datasets.http_client import PATIENT, FetchError, Patience, fetch
+from advdiff_cli.datasets.pcam import METADATA, REGISTRY, SPLITS, Registry, RemoteFile, folder, split_name
 from advdiff_cli.errors import AdvdiffError
 
 _BLOCK = 1 << 20

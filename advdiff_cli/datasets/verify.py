@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from advdiff_cli.data.download import hash_of
-from advdiff_cli.data.pcam import METADATA, PREFIX, REGISTRY, Registry, folder
+from advdiff_cli.datasets.download import hash_of
+from advdiff_cli.datasets.pcam import METADATA, PREFIX, REGISTRY, Registry, folder
 from advdiff_cli.errors import AdvdiffError
 
 Status = Literal["pass", "warn", "fail"]

@@ -1,0 +1,1 @@
+"""PatchCamelyon from Zenodo, and synthetic tissue."""
