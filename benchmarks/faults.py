@@ -41,7 +41,7 @@ from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.main import main
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
 from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
-from advdiff_cli.models.zoo import fingerprint
+from advdiff_cli.models.registry import fingerprint
 from advdiff_cli.training.fit_classifier import fit_classifier
 from advdiff_cli.training.fit_ddpm import fit_ddpm
 

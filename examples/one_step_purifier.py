@@ -23,7 +23,7 @@ from advdiff_cli.data.rng import stream
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import Purification, load_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision
-from advdiff_cli.models.zoo import find_classifier, find_ddpm, fingerprint
+from advdiff_cli.models.registry import find_classifier, find_ddpm, fingerprint
 from advdiff_cli.purification import DiffusionPurifier
 from advdiff_cli.training.augment import turn
 from advdiff_cli.training.descent import cosine

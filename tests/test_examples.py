@@ -15,7 +15,7 @@ import torch
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import Purification, load_ddpm
-from advdiff_cli.models.zoo import find_classifier, find_ddpm, fingerprint
+from advdiff_cli.models.registry import find_classifier, find_ddpm, fingerprint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

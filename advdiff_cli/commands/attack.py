@@ -109,7 +109,7 @@ def attack(
     from advdiff_cli.attacks.stored import attack_recipe, attack_rows
     from advdiff_cli.data import patch_writer
     from advdiff_cli.data.distributed import together
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
 
     size = options.budget(norm, eps)
@@ -118,7 +118,7 @@ def attack(
     chip = resolve_device(device)
     patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
     patches.require_labels()
-    model, fingerprint = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    model, fingerprint = registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
     defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     asked = {
         "loss": loss, "steps": steps, "step_size": step_size, "queries": queries, "restarts": restarts,

@@ -51,13 +51,13 @@ def bench(
     Example: advdiff bench --number 128 --rounds 1
     """
     from advdiff_cli.evaluation.benchmarking import PAPER_STEPS, Contestant, measure, ratios
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
     chip = resolve_device(device)
     exact = resolve_precision(precision, chip)
     defence = build_defence("ddpm", ddpm, None, None, None, allow_pickle=allow_pickle)
-    alone, _ = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    alone, _ = registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data.safetensors", Path(folder) / "out.safetensors"
         run_command(ctx, ["synthesize", "-n", str(number), "-o", str(data)], heard=False)

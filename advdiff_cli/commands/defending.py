@@ -64,11 +64,11 @@ def asked_defence(
 
 def load_model(name: str, allow_pickle: bool) -> "tuple[Ddpm, str]":
     """Return the diffusion model called `name` and its fingerprint."""
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.ddpm import load_ddpm
 
-    folder = zoo.find_ddpm(name, allow_pickle=allow_pickle)
-    return load_ddpm(folder, allow_pickle=allow_pickle), zoo.fingerprint(folder)
+    folder = registry.find_ddpm(name, allow_pickle=allow_pickle)
+    return load_ddpm(folder, allow_pickle=allow_pickle), registry.fingerprint(folder)
 
 
 def build_defence(

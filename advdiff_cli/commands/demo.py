@@ -69,10 +69,10 @@ def _run(ctx: typer.Context, arguments: list[str], quiet: bool) -> dict[str, Any
 
 
 def _recommended_level() -> float:
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.ddpm import load_card
 
-    return load_card(zoo.find_ddpm(DDPM)).recommended.t_star
+    return load_card(registry.find_ddpm(DDPM)).recommended.t_star
 
 
 def _picture(files: dict[str, Path], path: Path, device: str) -> None:
@@ -82,11 +82,11 @@ def _picture(files: dict[str, Path], path: Path, device: str) -> None:
 
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.evaluation.figures import Column, amplified, panel
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.options import fraction
 
-    model = zoo.frozen_classifier(CLASSIFIER, resolve_device(device))[0].cpu()
+    model = registry.frozen_classifier(CLASSIFIER, resolve_device(device))[0].cpu()
     sets = {k: open_patches(v) for k, v in files.items()}
     labels = torch.from_numpy(sets["clean"].require_labels())
     everything = np.arange(len(labels))

@@ -63,7 +63,7 @@ def evaluate(
     from advdiff_cli.evaluation.comparing import compare
     from advdiff_cli.evaluation.controls import cautions
     from advdiff_cli.evaluation.predictions_file import write_predictions
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
     if predictions is not None and not predictions.parent.is_dir():
@@ -75,7 +75,7 @@ def evaluate(
     for patches in sets:
         patches.require_labels()
         patches.require_shape()
-    alone, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    alone, mark = registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
     model: Any = alone
     defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
     if defence is None and draws is not None:

@@ -20,13 +20,13 @@ def info(
     """
     from advdiff_cli.data.folder_writer import JOURNAL
     from advdiff_cli.data.provenance import parse
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
 
     if not file.exists():
         raise AdvdiffError(f"no such file or folder: {file}")
-    if file.is_dir() and zoo.is_model(file):
-        facts: dict[str, Any] = {"kind": "model", "fingerprint": zoo.fingerprint(file)}
-        made = zoo.recorded_provenance(file)
+    if file.is_dir() and registry.is_model(file):
+        facts: dict[str, Any] = {"kind": "model", "fingerprint": registry.fingerprint(file)}
+        made = registry.recorded_provenance(file)
     else:
         facts, made = _patch_set(file)
         if (journal := file / JOURNAL).is_file():

@@ -11,9 +11,9 @@ def models(
 
     Example: advdiff models
     """
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
 
-    known = zoo.list_bundled()
+    known = registry.list_bundled()
     rows = [(m["name"], m["kind"], m["arch"], f"{m['bytes'] / 1e6:.1f} MB") for m in known]
     text = console.table(("name", "kind", "architecture", "size"), rows)
     console.emit({"models": known}, text, "\n".join(m["name"] for m in known), as_json=as_json, quiet=quiet)

@@ -62,7 +62,7 @@ def report(
     Example: advdiff report --result undefended=plain.json --sweep sweep/ --ladder ladder/ -o report/
     """
     from advdiff_cli.evaluation.report import PAGE, Report, bar, read_results
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
     if out.exists() and not out.is_dir():
@@ -80,7 +80,7 @@ def report(
         if not (clean and attacked and classifier):
             raise AdvdiffError("a gallery needs --clean, --attacked and -c")
         chip = resolve_device(device)
-        alone, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+        alone, mark = registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
         defence = build_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
         model = defence.before(alone, chip, resolve_precision(precision, chip))
         pair = _pair(*(open_selected(name, split, None, limit, None, None) for name in (clean, attacked)))

@@ -70,7 +70,7 @@ def robustness(
     from advdiff_cli.evaluation.climbing import Climb
     from advdiff_cli.evaluation.judging import write_json
     from advdiff_cli.evaluation.ladder import PRESETS, ladder
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
 
     size = options.budget("linf", eps)
@@ -90,7 +90,7 @@ def robustness(
     rungs, begun = _chosen(whole, only), {} if overwrite else _begun(out, whole)
     exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
     subject = _subject(
-        zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle), defence, exact, chip, compiled=compiled
+        registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle), defence, exact, chip, compiled=compiled
     )
     if batch_size == "auto" and only is not None:
         raise AdvdiffError("--batch-size auto: the rungs of a ladder must agree on it; with --only give a number")

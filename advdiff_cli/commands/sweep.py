@@ -83,7 +83,7 @@ def sweep(
     from advdiff_cli.evaluation.climbing import Climb, Subject
     from advdiff_cli.evaluation.ladder import Preset
     from advdiff_cli.evaluation.sweeping import planned_seconds
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
 
     if out.exists() and not out.is_dir():
@@ -99,7 +99,7 @@ def sweep(
     attack = {"steps": steps, "gradient": gradient, "eot": eot}
     size = options.budget("linf" if over == "eps" else norm, eps)
     asked = Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, size, attack)
-    model, mark = zoo.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
+    model, mark = registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
     spend = Preset(len(patches), 0, eot or 8, 0, draws)
     begun = _begun(out)
     batch = batch_size or begun.get("batch_size", _BATCH)

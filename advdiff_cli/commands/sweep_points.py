@@ -114,9 +114,9 @@ def _setting(over: str, text: str, asked: Asked, load: Any) -> tuple[float, Defe
 
 
 def _training_steps(name: str) -> float:
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
 
-    recorded = zoo.recorded_recipe(zoo.find_ddpm(name)) or {}
+    recorded = registry.recorded_recipe(registry.find_ddpm(name)) or {}
     steps = recorded.get("parameters", {}).get("steps")
     if steps is None:
         raise AdvdiffError(f"{name} does not say how many steps it was trained; --over ddpm takes models of train-ddpm")

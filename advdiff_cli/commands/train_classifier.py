@@ -92,7 +92,7 @@ def train_classifier(
     """
     from advdiff_cli.data.distributed import together
     from advdiff_cli.data.provenance import provenance, recipe
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.training.checkpoints import WorkFolder
@@ -101,7 +101,7 @@ def train_classifier(
 
     options.need_positive(learning_rate=learning_rate)
     chip = resolve_device(device)
-    recorded = zoo.recorded_recipe(out)
+    recorded = registry.recorded_recipe(out)
     sets, valid_set = open_sets(data, valid, split)
     if valid_set is not None:
         valid_set.require_labels()
@@ -116,7 +116,7 @@ def train_classifier(
         plan.parameters() | {"arch": arch} | asked.parameters() | shared(plan.batch_size),
         data=[s.recipe_input() for s in sets],
         valid=valid_set and valid_set.recipe_input(),
-        init=init and zoo.fingerprint(zoo.find_classifier(init)),
+        init=init and registry.fingerprint(registry.find_classifier(init)),
     )
     with together() as processes, WorkFolder(
         out, made_by, recorded, overwrite=overwrite, first=processes.first
@@ -127,7 +127,7 @@ def train_classifier(
         else:
             rows = TrainingRows(sets, labelled=True)
             mean, std = channel_statistics(rows, seed)
-            model = zoo.initial_classifier(init, ClassifierConfig(arch, mean, std), seed, rows.shape)
+            model = registry.initial_classifier(init, ClassifierConfig(arch, mean, std), seed, rows.shape)
             regime, steps = asked.build(exact, seed, chip), rows.steps(plan.batch_size) * epochs
             records = fit_classifier(model, rows, valid_set, plan, work, chip, regime)
             follow(records, steps, "train-classifier", quiet=quiet)
@@ -139,7 +139,7 @@ def train_classifier(
                 save_classifier(model, work.final, made)
                 work.publish()
     if processes.first:
-        _report(out, arch, epochs, zoo.training_log(out), as_json, quiet)
+        _report(out, arch, epochs, registry.training_log(out), as_json, quiet)
 
 
 def _adversary(

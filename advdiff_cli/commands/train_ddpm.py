@@ -51,7 +51,7 @@ def train_ddpm(
     """
     from advdiff_cli.data.distributed import together
     from advdiff_cli.data.provenance import provenance, recipe
-    from advdiff_cli.models import zoo
+    from advdiff_cli.models import registry
     from advdiff_cli.models.ddpm import DdpmCard, Purification, save_ddpm
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.training.checkpoints import WorkFolder
@@ -60,7 +60,7 @@ def train_ddpm(
 
     rate = _peak_rate(learning_rate, preset)
     chip = resolve_device(device)
-    recorded = zoo.recorded_recipe(out)
+    recorded = registry.recorded_recipe(out)
     sets, valid_set = open_sets(data, valid, split)
     exact = fit_precision(precision, out, recorded, chip)
     plan = DdpmPlan(steps, batch_size or _BATCH, rate, ema, max_t, seed, exact)
@@ -72,7 +72,7 @@ def train_ddpm(
         | ({"compiled": True} if compiled else {}),
         data=[s.recipe_input() for s in sets],
         valid=valid_set and valid_set.recipe_input(),
-        init=init and zoo.fingerprint(zoo.find_ddpm(init, allow_pickle=allow_pickle)),
+        init=init and registry.fingerprint(registry.find_ddpm(init, allow_pickle=allow_pickle)),
     )
     with together() as processes, WorkFolder(
         out, made_by, recorded, overwrite=overwrite, first=processes.first
@@ -84,7 +84,7 @@ def train_ddpm(
             rows = TrainingRows(sets, labelled=False)
             shapes = [rows.shape, *([valid_set.require_shape()] if valid_set else [])]
             low, high = map(float, data_range.split(","))
-            model = zoo.initial_ddpm(init, preset, shapes, max_t, seed, (low, high), allow_pickle=allow_pickle)
+            model = registry.initial_ddpm(init, preset, shapes, max_t, seed, (low, high), allow_pickle=allow_pickle)
             if compiled:
                 model.to(chip).compile_unet()
             follow(fit_ddpm(model, rows, valid_set, plan, work, chip), steps, "train-ddpm", quiet=quiet)
@@ -96,7 +96,7 @@ def train_ddpm(
                 work.publish(GRID)
     if not processes.first:
         return
-    log = zoo.training_log(out)
+    log = registry.training_log(out)
     text = f"{out}: {preset}, {log[-1]['step']} steps, loss {log[-1]['loss']:.4f}"
     console.emit({"out": str(out), "log": log}, text, out, as_json=as_json, quiet=quiet)
 

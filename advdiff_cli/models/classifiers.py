@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from advdiff_cli.data.atomic_files import writing
 from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse_object
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.foreign import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
+from advdiff_cli.models.external import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

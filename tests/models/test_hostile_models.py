@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models import zoo
+from advdiff_cli.models import registry
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import load_ddpm
 
@@ -43,7 +43,7 @@ def replaced(document, path, value):
 def attempt(folder, load):
     try:
         load(folder)
-        zoo.fingerprint(folder), zoo.recorded_provenance(folder)
+        registry.fingerprint(folder), registry.recorded_provenance(folder)
     except AdvdiffError as e:
         return "refused" if str(folder) in str(e) and "\n" not in str(e) else f"does not name the file: {e}"
     except BaseException:

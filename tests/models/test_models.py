@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
+from advdiff_cli.models.bundling import bundle
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models import zoo
-from advdiff_cli.models.bundling import bundle
+from advdiff_cli.models import registry
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, load_classifier, save_classifier
 from advdiff_cli.models.ddpm import PRESETS, Purification, build_ddpm, load_card, load_ddpm, recommend
 from advdiff_cli.models.device import resolve_device, resolve_precision
@@ -82,17 +82,17 @@ def test_bundling_halves_the_weights_and_keeps_the_model(classifier, ddpm, tmp_p
         load_classifier(classifier)(images), load_classifier(tmp_path / "classifier")(images), atol=1e-2
     )
     assert next(load_ddpm(tmp_path / "ddpm").parameters()).dtype == torch.float32
-    assert zoo.recorded_recipe(tmp_path / "classifier") == recipe("test", {})
+    assert registry.recorded_recipe(tmp_path / "classifier") == recipe("test", {})
 
 
 def test_fingerprint_is_of_the_tensors_and_not_of_the_record(classifier, tmp_path):
     shutil.copytree(classifier, tmp_path / "c")
     save_file(load_file(classifier / "model.safetensors"), tmp_path / "c" / "model.safetensors", {"a": "b", "c": "d"})
-    assert zoo.fingerprint(tmp_path / "c") == zoo.fingerprint(classifier)
+    assert registry.fingerprint(tmp_path / "c") == registry.fingerprint(classifier)
     weights = load_file(classifier / "model.safetensors")
     weights["backbone.features.0.bias"] += 1
     save_file(weights, tmp_path / "c" / "model.safetensors")
-    assert zoo.fingerprint(tmp_path / "c") != zoo.fingerprint(classifier)
+    assert registry.fingerprint(tmp_path / "c") != registry.fingerprint(classifier)
 
 
 def test_models_that_do_not_predict_noise_are_refused(ddpm, tmp_path):
@@ -106,7 +106,7 @@ def test_models_that_do_not_predict_noise_are_refused(ddpm, tmp_path):
 def test_what_is_recommended_is_not_part_of_the_model(ddpm, tmp_path):
     shutil.copytree(ddpm, tmp_path / "m")
     recommend(tmp_path / "m", Purification(0.2, "ddim", 3))
-    assert zoo.fingerprint(tmp_path / "m") == zoo.fingerprint(ddpm)
+    assert registry.fingerprint(tmp_path / "m") == registry.fingerprint(ddpm)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v3_small"])
@@ -128,7 +128,7 @@ def test_normalisation_is_inside(classifier):
 
 def test_unknown_names_list_what_there_is(tmp_path):
     with pytest.raises(AdvdiffError, match="no classifier called nonesuch: neither a folder nor a bundled model"):
-        zoo.find_classifier("nonesuch")
+        registry.find_classifier("nonesuch")
     with pytest.raises(AdvdiffError, match="no classification architecture resnet19"):
         Classifier(ClassifierConfig("resnet19", (0, 0, 0), (1, 1, 1)))
     with pytest.raises(AdvdiffError, match=r"config\.json is missing"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from advdiff_cli.models.ddpm import load_ddpm
-from advdiff_cli.models.zoo import find_ddpm
+from advdiff_cli.models.registry import find_ddpm
 from advdiff_cli.purification import DiffusionPurifier, windows
 from advdiff_cli.purification.windows import OVERLAP, SIDE, in_windows, starts
 

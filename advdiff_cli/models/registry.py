@@ -22,7 +22,7 @@ from advdiff_cli.models.classifiers import (
     load_tiatoolbox,
 )
 from advdiff_cli.models.ddpm import CARD, PICKLED_UNET, UNET_WEIGHTS, Ddpm, build_ddpm, load_card, load_ddpm
-from advdiff_cli.models.foreign import from_callable, read_weights, source_digest
+from advdiff_cli.models.external import from_callable, read_weights, source_digest
 
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 
