@@ -11,7 +11,7 @@ import time
 import h5py
 import pytest
 
-from advdiff_cli.attacks.plan import resolve
+from advdiff_cli.attacks.spec import resolve
 from advdiff_cli.attacks.stored import attack_recipe
 from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.evaluation import ladder

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from advdiff_cli.attacks.objective import CANDIDATES, CHOOSING_DRAWS
+from advdiff_cli.attacks.eot import CANDIDATES, CHOOSING_DRAWS
 
 
 @dataclass(frozen=True)

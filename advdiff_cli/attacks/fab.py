@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from advdiff_cli.attacks.balls import Norm, project
-from advdiff_cli.attacks.objective import check_images
+from advdiff_cli.attacks.eot import check_images
+from advdiff_cli.attacks.projections import Norm, project
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.purification.defended import DefendedClassifier, FixedNoise
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advdiff_cli.attacks.balls import Norm, round_inside, surface_share
+from advdiff_cli.attacks.projections import Norm, round_inside, surface_share
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.purification.defended import DefendedClassifier, finite, judged_at_once

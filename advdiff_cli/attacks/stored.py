@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from advdiff_cli.attacks.plan import Target, run
+from advdiff_cli.attacks.spec import Target, run
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.prefetch import ahead

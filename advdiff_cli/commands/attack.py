@@ -105,7 +105,7 @@ def attack(
 
     Example: advdiff attack test.h5 -c pcam-resnet18 --eps 2/255 -o adv.safetensors
     """
-    from advdiff_cli.attacks.plan import aim, resolve
+    from advdiff_cli.attacks.spec import aim, resolve
     from advdiff_cli.attacks.stored import attack_recipe, attack_rows
     from advdiff_cli.data import patch_writer
     from advdiff_cli.data.distributed import together

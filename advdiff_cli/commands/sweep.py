@@ -178,7 +178,7 @@ def _swept(
 
 
 def _told(attack: dict[str, Any], over: str) -> str:
-    from advdiff_cli.attacks.plan import describe
+    from advdiff_cli.attacks.spec import describe
 
     told = describe(attack)
     if over != "eps":

@@ -59,7 +59,7 @@ def build_points(
     over: str, values: str | None, asked: Asked, bare: "Climb", precision: str
 ) -> "list[Point]":  # fmt: skip
     """Return the points in ascending order of value; `bare` is of the classifier without a defence."""
-    from advdiff_cli.attacks.plan import resolve
+    from advdiff_cli.attacks.spec import resolve
     from advdiff_cli.evaluation.ladder import Rung
     from advdiff_cli.evaluation.sweeping import Point
 

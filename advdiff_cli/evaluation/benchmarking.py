@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pixel_unshuffle
 from torch.utils.flop_counter import FlopCounterMode
 
-from advdiff_cli.attacks.objective import Objective
+from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm
 from advdiff_cli.models.device import autocast, spread
 from advdiff_cli.purification.defended import DefendedClassifier

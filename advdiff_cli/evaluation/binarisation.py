@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from advdiff_cli.attacks.balls import random_start
+from advdiff_cli.attacks.projections import random_start
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.purification.defended import DefendedClassifier, FixedNoise
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from advdiff_cli.attacks.cost import Cost, attack_cost
-from advdiff_cli.attacks.objective import Objective
-from advdiff_cli.attacks.plan import aim
+from advdiff_cli.attacks.eot import Objective
+from advdiff_cli.attacks.spec import aim
 from advdiff_cli.attacks.stored import attack_recipe, attack_rows
 from advdiff_cli.data.patch_writer import PatchWriter, is_made, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches

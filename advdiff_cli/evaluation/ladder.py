@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from advdiff_cli.attacks.fab import fab_installed
-from advdiff_cli.attacks.plan import resolve
+from advdiff_cli.attacks.spec import resolve
 
 Kind = Literal["control", "black-box", "white-box", "curve", "check"]
 

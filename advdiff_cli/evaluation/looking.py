@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from advdiff_cli.attacks.objective import Objective
-from advdiff_cli.attacks.plan import Target, run
+from advdiff_cli.attacks.eot import Objective
+from advdiff_cli.attacks.spec import Target, run
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.evaluation.alarms import Gradients, UnitTest

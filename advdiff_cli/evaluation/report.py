@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from advdiff_cli import __version__
-from advdiff_cli.attacks.plan import describe, knows_the_defence
+from advdiff_cli.attacks.spec import describe, knows_the_defence
 from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.figures import ROBUST, STANDARD, bars, ladder_bars, sweep_curves

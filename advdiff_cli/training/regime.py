@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from advdiff_cli.attacks.balls import project, random_start, steepest
-from advdiff_cli.attacks.objective import Objective
+from advdiff_cli.attacks.eot import Objective
+from advdiff_cli.attacks.projections import project, random_start, steepest
 from advdiff_cli.data.rng import RowKey, RowStreams, stream
 from advdiff_cli.models.device import autocast
 from advdiff_cli.purification.defended import DefendedClassifier, row_noise

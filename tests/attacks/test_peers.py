@@ -53,7 +53,7 @@ def test_pgd_is_foolbox_step_for_step(model, batch):
 
 
 def last_iterate(model, images, labels, steps):
-    from advdiff_cli.attacks.objective import Objective
+    from advdiff_cli.attacks.eot import Objective
     from advdiff_cli.attacks.pgd import iterates
 
     objective = Objective(model, labels, rows=list(range(len(images))))

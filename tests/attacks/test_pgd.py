@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from advdiff_cli.attacks.balls import project, random_start, round_inside, surface_share
-from advdiff_cli.attacks.objective import Objective
-from advdiff_cli.attacks.paper import paper
+from advdiff_cli.attacks.ankile2022 import paper
+from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.pgd import iterates, pgd
+from advdiff_cli.attacks.projections import project, random_start, round_inside, surface_share
 from advdiff_cli.data.rng import RowStreams
 
 EPS = 2 / 255

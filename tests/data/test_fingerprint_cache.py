@@ -14,8 +14,8 @@ OLD = 1_700_000_000
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """Write a set of random patches, every file counting as large, and as written long enough ago; return its path."""
-    monkeypatch.setattr(remembering, "_LARGE", 0)
-    monkeypatch.setattr(remembering, "_SETTLED", -1.0)
+    monkeypatch.setattr(fingerprint_cache, "_LARGE", 0)
+    monkeypatch.setattr(fingerprint_cache, "_SETTLED", -1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def write(seed: int):
@@ -55,7 +55,7 @@ def test_what_is_written_anew_is_read_anew(written):
 
 
 def test_a_file_written_just_now_is_not_remembered(written, monkeypatch):
-    monkeypatch.setattr(remembering, "_SETTLED", 10.0)
+    monkeypatch.setattr(fingerprint_cache, "_SETTLED", 10.0)
     path = written(0)
     assert reads(path)[1] == reads(path)[1] == 6
 

@@ -47,7 +47,7 @@ def test_a_callables_fingerprint_leaves_out_advdiffs_own_sources(tmp_path, monke
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(f"name = {name!r}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(foreign, "_OURS", tmp_path / "theirs")
+    monkeypatch.setattr(external, "_OURS", tmp_path / "theirs")
     alone = external.source_digest("judge:build")
     for name in ("theirs.part", "helper"):
         found = importlib.import_module(name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from advdiff_cli.attacks.objective import Objective
+from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import Ddpm, DdpmCard, load_ddpm

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from advdiff_cli.attacks.balls import random_start
-from advdiff_cli.attacks.objective import Objective
+from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.pgd import iterates
+from advdiff_cli.attacks.projections import random_start
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig

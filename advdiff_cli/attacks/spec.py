@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from advdiff_cli.attacks.ankile2022 import paper
 from advdiff_cli.attacks.apgd import apgd
-from advdiff_cli.attacks.balls import random_surface
+from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.fab import fab, fab_installed
-from advdiff_cli.attacks.objective import Objective
-from advdiff_cli.attacks.paper import paper
 from advdiff_cli.attacks.pgd import pgd
+from advdiff_cli.attacks.projections import random_surface
 from advdiff_cli.attacks.square import square
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from advdiff_cli.attacks.fab import fab
-from advdiff_cli.attacks.plan import aim, resolve, run
+from advdiff_cli.attacks.spec import aim, resolve, run
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.climbing import Subject
