@@ -14,7 +14,7 @@ from advdiff_cli.attacks.eot import Objective, best_restart, check_images
 from advdiff_cli.attacks.losses import LossName
 from advdiff_cli.attacks.projections import Norm, project, random_start, steepest
 from advdiff_cli.data.rng import RowKey, RowStreams
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
 _MOMENTUM = 0.75  # alpha, the weight of the new step
 _RISING = 0.75  # rho, the share of steps that must raise the loss

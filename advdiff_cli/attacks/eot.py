@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from advdiff_cli.attacks.losses import LOSSES, LossName
 from advdiff_cli.data.rng import RowKey
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
 CHOOSING_DRAWS = 8
 CANDIDATES = 3  # iterates that reach the final choice, besides the last

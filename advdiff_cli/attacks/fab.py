@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from advdiff_cli.attacks.eot import check_images
 from advdiff_cli.attacks.projections import Norm, project
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defended import DefendedClassifier, FixedNoise
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, FixedNoise
 
 
 def fab_installed() -> bool:

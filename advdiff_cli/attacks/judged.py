@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from advdiff_cli.attacks.projections import Norm, round_inside, surface_share
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.rng import RowKey
-from advdiff_cli.purification.defended import DefendedClassifier, finite, judged_at_once
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, finite, judged_at_once
 
 DRAWS = 3  # of a defence's noise: the first ones that evaluate takes
 

@@ -13,7 +13,7 @@ from advdiff_cli.attacks.eot import Objective, best_restart, check_images
 from advdiff_cli.attacks.losses import LossName
 from advdiff_cli.attacks.projections import Norm, project, random_start, steepest
 from advdiff_cli.data.rng import RowKey, RowStreams
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
 
 def pgd(

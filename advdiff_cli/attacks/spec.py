@@ -15,7 +15,7 @@ from advdiff_cli.attacks.projections import random_surface
 from advdiff_cli.attacks.square import square
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defended import DefendedClassifier, StraightThrough
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, StraightThrough
 from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier
 
 Gradient = Literal["blind", "bpda", "surrogate", "full"]

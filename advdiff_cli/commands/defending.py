@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from advdiff_cli.models.ddpm import Ddpm
-    from advdiff_cli.purification.defended import DefendedClassifier
+    from advdiff_cli.purification.defended_classifier import DefendedClassifier
     from advdiff_cli.purification.purifier import Purifier
 
 DEFAULT_DDPM = "pcam-ddpm"
@@ -40,7 +40,7 @@ class Defence:
 
     def before(self, classifier: "nn.Module", chip: "Chip", precision: str) -> "DefendedClassifier":
         """Return the defended classifier on the device, purifying at a precision, its parameters frozen."""
-        from advdiff_cli.purification.defended import DefendedClassifier
+        from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
         return DefendedClassifier(self.purifier, classifier, precision).to(chip).requires_grad_(False).eval()
 
@@ -83,7 +83,7 @@ def build_defence(
         AdvdiffError: the model is not there, or the settings do not fit it.
     """
     from advdiff_cli.models.ddpm import PAPER
-    from advdiff_cli.purification.diffusion import noise_levels
+    from advdiff_cli.purification.equations import noise_levels
     from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 
     if defense == "none":

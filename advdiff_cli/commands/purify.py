@@ -65,7 +65,7 @@ def purify(
     from advdiff_cli.data.distributed import together
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.models.device import resolve_device, resolve_precision
-    from advdiff_cli.purification.windows import LARGEST
+    from advdiff_cli.purification.tiling import LARGEST
 
     chip = resolve_device(device)
     to_file = out.suffix in (".safetensors", ".h5", ".hdf5")

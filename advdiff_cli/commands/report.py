@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.evaluation.telling import Pair
-    from advdiff_cli.purification.defended import DefendedClassifier
+    from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
 
 def report(

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm
 from advdiff_cli.models.device import autocast, spread
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
 PAPER_STEPS = 40
 BATCH = 16

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from advdiff_cli.attacks.projections import random_start
 from advdiff_cli.data.rng import RowKey, RowStreams
-from advdiff_cli.purification.defended import DefendedClassifier, FixedNoise
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, FixedNoise
 
 INNER = 63  # points inside the ball, the patch among them
 _TRIED = 64  # random points an attack must beat

@@ -25,7 +25,7 @@ from advdiff_cli.evaluation.ladder import Preset, Rung
 from advdiff_cli.evaluation.looking import look_at_gradients, unit_test
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.stopwatch import Stopwatch
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import NoisePurifier, Purifier, linear_alpha_bar
 
 Advance = Callable[[int], None]

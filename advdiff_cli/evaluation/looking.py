@@ -16,7 +16,7 @@ from advdiff_cli.data.rng import RowKey
 from advdiff_cli.evaluation.alarms import Gradients, UnitTest
 from advdiff_cli.evaluation.binarisation import Tested, binarisation_test
 from advdiff_cli.evaluation.intervals import bootstrap, wilson
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
 
 def look_at_gradients(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.evaluation.figures import amplified
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
 OUTCOMES = {
     "rescued": "the attack turned the classifier, and purification turned it back",

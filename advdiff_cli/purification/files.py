@@ -24,10 +24,10 @@ from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import onto, spread
 from advdiff_cli.purification.bulk import purify_batch
-from advdiff_cli.purification.defended import row_noise
+from advdiff_cli.purification.defended_classifier import row_noise
 from advdiff_cli.purification.footprint import batches_that_fit
 from advdiff_cli.purification.purifier import Purifier
-from advdiff_cli.purification.windows import LARGEST
+from advdiff_cli.purification.tiling import LARGEST
 
 _THREADS = 8  # at most, that read, decode, encode and write
 _WAITING = 4  # batches' worth of images that may wait for company of their size

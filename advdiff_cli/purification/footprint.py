@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from advdiff_cli.purification.defended import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
 A_BATCH = 16  # patches of 96 x 96 on a CPU: more at once only leave the caches

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import Ddpm, SamplerName
-from advdiff_cli.purification.diffusion import (
+from advdiff_cli.purification.equations import (
     add_noise,
     ancestral_step,
     ddim_step,
@@ -20,7 +20,7 @@ from advdiff_cli.purification.diffusion import (
     noise_levels,
     step_indices,
 )
-from advdiff_cli.purification.windows import in_windows
+from advdiff_cli.purification.tiling import in_windows
 
 
 class DiffusionPurifier(nn.Module):

@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.rng import RowStreams, stream
 from advdiff_cli.models.ddpm import Ddpm
-from advdiff_cli.purification.diffusion import add_noise, estimate_x_0, noise_levels
+from advdiff_cli.purification.equations import add_noise, estimate_x_0, noise_levels
 from advdiff_cli.training.augment import turn
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
 from advdiff_cli.training.descent import accelerator_at, cosine, descend, restore_scaler, scaler_state

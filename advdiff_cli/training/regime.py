@@ -17,7 +17,7 @@ from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.projections import project, random_start, steepest
 from advdiff_cli.data.rng import RowKey, RowStreams, stream
 from advdiff_cli.models.device import autocast
-from advdiff_cli.purification.defended import DefendedClassifier, row_noise
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, row_noise
 from advdiff_cli.purification.purifier import Purifier
 
 

@@ -10,7 +10,13 @@ from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.climbing import Subject
 from advdiff_cli.models.ddpm import load_ddpm
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier, StraightThrough, defended
+from advdiff_cli.purification import (
+    DefendedClassifier,
+    DiffusionPurifier,
+    NoisePurifier,
+    StraightThrough,
+    defended_classifier,
+)
 from advdiff_cli.purification.purifier import linear_alpha_bar
 
 EPS = 4 / 255
@@ -163,7 +169,7 @@ def test_a_fixed_draw_is_the_evaluations_own(classifier, purifier, batch):
     """The attack on the noise it knows beats, on that noise, the attack that does not know it."""
     images, labels = batch
     defended = DefendedClassifier(purifier, classifier)
-    noise = defended.noise(images, rows=[0, 1, 2, 3], seed=9, purpose="evaluate")
+    noise = defended_classifier.noise(images, rows=[0, 1, 2, 3], seed=9, purpose="evaluate")
 
     def margin(**asked):
         settings = resolved("apgd", steps=20, loss="margin", **asked)

@@ -12,7 +12,7 @@ from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
-from advdiff_cli.purification.defended import row_noise
+from advdiff_cli.purification.defended_classifier import row_noise
 from advdiff_cli.purification.purifier import linear_alpha_bar
 from advdiff_cli.training.regime import Adversary, Regime
 

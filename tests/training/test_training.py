@@ -15,7 +15,7 @@ from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
-from advdiff_cli.purification.diffusion import add_noise
+from advdiff_cli.purification.equations import add_noise
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
 from advdiff_cli.training.augment import turn, vary_stain
 from advdiff_cli.training.calibration import platt

@@ -11,8 +11,8 @@ from scipy.ndimage import gaussian_filter
 
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.models.registry import find_ddpm
-from advdiff_cli.purification import DiffusionPurifier, windows
-from advdiff_cli.purification.windows import OVERLAP, SIDE, in_windows, starts
+from advdiff_cli.purification import DiffusionPurifier, tiling
+from advdiff_cli.purification.tiling import OVERLAP, SIDE, in_windows, starts
 
 
 @given(length=st.integers(SIDE // 8, 600).map(lambda n: 8 * n))
@@ -36,7 +36,7 @@ def test_a_pointwise_prediction_is_that_of_the_whole(size):
 
     found = in_windows(predict, images, 8)
     assert torch.allclose(found, images.square() + 1, atol=1e-6)
-    assert {s[0] for s in seen} == {windows.BATCH}
+    assert {s[0] for s in seen} == {tiling.BATCH}
     assert all(max(s[2:]) <= SIDE for s in seen)
     (gradient,) = torch.autograd.grad(found.sum(), images)
     assert torch.allclose(gradient, 2 * images, atol=1e-5)

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
-from advdiff_cli.purification.diffusion import add_noise, noise_levels, step_indices
+from advdiff_cli.purification.equations import add_noise, noise_levels, step_indices
 from advdiff_cli.purification.purifier import linear_alpha_bar
 
 
