@@ -20,7 +20,7 @@ from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.evaluation.intervals import Estimate, wilson
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.registry import find_classifier
-from advdiff_cli.training.regime import Adversary, Regime
+from advdiff_cli.training.adversarial import Adversary, Regime
 
 EPS = 2 / 255
 BATCH = 64  # of the judging

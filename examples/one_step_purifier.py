@@ -25,10 +25,10 @@ from advdiff_cli.models.ddpm import Purification, load_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision
 from advdiff_cli.models.registry import find_classifier, find_ddpm, fingerprint
 from advdiff_cli.purification import DiffusionPurifier
-from advdiff_cli.training.augment import turn
-from advdiff_cli.training.descent import cosine
-from advdiff_cli.training.regime import Adversary, Regime
-from advdiff_cli.training.rows import TrainingRows
+from advdiff_cli.training.adversarial import Adversary, Regime
+from advdiff_cli.training.augmentation import turn
+from advdiff_cli.training.loader import TrainingRows
+from advdiff_cli.training.optim import cosine
 
 EPS = 2 / 255
 PIXELS = 30.0  # weight of the squared error of pixels in [0, 1] beside the cross-entropy: both are near 0.4 at first

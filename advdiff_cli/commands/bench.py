@@ -166,7 +166,7 @@ def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path, how: str = ""
     from advdiff_cli.models.ddpm import Ddpm
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
-    from advdiff_cli.training.rows import TrainingRows
+    from advdiff_cli.training.loader import TrainingRows
 
     rows = TrainingRows([open_patches(data)], labelled=False)
     fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)

@@ -10,9 +10,9 @@ from advdiff_cli.commands.training import asked_regime, fit_precision, follow, o
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
+    from advdiff_cli.training.adversarial import Adversary
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_classifier import OnValid
-    from advdiff_cli.training.regime import Adversary
 
 _BATCH = 64
 _ATTACK_STEPS = 7
@@ -97,7 +97,7 @@ def train_classifier(
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_classifier import ClassifierPlan, OnValid, channel_statistics, fit_classifier
-    from advdiff_cli.training.rows import TrainingRows
+    from advdiff_cli.training.loader import TrainingRows
 
     options.need_positive(learning_rate=learning_rate)
     chip = resolve_device(device)
@@ -145,7 +145,7 @@ def train_classifier(
 def _adversary(
     adversarial: bool, eps: float | None, steps: int | None, loss: Literal["madry", "trades"] | None, beta: float | None
 ) -> "Adversary | None":  # fmt: skip
-    from advdiff_cli.training.regime import Adversary
+    from advdiff_cli.training.adversarial import Adversary
 
     if not adversarial:
         if (eps, steps, loss, beta) != (None,) * 4:

@@ -56,7 +56,7 @@ def train_ddpm(
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_ddpm import GRID, DdpmPlan, fit_ddpm
-    from advdiff_cli.training.rows import TrainingRows
+    from advdiff_cli.training.loader import TrainingRows
 
     rate = _peak_rate(learning_rate, preset)
     chip = resolve_device(device)

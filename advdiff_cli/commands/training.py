@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import device as Chip
 
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.training.regime import Adversary, Regime
+    from advdiff_cli.training.adversarial import Adversary, Regime
 
 
 def open_sets(data: list[str], valid: str | None, split: str | None) -> "tuple[list[PatchSet], PatchSet | None]":
@@ -88,7 +88,7 @@ class AskedRegime:
 
     def build(self, precision: str, seed: int, chip: "Chip") -> "Regime":
         """Return the regime, its purifiers frozen on the device."""
-        from advdiff_cli.training.regime import Regime
+        from advdiff_cli.training.adversarial import Regime
 
         purifiers = [None if d is None else d.purifier.to(chip).requires_grad_(False).eval() for d in self.augment]
         return Regime(purifiers, self.adversary, precision, seed)

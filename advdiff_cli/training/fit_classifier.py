@@ -19,12 +19,12 @@ from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.rng import drawing, stream
 from advdiff_cli.models.classifiers import Classifier
-from advdiff_cli.training.augment import turn, vary_stain
-from advdiff_cli.training.calibration import platt
+from advdiff_cli.training.adversarial import Regime
+from advdiff_cli.training.augmentation import turn, vary_stain
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
-from advdiff_cli.training.descent import accelerator_at, cosine, descend, restore_scaler, scaler_state
-from advdiff_cli.training.regime import Regime
-from advdiff_cli.training.rows import TrainingRows
+from advdiff_cli.training.loader import TrainingRows
+from advdiff_cli.training.optim import accelerator_at, cosine, descend, restore_scaler, scaler_state
+from advdiff_cli.training.platt import platt
 
 Channels = tuple[float, float, float]
 

@@ -22,10 +22,10 @@ from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.rng import RowStreams, stream
 from advdiff_cli.models.ddpm import Ddpm
 from advdiff_cli.purification.equations import add_noise, estimate_x_0, noise_levels
-from advdiff_cli.training.augment import turn
+from advdiff_cli.training.augmentation import turn
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
-from advdiff_cli.training.descent import accelerator_at, cosine, descend, restore_scaler, scaler_state
-from advdiff_cli.training.rows import TrainingRows
+from advdiff_cli.training.loader import TrainingRows
+from advdiff_cli.training.optim import accelerator_at, cosine, descend, restore_scaler, scaler_state
 
 GRID = "samples.png"
 _LEVELS = (0.02, 0.04, 0.085, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # fractions of T at which the validation loss is taken

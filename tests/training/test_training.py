@@ -17,14 +17,14 @@ from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
 from advdiff_cli.purification.equations import add_noise
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.training.augment import turn, vary_stain
-from advdiff_cli.training.calibration import platt
+from advdiff_cli.training.adversarial import Adversary, Regime
+from advdiff_cli.training.augmentation import turn, vary_stain
 from advdiff_cli.training.checkpoints import WorkFolder
-from advdiff_cli.training.descent import cosine
 from advdiff_cli.training.fit_classifier import PLAIN, ClassifierPlan, channel_statistics, fit_classifier
 from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
-from advdiff_cli.training.regime import Adversary, Regime
-from advdiff_cli.training.rows import TrainingRows
+from advdiff_cli.training.loader import TrainingRows
+from advdiff_cli.training.optim import cosine
+from advdiff_cli.training.platt import platt
 
 CPU = torch.device("cpu")
 

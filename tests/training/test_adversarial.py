@@ -14,7 +14,7 @@ from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.defended_classifier import row_noise
 from advdiff_cli.purification.purifier import linear_alpha_bar
-from advdiff_cli.training.regime import Adversary, Regime
+from advdiff_cli.training.adversarial import Adversary, Regime
 
 EPS = 2 / 255
 ROWS = range(100, 108)
