@@ -14,17 +14,17 @@ import pytest
 from advdiff_cli.attacks.spec import resolve
 from advdiff_cli.attacks.stored import attack_recipe
 from advdiff_cli.data.atomic_files import replacing
-from advdiff_cli.evaluation import ladder
 from advdiff_cli.evaluation.judging import kept_result
-from advdiff_cli.evaluation.ladder import Preset
-from advdiff_cli.evaluation.stopwatch import Stopwatch
+from advdiff_cli.robustness import suite
+from advdiff_cli.robustness.suite import Preset
+from advdiff_cli.robustness.timing_log import Stopwatch
 
 N, B = 4, 2
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(ladder.PRESETS, "quick", Preset(patches=N, steps=2, eot=2, queries=2, draws=3))
+    monkeypatch.setitem(suite.PRESETS, "quick", Preset(patches=N, steps=2, eot=2, queries=2, draws=3))
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
     code = (
         "from advdiff_cli.data import writer; from advdiff_cli.evaluation import ladder\n"
         "from advdiff_cli.main import main; writer._FLUSH_SECONDS = 0\n"
-        f"ladder.PRESETS['quick'] = ladder.Preset({N}, 2, 2, 2, 3)\n"
+        f"suite.PRESETS['quick'] = suite.Preset({N}, 2, 2, 2, 3)\n"
         "main()"
     )
     run = [sys.executable, "-c", code, *map(str, words), "-o", str(killed)]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.evaluation.sweeping import Judged, choose
+from advdiff_cli.robustness.sweep import Judged, choose
 
 N = 16
 

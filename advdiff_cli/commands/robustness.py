@@ -14,9 +14,9 @@ from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.evaluation.climbing import Climb, Subject
-    from advdiff_cli.evaluation.ladder import Rung
     from advdiff_cli.evaluation.metrics import Predictions
+    from advdiff_cli.robustness.runner import Climb, Subject
+    from advdiff_cli.robustness.suite import Rung
 
 _BATCH = 32
 _SHUFFLE_SEED = 0
@@ -67,11 +67,11 @@ def robustness(
 
     Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o ladder/
     """
-    from advdiff_cli.evaluation.climbing import Climb
     from advdiff_cli.evaluation.judging import write_json
-    from advdiff_cli.evaluation.ladder import PRESETS, ladder
     from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
+    from advdiff_cli.robustness.runner import Climb
+    from advdiff_cli.robustness.suite import PRESETS, ladder
 
     size = options.budget("linf", eps)
     if out.exists() and not out.is_dir():
@@ -125,7 +125,7 @@ def _begun(out: Path, rungs: "list[Rung]") -> Mapping[str, Any]:
 def _subject(
     found: tuple[Any, str], defence: Defence | None, precision: str, chip: Any, *, compiled: bool
 ) -> "Subject":
-    from advdiff_cli.evaluation.climbing import Subject
+    from advdiff_cli.robustness.runner import Subject
 
     model, fingerprint = found
     if defence is None:
@@ -144,7 +144,7 @@ def _climbed(
 ) -> dict[str, Any]:  # fmt: skip
     """Climb every rung, make the checks of a whole ladder, and return what robustness.json holds."""
     from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.evaluation.conclusions import conclusions
+    from advdiff_cli.robustness.summary import conclusions
 
     judged, gradients, found = {}, None, None
     for rung in rungs:

@@ -15,10 +15,10 @@ from advdiff_cli.commands.sweep_points import Asked, build_points, refuse_ignore
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.evaluation.climbing import Climb
-    from advdiff_cli.evaluation.ladder import Rung
     from advdiff_cli.evaluation.metrics import Predictions
-    from advdiff_cli.evaluation.sweeping import Point, Rule
+    from advdiff_cli.robustness.runner import Climb
+    from advdiff_cli.robustness.suite import Rung
+    from advdiff_cli.robustness.sweep import Point, Rule
 
 _BATCH = 32
 _SHUFFLE_SEED = 0
@@ -80,11 +80,11 @@ def sweep(
 
     Example: advdiff sweep valid.h5 -c pcam-resnet18 -m pcam-ddpm --limit 500 -o sweep/
     """
-    from advdiff_cli.evaluation.climbing import Climb, Subject
-    from advdiff_cli.evaluation.ladder import Preset
-    from advdiff_cli.evaluation.sweeping import planned_seconds
     from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
+    from advdiff_cli.robustness.runner import Climb, Subject
+    from advdiff_cli.robustness.suite import Preset
+    from advdiff_cli.robustness.sweep import planned_seconds
 
     if out.exists() and not out.is_dir():
         raise AdvdiffError(f"--out {out} is a file; a sweep goes to a folder")
@@ -139,7 +139,7 @@ def _swept(
     """Make and judge every point, and return what sweep.json holds."""
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.evaluation.intervals import mean_share
-    from advdiff_cli.evaluation.sweeping import CLEAN, RULES, Judged, choose, row
+    from advdiff_cli.robustness.sweep import CLEAN, RULES, Judged, choose, row
 
     plain = replace(bare, label="undefended-")
     undefended, judged, rows = _judge(plain, CLEAN, quiet), [], []
@@ -203,7 +203,7 @@ def _write(result: dict[str, Any], over: str, out: Path) -> None:
     from advdiff_cli.data.atomic_files import replacing
     from advdiff_cli.evaluation.figures import sweep_curves
     from advdiff_cli.evaluation.judging import write_json
-    from advdiff_cli.evaluation.sweeping import axis
+    from advdiff_cli.robustness.sweep import axis
 
     write_json(out / "sweep.json", result)
     with replacing(out / "sweep.csv") as fresh, fresh.open("w", newline="") as file:

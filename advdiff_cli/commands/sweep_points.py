@@ -12,8 +12,8 @@ from advdiff_cli.commands.defending import Defence, build_defence, load_model
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.evaluation.climbing import Climb
-    from advdiff_cli.evaluation.sweeping import Point
+    from advdiff_cli.robustness.runner import Climb
+    from advdiff_cli.robustness.sweep import Point
 
 _DEFAULTS = {
     "t-star": "0.001,0.005,0.01,0.02,0.03,0.04,0.06,0.085,0.1,0.15,0.2,0.25,0.3",
@@ -60,8 +60,8 @@ def build_points(
 ) -> "list[Point]":  # fmt: skip
     """Return the points in ascending order of value; `bare` is of the classifier without a defence."""
     from advdiff_cli.attacks.spec import resolve
-    from advdiff_cli.evaluation.ladder import Rung
-    from advdiff_cli.evaluation.sweeping import Point
+    from advdiff_cli.robustness.suite import Rung
+    from advdiff_cli.robustness.sweep import Point
 
     l2 = over == "eps" and asked.norm == "l2"
     unit = 255 if over == "eps" and not l2 else 1  # the axis of linf is in 1/255

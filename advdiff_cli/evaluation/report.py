@@ -15,7 +15,7 @@ from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.figures import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
 from advdiff_cli.evaluation.intervals import Estimate
-from advdiff_cli.evaluation.sweeping import axis
+from advdiff_cli.robustness.sweep import axis
 
 PAGE = "report.html"
 

@@ -8,7 +8,6 @@ from advdiff_cli.attacks.fab import fab
 from advdiff_cli.attacks.spec import aim, resolve, run
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.climbing import Subject
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import (
     DefendedClassifier,
@@ -18,6 +17,7 @@ from advdiff_cli.purification import (
     defended_classifier,
 )
 from advdiff_cli.purification.purifier import linear_alpha_bar
+from advdiff_cli.robustness.runner import Subject
 
 EPS = 4 / 255
 

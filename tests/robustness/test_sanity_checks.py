@@ -9,16 +9,16 @@ from torch import nn
 
 from advdiff_cli.attacks import pgd
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.evaluation.alarms import UnitTest, alarms, not_above
-from advdiff_cli.evaluation.binarisation import binarisation_test
-from advdiff_cli.evaluation.climbing import Climb, Subject
-from advdiff_cli.evaluation.conclusions import conclusions, worst
 from advdiff_cli.evaluation.intervals import wilson
-from advdiff_cli.evaluation.ladder import PRESETS, Preset, Rung, ladder
-from advdiff_cli.evaluation.looking import look_at_gradients
 from advdiff_cli.evaluation.metrics import Predictions, figures, votes
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.purifier import linear_alpha_bar
+from advdiff_cli.robustness.binarization_test import binarisation_test
+from advdiff_cli.robustness.gradient_checks import look_at_gradients
+from advdiff_cli.robustness.runner import Climb, Subject
+from advdiff_cli.robustness.sanity_checks import UnitTest, alarms, not_above
+from advdiff_cli.robustness.suite import PRESETS, Preset, Rung, ladder
+from advdiff_cli.robustness.summary import conclusions, worst
 
 EPS = 2 / 255
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.spec import Target, run
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.rng import RowKey
-from advdiff_cli.evaluation.alarms import Gradients, UnitTest
-from advdiff_cli.evaluation.binarisation import Tested, binarisation_test
 from advdiff_cli.evaluation.intervals import bootstrap, wilson
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.robustness.binarization_test import Tested, binarisation_test
+from advdiff_cli.robustness.sanity_checks import Gradients, UnitTest
 
 
 def look_at_gradients(

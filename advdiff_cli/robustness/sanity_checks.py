@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 
 from advdiff_cli.evaluation.comparing import difference_of_means
 from advdiff_cli.evaluation.intervals import Estimate, mean_share
-from advdiff_cli.evaluation.ladder import EPS_CURVE, Rung
 from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.robustness.suite import EPS_CURVE, Rung
 
 Status = Literal["pass", "warn", "fail"]
 

@@ -18,15 +18,15 @@ from advdiff_cli.attacks.stored import attack_recipe, attack_rows
 from advdiff_cli.data.patch_writer import PatchWriter, is_made, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, recipe
-from advdiff_cli.evaluation.alarms import Gradients, UnitTest
-from advdiff_cli.evaluation.binarisation import PROBES
 from advdiff_cli.evaluation.judging import keep_result, kept_predictions, kept_result, predict_and_keep
-from advdiff_cli.evaluation.ladder import Preset, Rung
-from advdiff_cli.evaluation.looking import look_at_gradients, unit_test
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.evaluation.stopwatch import Stopwatch
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import NoisePurifier, Purifier, linear_alpha_bar
+from advdiff_cli.robustness.binarization_test import PROBES
+from advdiff_cli.robustness.gradient_checks import look_at_gradients, unit_test
+from advdiff_cli.robustness.sanity_checks import Gradients, UnitTest
+from advdiff_cli.robustness.suite import Preset, Rung
+from advdiff_cli.robustness.timing_log import Stopwatch
 
 Advance = Callable[[int], None]
 LOOKED_AT = 64  # patches whose gradients are looked at, and that the attack's unit test is made of
