@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.evaluation.telling import Pair, Seen, most_telling
+from advdiff_cli.report.gallery import Pair, Seen, most_telling
 
 N = 24
 

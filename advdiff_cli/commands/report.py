@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import device as Chip
 
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.evaluation.telling import Pair
     from advdiff_cli.purification.defended_classifier import DefendedClassifier
+    from advdiff_cli.report.gallery import Pair
 
 
 def report(
@@ -61,9 +61,9 @@ def report(
 
     Example: advdiff report --result undefended=plain.json --sweep sweep/ --ladder ladder/ -o report/
     """
-    from advdiff_cli.evaluation.report import PAGE, Report, bar, read_results
     from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device, resolve_precision
+    from advdiff_cli.report.page import PAGE, Report, bar, read_results
 
     if out.exists() and not out.is_dir():
         raise AdvdiffError(f"--out {out} is a file; a report goes to a folder")
@@ -113,7 +113,7 @@ class _Judge:
 
 
 def _pair(clean: "PatchSet", attacked: "PatchSet") -> "Pair":
-    from advdiff_cli.evaluation.telling import Pair
+    from advdiff_cli.report.gallery import Pair
 
     pair = Pair.of(clean, attacked)
     if not len(pair):
@@ -127,7 +127,7 @@ def _gallery(
     """Return what the page shows of clean and attacked patches, and draw the panel of the first few."""
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.evaluation.intervals import wilson
-    from advdiff_cli.evaluation.telling import OUTCOMES, look, most_telling, pictures
+    from advdiff_cli.report.gallery import OUTCOMES, look, most_telling, pictures
 
     eps = _eps(pair.attacked.provenance, pair.attacked.path)
     rows = [] if index is None else _rows_of(index, pair.clean.index[pair.at].tolist())
@@ -162,7 +162,7 @@ def _panel(shown: list[dict[str, Any]], path: Path) -> None:
     """Draw the first patches of the gallery as one picture."""
     import torch
 
-    from advdiff_cli.evaluation.figures import Column, panel
+    from advdiff_cli.report.plots import Column, panel
 
     columns = []
     for k, stage in enumerate(shown[0]["stages"]):

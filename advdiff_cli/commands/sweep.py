@@ -201,8 +201,8 @@ def _judge(climb: "Climb", rung: "Rung", quiet: bool) -> "Predictions":
 def _write(result: dict[str, Any], over: str, out: Path) -> None:
     """Write sweep.json, sweep.csv and the pictures."""
     from advdiff_cli.data.atomic_files import replacing
-    from advdiff_cli.evaluation.figures import sweep_curves
     from advdiff_cli.evaluation.judging import write_json
+    from advdiff_cli.report.plots import sweep_curves
     from advdiff_cli.robustness.sweep import axis
 
     write_json(out / "sweep.json", result)

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.evaluation.figures import amplified
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.report.plots import amplified
 
 OUTCOMES = {
     "rescued": "the attack turned the classifier, and purification turned it back",

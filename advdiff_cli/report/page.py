@@ -13,8 +13,8 @@ from advdiff_cli import __version__
 from advdiff_cli.attacks.spec import describe, knows_the_defence
 from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.figures import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
 from advdiff_cli.evaluation.intervals import Estimate
+from advdiff_cli.report.plots import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
 from advdiff_cli.robustness.sweep import axis
 
 PAGE = "report.html"
@@ -55,7 +55,7 @@ class Report:
                 **self.ladder,
                 "svg": inline(out / "ladder.svg", "ladder", "accuracy under each attack"),
             }
-        page = _environment().get_template("report.html.j2")
+        page = _environment().get_template("page.html.j2")
         text = page.render(context | {"gallery": self.gallery, "sources": self._sources()})
         with replacing(out / PAGE) as fresh:
             fresh.write_text(text)
@@ -131,7 +131,7 @@ def inline(path: Path, prefix: str, label: str) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("advdiff_cli.evaluation", "."), autoescape=select_autoescape(["html", "j2"]),
+        loader=PackageLoader("advdiff_cli.report", "."), autoescape=select_autoescape(["html", "j2"]),
         undefined=StrictUndefined,
     )  # fmt: skip
     environment.filters["estimate"] = lambda value: str(Estimate(**value))

@@ -1,0 +1,1 @@
+"""The report: its page, the gallery of patches and the plots."""
