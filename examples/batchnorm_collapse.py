@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from advdiff_cli.attacks import pgd
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.evaluation.intervals import Estimate, wilson
+from advdiff_cli.evaluation.statistics import Estimate, wilson
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.registry import find_classifier
 from advdiff_cli.training.adversarial import Adversary, Regime

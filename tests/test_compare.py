@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from advdiff_cli.evaluation.comparing import Evaluated
+from advdiff_cli.evaluation.comparison import Evaluated
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.evaluation.predictions_file import read_predictions, write_predictions
+from advdiff_cli.evaluation.predictions_csv import read_predictions, write_predictions
 
 
 @pytest.mark.parametrize("draws", [1, 3])

@@ -184,9 +184,9 @@ def _summary(
 ) -> dict[str, Any]:  # fmt: skip
     import numpy as np
 
-    from advdiff_cli.attacks.judged import DRAWS, judge
     from advdiff_cli.data.patches import open_patches
-    from advdiff_cli.evaluation.intervals import mean_share
+    from advdiff_cli.evaluation.attack_outcome import DRAWS, judge
+    from advdiff_cli.evaluation.statistics import mean_share
 
     eps, norm, seed = (parameters[k] for k in ("eps", "norm", "seed"))
     draws = 1 if parameters.get("fixed_draw") else DRAWS  # the draw it knows, or ones it does not
@@ -206,7 +206,7 @@ def _summary(
 
 
 def _text(parameters: dict[str, Any], summary: dict[str, Any]) -> str:
-    from advdiff_cli.evaluation.intervals import Estimate
+    from advdiff_cli.evaluation.statistics import Estimate
 
     method, norm, eps = (parameters[k] for k in ("method", "norm", "eps"))
     title = f"{method} {norm} eps {f'{eps * 255:g}/255' if norm == 'linf' else f'{eps:g}'}"

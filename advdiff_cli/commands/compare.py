@@ -10,7 +10,7 @@ from advdiff_cli import console, options
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.evaluation.comparing import Evaluated
+    from advdiff_cli.evaluation.comparison import Evaluated
 
 _COLUMNS = ("accuracy", "sensitivity", "specificity")
 
@@ -29,8 +29,8 @@ def compare(
 
     Example: advdiff compare noise.csv robust.csv ddpm.csv
     """
-    from advdiff_cli.evaluation.comparing import compare as paired
-    from advdiff_cli.evaluation.predictions_file import read_predictions
+    from advdiff_cli.evaluation.comparison import compare as paired
+    from advdiff_cli.evaluation.predictions_csv import read_predictions
 
     if len(set(predictions)) < max(len(predictions), 2):
         raise AdvdiffError("compare takes two different files of predictions or more: one a model or defence")

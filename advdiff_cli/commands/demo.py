@@ -113,7 +113,7 @@ def _picture(files: dict[str, Path], path: Path, device: str) -> None:
 
 
 def _text(result: dict[str, Any]) -> str:
-    from advdiff_cli.evaluation.intervals import Estimate
+    from advdiff_cli.evaluation.statistics import Estimate
 
     rows = [
         (name, str(Estimate(**row["standard"])), str(Estimate(**row["robust"]))) for name, row in result["rows"].items()

@@ -12,7 +12,7 @@ from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.evaluation.comparing import Evaluated
+    from advdiff_cli.evaluation.comparison import Evaluated
 
 _COLUMNS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc")
 _DRAWS = 11
@@ -60,9 +60,9 @@ def evaluate(
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
-    from advdiff_cli.evaluation.comparing import compare
-    from advdiff_cli.evaluation.controls import cautions
-    from advdiff_cli.evaluation.predictions_file import write_predictions
+    from advdiff_cli.evaluation.comparison import compare
+    from advdiff_cli.evaluation.predictions_csv import write_predictions
+    from advdiff_cli.evaluation.provenance_checks import cautions
     from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
@@ -123,7 +123,7 @@ def _predict(
     import numpy as np
 
     from advdiff_cli.data.provenance import history
-    from advdiff_cli.evaluation.comparing import Evaluated
+    from advdiff_cli.evaluation.comparison import Evaluated
     from advdiff_cli.evaluation.metrics import Predictions, predict
 
     p1 = []
@@ -156,7 +156,7 @@ def _short(value: object) -> str:
 
 
 def _fidelity_text(found: list[dict[str, Any]]) -> str:
-    from advdiff_cli.evaluation.intervals import Estimate
+    from advdiff_cli.evaluation.statistics import Estimate
 
     def plain(value: dict[str, float] | None, places: int) -> str:
         if value is None:

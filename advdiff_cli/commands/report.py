@@ -126,7 +126,7 @@ def _gallery(
 ) -> dict[str, Any]:  # fmt: skip
     """Return what the page shows of clean and attacked patches, and draw the panel of the first few."""
     from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.evaluation.intervals import wilson
+    from advdiff_cli.evaluation.statistics import wilson
     from advdiff_cli.report.gallery import OUTCOMES, look, most_telling, pictures
 
     eps = _eps(pair.attacked.provenance, pair.attacked.path)

@@ -215,7 +215,7 @@ def _plan_text(plan: list[dict[str, Any]]) -> str:
 
 def _text(result: dict[str, Any]) -> str:
     from advdiff_cli.attacks.spec import describe
-    from advdiff_cli.evaluation.intervals import Estimate
+    from advdiff_cli.evaluation.statistics import Estimate
 
     def cell(value: dict[str, Any] | None) -> str:
         return "-" if value is None else str(Estimate(**value))

@@ -138,7 +138,7 @@ def _swept(
 ) -> dict[str, Any]:  # fmt: skip
     """Make and judge every point, and return what sweep.json holds."""
     from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.evaluation.intervals import mean_share
+    from advdiff_cli.evaluation.statistics import mean_share
     from advdiff_cli.robustness.sweep import CLEAN, RULES, Judged, choose, row
 
     plain = replace(bare, label="undefended-")
@@ -217,7 +217,7 @@ def _write(result: dict[str, Any], over: str, out: Path) -> None:
 
 
 def _text(result: dict[str, Any]) -> str:
-    from advdiff_cli.evaluation.intervals import Estimate
+    from advdiff_cli.evaluation.statistics import Estimate
 
     rows = [
         (

@@ -8,7 +8,7 @@ from advdiff_cli import console
 
 def cell(figure: Mapping[str, Any]) -> str:
     """Return a figure with its interval in percent, or - where it could not be had."""
-    from advdiff_cli.evaluation.intervals import Estimate
+    from advdiff_cli.evaluation.statistics import Estimate
 
     return "-" if figure["value"] is None else str(Estimate(**figure))
 

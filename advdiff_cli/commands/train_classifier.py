@@ -159,7 +159,7 @@ def _adversary(
 
 
 def _report(out: Path, arch: str, epochs: int, log: list[dict[str, Any]], as_json: bool, quiet: bool) -> None:
-    from advdiff_cli.evaluation.intervals import Estimate
+    from advdiff_cli.evaluation.statistics import Estimate
 
     published = log[-1].get("published")
     text = f"{out}: {arch}, {epochs} epochs"
@@ -173,7 +173,7 @@ def _report(out: Path, arch: str, epochs: int, log: list[dict[str, Any]], as_jso
 
 def _judge(found: "OnValid", work: "WorkFolder") -> dict[str, Any]:
     """Return which epoch is published and what it makes of the valid rows, calibrated, in fp32."""
-    from advdiff_cli.evaluation.intervals import wilson
+    from advdiff_cli.evaluation.statistics import wilson
     from advdiff_cli.training.fit_classifier import BEST
 
     kept, n = work.load(BEST), len(found.valid)

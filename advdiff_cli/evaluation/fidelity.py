@@ -16,8 +16,8 @@ from torch import Tensor
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.stain import separate
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.intervals import bootstrap, wilson
 from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.evaluation.statistics import bootstrap, wilson
 
 CENTRE = 32
 """Side in pixels of the square in the centre of a patch, a tumour pixel in which makes PCam's label 1."""

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.evaluation.intervals import Estimate, area, mean_of_two, mean_share, wilson
+from advdiff_cli.evaluation.statistics import Estimate, area, mean_of_two, mean_share, wilson
 from advdiff_cli.models.device import onto, spread
 from advdiff_cli.models.external import TwoLogits
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, finite, judged_at_once

@@ -13,7 +13,7 @@ from advdiff_cli import __version__
 from advdiff_cli.attacks.spec import describe, knows_the_defence
 from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.intervals import Estimate
+from advdiff_cli.evaluation.statistics import Estimate
 from advdiff_cli.report.plots import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
 from advdiff_cli.robustness.sweep import axis
 

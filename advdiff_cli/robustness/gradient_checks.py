@@ -13,7 +13,7 @@ from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.spec import Target, run
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.rng import RowKey
-from advdiff_cli.evaluation.intervals import bootstrap, wilson
+from advdiff_cli.evaluation.statistics import bootstrap, wilson
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.robustness.binarization_test import Tested, binarisation_test
 from advdiff_cli.robustness.sanity_checks import Gradients, UnitTest

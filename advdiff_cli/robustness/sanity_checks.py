@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, Self
 
-from advdiff_cli.evaluation.comparing import difference_of_means
-from advdiff_cli.evaluation.intervals import Estimate, mean_share
+from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.evaluation.statistics import Estimate, mean_share
 from advdiff_cli.robustness.suite import EPS_CURVE, Rung
 
 Status = Literal["pass", "warn", "fail"]

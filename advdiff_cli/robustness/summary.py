@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from advdiff_cli.evaluation.comparing import difference_of_means
-from advdiff_cli.evaluation.intervals import mean_share
+from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions, votes
+from advdiff_cli.evaluation.statistics import mean_share
 from advdiff_cli.robustness.sanity_checks import NOT_TESTED, Gradients, UnitTest, alarms
 from advdiff_cli.robustness.suite import Rung
 

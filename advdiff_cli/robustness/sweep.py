@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from advdiff_cli.evaluation.comparing import difference_of_means
-from advdiff_cli.evaluation.intervals import mean_share, shares_difference
+from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.evaluation.statistics import mean_share, shares_difference
 from advdiff_cli.robustness.runner import Climb
 from advdiff_cli.robustness.suite import Rung
 

@@ -10,8 +10,9 @@ from scipy.stats import norm as normal
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.comparing import Evaluated, compare
-from advdiff_cli.evaluation.intervals import (
+from advdiff_cli.evaluation.comparison import Evaluated, compare
+from advdiff_cli.evaluation.metrics import Predictions, auroc, figures, predict
+from advdiff_cli.evaluation.statistics import (
     bootstrap,
     holm,
     mcnemar,
@@ -20,7 +21,6 @@ from advdiff_cli.evaluation.intervals import (
     shares_difference,
     wilson,
 )
-from advdiff_cli.evaluation.metrics import Predictions, auroc, figures, predict
 
 
 def test_wilson_gives_the_papers_intervals():

@@ -9,8 +9,8 @@ from torch import nn
 
 from advdiff_cli.attacks import pgd
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.evaluation.intervals import wilson
 from advdiff_cli.evaluation.metrics import Predictions, figures, votes
+from advdiff_cli.evaluation.statistics import wilson
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.purifier import linear_alpha_bar
 from advdiff_cli.robustness.binarization_test import binarisation_test

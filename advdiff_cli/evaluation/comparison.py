@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.intervals import Estimate, holm, mcnemar, shares_difference
 from advdiff_cli.evaluation.metrics import Predictions, figures, votes
+from advdiff_cli.evaluation.statistics import Estimate, holm, mcnemar, shares_difference
 
 
 @dataclass(frozen=True)

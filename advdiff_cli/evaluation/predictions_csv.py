@@ -9,7 +9,7 @@ import numpy as np
 from advdiff_cli.data.atomic_files import replacing
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.comparing import Evaluated
+from advdiff_cli.evaluation.comparison import Evaluated
 from advdiff_cli.evaluation.metrics import Predictions
 
 _HEAD = ("set", "origin", "index", "row", "label", "draw", "p1")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from advdiff_cli.attacks.stored import goes_through
-from advdiff_cli.evaluation.comparing import Evaluated
+from advdiff_cli.evaluation.comparison import Evaluated
 
 _SETTINGS = ("defense", "t_star", "sampler", "sampler_steps")
 
