@@ -27,7 +27,7 @@ from advdiff_cli.data.patches import open_patches
 from advdiff_cli.main import main
 
 AT_ONCE = 4
-import_module("advdiff_cli.purification.bulk")  # once, before the forks
+import_module("advdiff_cli.jobs.purify_rows")  # once, before the forks
 
 
 def spawn(*arguments: object) -> int:

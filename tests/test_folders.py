@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 from advdiff_cli.data.folder_writer import FolderWriter, output_names
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification import files as purification_files
+from advdiff_cli.jobs import purify_folder as purification_files
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import h5py
 import pytest
 
 from advdiff_cli.attacks.spec import resolve
-from advdiff_cli.attacks.stored import attack_recipe
 from advdiff_cli.data.atomic_files import replacing
-from advdiff_cli.evaluation.judging import kept_result
+from advdiff_cli.jobs.attack import attack_recipe
+from advdiff_cli.jobs.result_cache import kept_result
 from advdiff_cli.robustness import suite
 from advdiff_cli.robustness.suite import Preset
 from advdiff_cli.robustness.timing_log import Stopwatch

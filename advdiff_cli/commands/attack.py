@@ -10,9 +10,9 @@ import typer
 from advdiff_cli import console, options
 from advdiff_cli.commands.batching import batch_size as sized
 from advdiff_cli.commands.defending import Defence, asked_defence, attack_precision
-from advdiff_cli.commands.filling import fill
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.jobs.sharding import fill
 
 if TYPE_CHECKING:
     from advdiff_cli.data.patch_writer import PatchWriter
@@ -106,9 +106,9 @@ def attack(
     Example: advdiff attack test.h5 -c pcam-resnet18 --eps 2/255 -o adv.safetensors
     """
     from advdiff_cli.attacks.spec import aim, resolve
-    from advdiff_cli.attacks.stored import attack_recipe, attack_rows
     from advdiff_cli.data import patch_writer
     from advdiff_cli.data.distributed import together
+    from advdiff_cli.jobs.attack import attack_recipe, attack_rows
     from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
 
@@ -162,7 +162,7 @@ def _tell_plan(out: Path, count: int, parameters: dict[str, Any], as_json: bool,
 
 
 def _compile(defence: Defence | None, parameters: dict[str, Any], chip: Any) -> None:
-    from advdiff_cli.attacks.stored import differentiates
+    from advdiff_cli.jobs.attack import differentiates
 
     if defence is None or not differentiates(parameters):
         raise AdvdiffError("--compile: this attack takes no gradient of a U-Net; leave it out")

@@ -32,7 +32,7 @@ def batch_size(
     Raises:
         AdvdiffError: `auto` is asked of one part of many, which would not agree.
     """
-    from advdiff_cli.purification.footprint import batch_that_fits
+    from advdiff_cli.jobs.memory import batch_that_fits
 
     if isinstance(asked, int):
         return asked

@@ -134,7 +134,7 @@ def _contestants(
 
     from advdiff_cli.datasets.synthetic import SyntheticSource
     from advdiff_cli.evaluation import benchmarking as b
-    from advdiff_cli.purification.footprint import batches_that_fit
+    from advdiff_cli.jobs.memory import batches_that_fit
     from advdiff_cli.purification.purifier import DiffusionPurifier
 
     images = torch.from_numpy(SyntheticSource(b.BATCH, 0).read(np.arange(b.BATCH))).float() / 255

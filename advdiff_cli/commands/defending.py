@@ -113,7 +113,7 @@ def attack_precision(asked: str, begun: Mapping[str, Any], chip: "Chip") -> str:
     Raises:
         AdvdiffError: gradients underflow in it.
     """
-    from advdiff_cli.attacks.stored import goes_through
+    from advdiff_cli.jobs.attack import goes_through
     from advdiff_cli.models.device import resolve_precision
 
     if asked == "auto" and goes_through(begun):

@@ -137,7 +137,7 @@ def _predict(
 def _made(history: list[dict[str, Any]]) -> str:
     """Tell in one line the settings that led to a set."""
     from advdiff_cli.attacks.spec import describe
-    from advdiff_cli.attacks.stored import goes_through
+    from advdiff_cli.jobs.attack import goes_through
 
     steps = []
     for recipe in history:

@@ -10,9 +10,9 @@ import typer
 from advdiff_cli import console, options
 from advdiff_cli.commands.batching import batch_size as sized
 from advdiff_cli.commands.defending import Defence, build_defence
-from advdiff_cli.commands.filling import fill
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError, SomeInputsFailed
+from advdiff_cli.jobs.sharding import fill
 
 if TYPE_CHECKING:
     from torch import device as Chip
@@ -109,7 +109,7 @@ def _to_file(
     processes: "Processes", chip: "Chip", overwrite: bool, dry_run: bool, quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from advdiff_cli.data.patch_writer import PatchWriter, shard_rows
-    from advdiff_cli.purification.bulk import purify_rows
+    from advdiff_cli.jobs.purify_rows import purify_rows
 
     machine = made_by["parameters"]
     part = shard_rows(len(patches), machine["batch_size"], shard)
@@ -161,7 +161,7 @@ def _to_folder(
     quiet: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from advdiff_cli.data.folder_writer import FolderWriter
-    from advdiff_cli.purification.files import FilesPurifier
+    from advdiff_cli.jobs.purify_folder import FilesPurifier
 
     root, files, names = listed
     if processes.count > 1:

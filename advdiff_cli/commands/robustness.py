@@ -67,7 +67,7 @@ def robustness(
 
     Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o ladder/
     """
-    from advdiff_cli.evaluation.judging import write_json
+    from advdiff_cli.jobs.result_cache import write_json
     from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
     from advdiff_cli.robustness.runner import Climb
@@ -115,8 +115,8 @@ def robustness(
 
 def _begun(out: Path, rungs: "list[Rung]") -> Mapping[str, Any]:
     """Return the parameters of a rung that is there or begun, one through the defence if there is one."""
-    from advdiff_cli.attacks.stored import goes_through
     from advdiff_cli.data.patch_writer import begun
+    from advdiff_cli.jobs.attack import goes_through
 
     found = [p for r in rungs if r.settings and (p := begun(out / f"{r.name}.safetensors"))]
     return next((p for p in found if goes_through(p)), found[0] if found else {})

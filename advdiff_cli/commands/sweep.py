@@ -121,7 +121,7 @@ def sweep(
 def _begun(out: Path) -> dict[str, Any]:
     """Return the batch size and precision of what is in a sweep's folder, so that it goes on where it was begun."""
     from advdiff_cli.data import patch_writer
-    from advdiff_cli.evaluation.judging import recorded_recipe
+    from advdiff_cli.jobs.result_cache import recorded_recipe
 
     found: dict[str, Any] = {}
     for path in sorted(out.glob("adv*.safetensors*")):
@@ -201,7 +201,7 @@ def _judge(climb: "Climb", rung: "Rung", quiet: bool) -> "Predictions":
 def _write(result: dict[str, Any], over: str, out: Path) -> None:
     """Write sweep.json, sweep.csv and the pictures."""
     from advdiff_cli.data.atomic_files import replacing
-    from advdiff_cli.evaluation.judging import write_json
+    from advdiff_cli.jobs.result_cache import write_json
     from advdiff_cli.report.plots import sweep_curves
     from advdiff_cli.robustness.sweep import axis
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.evaluation.statistics import Estimate, area, mean_of_two, mean_share, wilson
+from advdiff_cli.jobs.memory import batches_that_fit
 from advdiff_cli.models.device import onto, spread
 from advdiff_cli.models.external import TwoLogits
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, finite, judged_at_once
-from advdiff_cli.purification.footprint import batches_that_fit
 
 VOTES = (1, 5, 11, 21)  # draws a majority vote is taken over: odd, there are two classes
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from advdiff_cli.attacks.stored import goes_through
 from advdiff_cli.evaluation.comparison import Evaluated
+from advdiff_cli.jobs.attack import goes_through
 
 _SETTINGS = ("defense", "t_star", "sampler", "sampler_steps")
 

@@ -14,12 +14,12 @@ from torch import nn
 from advdiff_cli.attacks.cost import Cost, attack_cost
 from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.spec import aim
-from advdiff_cli.attacks.stored import attack_recipe, attack_rows
 from advdiff_cli.data.patch_writer import PatchWriter, is_made, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, recipe
-from advdiff_cli.evaluation.judging import keep_result, kept_predictions, kept_result, predict_and_keep
 from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.jobs.attack import attack_recipe, attack_rows
+from advdiff_cli.jobs.result_cache import keep_result, kept_predictions, kept_result, predict_and_keep
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import NoisePurifier, Purifier, linear_alpha_bar
 from advdiff_cli.robustness.binarization_test import PROBES

@@ -22,10 +22,10 @@ from advdiff_cli.data.patch_source import MIN_SIZE
 from advdiff_cli.data.prefetch import ahead
 from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.jobs.memory import batches_that_fit
+from advdiff_cli.jobs.purify_rows import purify_batch
 from advdiff_cli.models.device import onto, spread
-from advdiff_cli.purification.bulk import purify_batch
 from advdiff_cli.purification.defended_classifier import row_noise
-from advdiff_cli.purification.footprint import batches_that_fit
 from advdiff_cli.purification.purifier import Purifier
 from advdiff_cli.purification.tiling import LARGEST
 

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from advdiff_cli.data.patch_writer import begun
+from advdiff_cli.jobs.memory import batch_that_fits, batches_that_fit, free_memory
 from advdiff_cli.models.ddpm import load_ddpm
-from advdiff_cli.purification import footprint
-from advdiff_cli.purification.footprint import batch_that_fits, batches_that_fit, free_memory
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
 CPU = torch.device("cpu")

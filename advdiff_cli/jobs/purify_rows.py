@@ -7,9 +7,9 @@ from torch import Tensor
 
 from advdiff_cli.data.patch_writer import Batch, PatchWriter
 from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.jobs.memory import batches_that_fit
 from advdiff_cli.models.device import autocast, onto, spread
 from advdiff_cli.purification.defended_classifier import row_noise
-from advdiff_cli.purification.footprint import batches_that_fit
 from advdiff_cli.purification.purifier import Purifier
 
 
