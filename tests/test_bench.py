@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from advdiff_cli.evaluation.benchmarking import Contestant, Timing, flops, forward_alone, measure, ratios
+from advdiff_cli.benchmark.workloads import Contestant, Timing, flops, forward_alone, measure, ratios
 from advdiff_cli.models.ddpm import Purification, build_ddpm, recommend
 
 CPU = torch.device("cpu")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import Defence, build_defence
 from advdiff_cli.commands.running import run_command
+from advdiff_cli.purification.defense import Defence, build_defence
 
 if TYPE_CHECKING:
     from torch import device as Chip
     from torch import nn
 
-    from advdiff_cli.evaluation.benchmarking import Contestant
+    from advdiff_cli.benchmark.workloads import Contestant
     from advdiff_cli.models.ddpm import Ddpm
 
 _PURIFY = "advdiff purify"
@@ -50,7 +50,7 @@ def bench(
 
     Example: advdiff bench --number 128 --rounds 1
     """
-    from advdiff_cli.evaluation.benchmarking import PAPER_STEPS, Contestant, measure, ratios
+    from advdiff_cli.benchmark.workloads import PAPER_STEPS, Contestant, measure, ratios
     from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device, resolve_precision
 
@@ -96,7 +96,7 @@ def bench(
 
 def _pairs(exact: str) -> dict[str, tuple[str, str]]:
     """Return what the ratios are of: the faster, as told, and the slower."""
-    from advdiff_cli.evaluation.benchmarking import PAPER_STEPS
+    from advdiff_cli.benchmark.workloads import PAPER_STEPS
 
     return {
         f"purify ({exact}, its own steps), times the paper's loop ({PAPER_STEPS} steps, fp32)": (
@@ -132,8 +132,8 @@ def _contestants(
     import numpy as np
     import torch
 
+    from advdiff_cli.benchmark import workloads as b
     from advdiff_cli.datasets.synthetic import SyntheticSource
-    from advdiff_cli.evaluation import benchmarking as b
     from advdiff_cli.jobs.memory import batches_that_fit
     from advdiff_cli.purification.purifier import DiffusionPurifier
 
@@ -160,9 +160,9 @@ def _contestants(
 
 def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path, how: str = "") -> "Contestant":
     """Return a step of train-ddpm's own loop on the same batch, reading it from a file included; `how` is told."""
+    from advdiff_cli.benchmark.workloads import BATCH, Contestant
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.evaluation.benchmarking import BATCH, Contestant
     from advdiff_cli.models.ddpm import Ddpm
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
@@ -180,10 +180,10 @@ def _training(model: "Ddpm", exact: str, chip: "Chip", data: Path, how: str = ""
 
 def _copying(data: Path, number: int) -> "Contestant":
     """Return the reading and writing of a purification of `data`, batch by batch, with nothing between them."""
+    from advdiff_cli.benchmark.workloads import BATCH, Contestant
     from advdiff_cli.data.patch_writer import PatchWriter, shard_rows
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.evaluation.benchmarking import BATCH, Contestant
 
     patches = open_patches(data)
     shape, part, made_by = patches.require_shape(), shard_rows(number, BATCH, None), recipe("bench", {})

@@ -46,7 +46,7 @@ def compare(
 
 def _tables(sets: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> str:
     """Return the table of sets above that of comparisons."""
-    from advdiff_cli.commands.tables import accuracies, pairs
+    from advdiff_cli.cli.tables import accuracies, pairs
 
     head = accuracies("% [95 % interval]", ((s["data"], s) for s in sets), _COLUMNS)
     return f"{head}\n\n{pairs(comparisons)}"

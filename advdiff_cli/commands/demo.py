@@ -80,10 +80,10 @@ def _picture(files: dict[str, Path], path: Path, device: str) -> None:
     import numpy as np
     import torch
 
+    from advdiff_cli.cli.options import fraction
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.models import registry
     from advdiff_cli.models.device import resolve_device
-    from advdiff_cli.options import fraction
     from advdiff_cli.report.plots import Column, amplified, panel
 
     model = registry.frozen_classifier(CLASSIFIER, resolve_device(device))[0].cpu()

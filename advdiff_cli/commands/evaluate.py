@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import asked_defence
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.purification.defense import asked_defence
 
 if TYPE_CHECKING:
     from advdiff_cli.data.patches import PatchSet
@@ -178,7 +178,7 @@ def _fidelity_text(found: list[dict[str, Any]]) -> str:
 
 
 def _text(result: dict[str, Any]) -> str:
-    from advdiff_cli.commands.tables import accuracies, cell, pairs
+    from advdiff_cli.cli.tables import accuracies, cell, pairs
 
     text = accuracies("% [95 % interval]", ((s["data"], s) for s in result["sets"]), _COLUMNS)
     voted = [k for k in result["sets"][0] if k.startswith("vote_") or k == "all_correct"]

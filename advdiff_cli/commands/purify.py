@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.batching import batch_size as sized
-from advdiff_cli.commands.defending import Defence, build_defence
+from advdiff_cli.cli.batch_size import batch_size as sized
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError, SomeInputsFailed
 from advdiff_cli.jobs.sharding import fill
+from advdiff_cli.purification.defense import Defence, build_defence
 
 if TYPE_CHECKING:
     from torch import device as Chip

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import Defence, build_defence
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.purification.defense import Defence, build_defence
 
 if TYPE_CHECKING:
     from torch import device as Chip

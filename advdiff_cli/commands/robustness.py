@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.batching import batch_size as sized
-from advdiff_cli.commands.defending import Defence, asked_defence, attack_precision
+from advdiff_cli.cli.batch_size import batch_size as sized
 from advdiff_cli.commands.opening import open_selected
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.purification.defense import Defence, asked_defence, attack_precision
 
 if TYPE_CHECKING:
     from advdiff_cli.evaluation.metrics import Predictions

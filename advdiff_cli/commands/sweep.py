@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.defending import attack_precision
 from advdiff_cli.commands.opening import open_selected
-from advdiff_cli.commands.sweep_points import Asked, build_points, refuse_ignored
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.purification.defense import attack_precision
+from advdiff_cli.robustness.sweep_points import Asked, build_points, refuse_ignored
 
 if TYPE_CHECKING:
     from advdiff_cli.evaluation.metrics import Predictions

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.training import asked_regime, fit_precision, follow, open_sets, shared
+from advdiff_cli.cli.training import asked_regime, fit_precision, follow, open_sets, shared
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:

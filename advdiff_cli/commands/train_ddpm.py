@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from advdiff_cli import console, options
-from advdiff_cli.commands.training import fit_precision, follow, open_sets, shared
+from advdiff_cli.cli.training import fit_precision, follow, open_sets, shared
 
 _BATCH = 32
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from advdiff_cli import options
-from advdiff_cli.commands.defending import Defence, build_defence, load_model
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.purification.defense import Defence, build_defence, load_model
 
 if TYPE_CHECKING:
     from advdiff_cli.robustness.runner import Climb

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advdiff_cli import console
-from advdiff_cli.commands.defending import Defence, build_defence
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.purification.defense import Defence, build_defence
 
 if TYPE_CHECKING:
     from torch import device as Chip

@@ -1,0 +1,1 @@
+"""Speed: what is measured, and how."""
