@@ -1,1 +1,1 @@
-"""Patch sets: one reader and one writer over four forms, recipes, streams, PCam and synthetic tissue."""
+"""Patch sets: readers, writers, resume, merging, provenance and random streams."""

@@ -1,4 +1,4 @@
-"""Room on the disk, taken before the work begins; a line for where it ends; and files that are there whole or not."""
+"""Files that appear under their final name only when they are complete, and disk space reserved in advance."""
 
 import os
 import secrets
@@ -15,40 +15,40 @@ os.umask(_UMASK)
 
 
 def reserve(file: int, size: int) -> None:
-    """Make the open file `size` bytes long with every block allocated, so that a full disk is told now.
+    """Allocate `size` bytes for the open file `file`, so that a full disk is reported before the work starts.
 
     Raises:
-        OSError: the disk has not that much room.
+        OSError: The disk does not have that much space.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
-    else:  # not on macOS
+    else:  # macOS
         os.ftruncate(file, size)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` for one writer alone, whose file takes the name when the block ends well."""
-    fresh = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; it replaces `path` when the block ends without an exception."""
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
-        yield fresh
-        share(fresh)
-        os.replace(fresh, path)
+        yield temporary
+        set_default_mode(temporary)
+        os.replace(temporary, path)
     finally:
-        fresh.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def share(path: Path) -> None:
-    """Give a file, or all files of a folder, the mode of a new file; safetensors leaves them to their owner alone."""
+def set_default_mode(path: Path) -> None:
+    """Give a file, or every file in a folder, the mode of a new file; safetensors writes files private to the owner."""
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if file.is_file():
             file.chmod(0o666 & ~_UMASK)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn safetensors' error of a file that cannot be written, which names none, into one that does."""
+def name_write_errors(path: Path) -> Iterator[None]:
+    """Turn a safetensors write error, which does not name the file, into an AdvdiffError that does."""
     try:
         yield
     except SafetensorError as e:
-        raise AdvdiffError(f"{path} cannot be written ({e}); the same command goes on from here") from None
+        raise AdvdiffError(f"cannot write {path} ({e}); run the same command again to resume") from None

@@ -1,54 +1,67 @@
-"""The processes that torchrun started together, where it did: which one this is, and where they wait for each other."""
+"""The processes that torchrun or accelerate started together."""
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-from torch import distributed
+if TYPE_CHECKING:
+    import torch
 
-_PATIENCE = timedelta(days=7)  # shares of the work may differ by hours
+_TIMEOUT = timedelta(days=7)  # one process may finish hours before another
 
 
 @dataclass(frozen=True)
-class Processes:
-    """Process `rank` of `count`; the first writes and speaks for all."""
+class ProcessGroup:
+    """Process `rank` of `size` processes; the main process writes and prints for all of them."""
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that writes."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def wait(self) -> None:
         """Wait until every process is here."""
-        self.sums([0])
+        self.sum([0])
 
-    def sums(self, numbers: Sequence[int]) -> list[int]:
-        """Return the sums of each number over the processes."""
-        total = torch.tensor(numbers)
-        if self.count > 1:
-            distributed.all_reduce(total)
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """Return the sum of each number over the processes."""
+        if self.size == 1:
+            return list(numbers)
+        import torch
+        from accelerate import PartialState
+
+        total = torch.tensor(numbers, device=PartialState().device)
+        torch.distributed.all_reduce(total)
         return [int(n) for n in total]
 
 
-def process_count() -> int:
-    """Return how many processes torchrun started together; 1 where it did not."""
+def world_size() -> int:
+    """Return the number of processes that were started together, from the environment alone."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def is_main_process() -> bool:
+    """Return whether this process prints for all, from the environment alone."""
+    return world_size() == 1 or os.environ["RANK"] == "0"
+
+
 @contextmanager
-def together() -> Iterator[Processes]:
-    """Join the other processes, as RANK, WORLD_SIZE and MASTER_ADDR name them, and leave them at the end."""
-    if process_count() == 1:
-        yield Processes()
+def process_group(device: "torch.device") -> Iterator[ProcessGroup]:
+    """Join the other processes, which compute on `device`, and leave them at the end."""
+    if world_size() == 1:
+        yield ProcessGroup()
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size())
-    finally:  # a group that is left standing aborts the process as it ends
-        distributed.destroy_process_group()
+        yield ProcessGroup(state.process_index, state.num_processes)
+    finally:  # an open process group would abort the process at exit
+        state.destroy_process_group()
+        PartialState._reset_state()

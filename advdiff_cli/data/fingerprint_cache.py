@@ -1,4 +1,4 @@
-"""Fingerprints of large files, remembered from one command to the next: each is read once, then known by its stat."""
+"""A cache of the fingerprints of large files, valid as long as the file's size, times and inode do not change."""
 
 import os
 import re
@@ -7,47 +7,45 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from advdiff_cli.data.atomic_files import replacing
-from advdiff_cli.data.provenance import canonical, digest
+from advdiff_cli.data.atomic_files import atomic_write
+from advdiff_cli.data.provenance import canonical_json, digest
 
-_LARGE = 256 << 20  # bytes; reading less costs less than a second
-_SETTLED = 10.0  # seconds since a file was changed, within which another change might leave no trace in its times
+_MIN_BYTES = 256 << 20  # smaller files are hashed in less than a second
+_SETTLE_SECONDS = 10.0  # a file changed more recently could change again without a trace in its times
 
 
-def remembered(path: Path, content: bytes, make: Callable[[], str]) -> str:
-    """Return the fingerprint that `make` would, from an earlier call where the file has not changed since.
+def cached_fingerprint(path: Path, selection: bytes, compute: Callable[[], str]) -> str:
+    """Return compute(), or its result from an earlier call if the file at `path` has not changed since.
 
     Args:
-        path: What the fingerprint is of. Only large files are remembered.
-        content: What else it depends on, such as which rows.
-        make: Reads the file.
+        path: The file that is hashed. Only large files are cached.
+        selection: What else the fingerprint depends on, such as which rows.
+        compute: Reads the file and returns its fingerprint.
     """
-    before = _stat(path)
-    if before is None or before.st_size < _LARGE:
-        return make()
-    kept = _folder() / digest([canonical({"path": str(path.resolve()), "stat": _told(before)}).encode(), content])
+    before = path.stat() if path.is_file() else None
+    if before is None or before.st_size < _MIN_BYTES:
+        return compute()
+    key = canonical_json({"path": str(path.resolve()), "stat": _version(before)}).encode()
+    entry = _cache_folder() / digest([key, selection])
     with suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch(r"[0-9a-f]{64}", found := kept.read_text()):
+        if re.fullmatch(r"[0-9a-f]{64}", found := entry.read_text()):
             return found
-    made = make()
-    after = _stat(path)
-    if after is not None and _told(after) == _told(before) and time.time() - before.st_ctime > _SETTLED:
-        with suppress(OSError):  # a home that cannot be written to
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(kept) as fresh:
-                fresh.write_text(made)
-    return made
+    fingerprint = compute()
+    after = path.stat() if path.is_file() else None
+    unchanged = after is not None and _version(after) == _version(before)
+    if unchanged and time.time() - before.st_ctime > _SETTLE_SECONDS:
+        with suppress(OSError):  # the home folder may be read-only
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(entry) as temporary:
+                temporary.write_text(fingerprint)
+    return fingerprint
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    return path.stat() if path.is_file() else None
-
-
-def _told(s: os.stat_result) -> list[int]:
-    """Return what changes with a file: its size, times of writing and of any change, and which file it is."""
+def _version(s: os.stat_result) -> list[int]:
+    """Return what changes when a file changes: size, modification and change times, inode and device."""
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev]
 
 
-def _folder() -> Path:
-    """Return the folder that the XDG Base Directory Specification names for what can be made again."""
+def _cache_folder() -> Path:
+    """Return the cache folder of the XDG Base Directory Specification."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advdiff" / "fingerprints"

@@ -1,6 +1,7 @@
-"""Patch sets in HDF5 files: ours (images, labels, index) and PCam's own (x, y). Nothing outside the file is followed.
+"""Patch sets in HDF5 files: advdiff's own (images, labels, index) and PCam's (x, y).
 
-Chunks lie along N: HDF5's automatic chunks would cut each patch over hundreds of them.
+Links, external storage and virtual datasets are not followed. Chunks are whole rows, since HDF5's automatic chunks
+would spread each patch over hundreds of them.
 """
 
 import os
@@ -15,31 +16,31 @@ from numpy.typing import NDArray
 
 from advdiff_cli.data.atomic_files import reserve
 from advdiff_cli.data.patch_source import Images, Rows, check_labels, check_layout
-from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
+from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
 
 _CHUNK_BYTES = 1 << 20
-_STRUCTURE = 1 << 20  # bytes that HDF5 takes for its own, generously
-_DEFLATED = 1032  # times smaller at most, which deflate makes of zeros
+_OVERHEAD_BYTES = 1 << 20  # an upper bound of HDF5's own structures
+_MAX_DEFLATE_RATIO = 1032  # reached on zeros
 
 
 class Hdf5Source:
     """Rows of an HDF5 file."""
 
     def __init__(self, path: Path) -> None:
-        """Check the datasets of `path` and open it."""
+        """Open `path` and check its datasets."""
         self.path = path
-        with _whole(path):
-            self._begin(path)
+        with _name_read_errors(path):
+            self._open(path)
 
-    def _begin(self, path: Path) -> None:
+    def _open(self, path: Path) -> None:
         self._file = h5py.File(path, "r")
         self._pcam = "images" not in self._file and "x" in self._file
         self._images = _dataset(self._file, path, "x" if self._pcam else "images")
         stored = tuple(int(s) for s in self._images.shape)
         shape = (stored[0], stored[3], stored[1], stored[2]) if self._pcam and len(stored) == 4 else stored
-        labels, index = self._pcam_labels() if self._pcam else self._own("labels"), self._own("index")
+        labels, index = self._pcam_labels() if self._pcam else self._vector("labels"), self._vector("index")
         counts = {k: len(v) for k, v in {"labels": labels, "index": index}.items() if v is not None}
         check_layout(path, shape, str(self._images.dtype), counts)
         self.shape: tuple[int, int] | None = (shape[2], shape[3])
@@ -48,9 +49,9 @@ class Hdf5Source:
         self.keys: Sequence[RowKey] = self.index.tolist()
         self.provenance: Provenance | None = None
         if KEY in self._file:
-            self.provenance = parse(_dataset(self._file, path, KEY)[()], path)
+            self.provenance = parse_provenance(_dataset(self._file, path, KEY)[()], path)
 
-    def _own(self, name: str) -> NDArray[Any] | None:
+    def _vector(self, name: str) -> NDArray[Any] | None:
         if self._pcam or name not in self._file:
             return None
         vector = _dataset(self._file, self.path, name)
@@ -59,11 +60,11 @@ class Hdf5Source:
         return np.asarray(vector[()])
 
     def _pcam_labels(self) -> NDArray[Any] | None:
-        """Return the labels in the _y.h5 beside PCam's _x.h5, if it is there: (N, 1, 1, 1), squeezed."""
+        """Return the labels (N,) from the _y.h5 file next to PCam's _x.h5 file, or None if there is none."""
         sibling = self.path.with_name(self.path.name.replace("_x.h5", "_y.h5"))
         if sibling == self.path or not sibling.exists():
             return None
-        with _whole(sibling), h5py.File(sibling, "r") as file:
+        with _name_read_errors(sibling), h5py.File(sibling, "r") as file:
             labels = _dataset(file, sibling, "y")
             if labels.dtype.kind not in "iu":
                 raise AdvdiffError(f"y in {sibling} is {labels.dtype}; integers are needed")
@@ -76,7 +77,7 @@ class Hdf5Source:
     def read(self, rows: Rows) -> Images:
         """Return the images at `rows`."""
         first, n = int(rows[0]), len(rows)
-        with _whole(self.path):
+        with _name_read_errors(self.path):
             if np.array_equal(rows, np.arange(first, first + n)):
                 images = self._images[first : first + n]
             else:
@@ -90,58 +91,67 @@ def open_hdf5(path: Path) -> Hdf5Source:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Turn what h5py raises of a broken file, which may be nearly anything, into one line that names it."""
+def _name_read_errors(path: Path) -> Iterator[None]:
+    """Turn h5py's many errors about a broken file into one that names the file."""
     try:
         yield
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as e:
         why = str(e).strip("'\"").splitlines()[0] if str(e) else type(e).__name__
-        raise AdvdiffError(f"{path} is not a whole HDF5 file ({why}); make or download it again") from None
+        raise AdvdiffError(f"{path} is not a complete HDF5 file ({why}); make or download it again") from None
 
 
 def _dataset(file: Any, path: Path, name: str) -> Any:
-    """Return a dataset that is held in the file itself: no link, external storage or virtual dataset is followed.
+    """Return a dataset that is stored in the file itself and is no larger than the file can hold.
 
-    Nor one that claims more than the file can hold: what is read of it would be memory alone.
+    Raises:
+        AdvdiffError: It is a link, external or virtual, or claims more data than the file holds.
     """
     if file.get(name, getlink=True).__class__ is not h5py.HardLink:
-        raise AdvdiffError(f"{path} has no dataset {name} of its own; a patch set holds images, labels and index")
+        raise AdvdiffError(f"{path} has no dataset {name} of its own; a patch set needs images, labels and index")
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.external is not None or dataset.is_virtual:
-        raise AdvdiffError(f"{name} in {path} is not a plain dataset; external and virtual data are not read")
+        raise AdvdiffError(f"{name} in {path} is not a plain dataset; external and virtual datasets are not read")
     stored, filters = dataset.id.get_storage_size(), dataset.id.get_create_plist().get_nfilters()
-    most = stored * (_DEFLATED if filters else 1)
-    if dataset.nbytes > most or stored > path.stat().st_size:
+    limit = stored * (_MAX_DEFLATE_RATIO if filters else 1)
+    if dataset.nbytes > limit or stored > path.stat().st_size:
         raise AdvdiffError(
-            f"{name} in {path} is {dataset.nbytes} bytes, of which the file holds {stored}; make it again"
+            f"{name} in {path} claims {dataset.nbytes} bytes, but the file holds {stored}; make it again"
         )
     return dataset
 
 
 class Hdf5Target:
-    """An HDF5 file with all datasets created and allocated up front, then written row by row."""
+    """An HDF5 file whose datasets are created and allocated first, and then written row by row."""
 
     def __init__(
-        self, path: Path, shape: tuple[int, int, int, int], dtype: str, vectors: dict[str, NDArray[np.int64]],
-        provenance: Provenance, *, resume: bool,
-    ) -> None:  # fmt: skip
-        """Create the datasets at `path`, or open what an earlier run created."""
+        self,
+        path: Path,
+        shape: tuple[int, int, int, int],
+        dtype: str,
+        vectors: dict[str, NDArray[np.int64]],
+        provenance: Provenance,
+        *,
+        resume: bool,
+    ) -> None:
+        """Create the datasets at `path`, or reopen those of an earlier run."""
         self._path = path
         if resume:
             self._file = h5py.File(path, "r+")
             self._images = self._file["images"]
             return
         row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-        record = canonical(provenance)
-        with path.open("wb") as file:  # HDF5 itself dies of a full disk, and not quietly
-            reserve(file.fileno(), shape[0] * row + sum(v.nbytes for v in vectors.values()) + len(record) + _STRUCTURE)
+        record = canonical_json(provenance)
+        with path.open("wb") as file:  # HDF5 itself would crash on a full disk
+            reserve(
+                file.fileno(), shape[0] * row + sum(v.nbytes for v in vectors.values()) + len(record) + _OVERHEAD_BYTES
+            )
         self._file = h5py.File(path, "w")
         for name, vector in vectors.items():
             self._file[name] = vector
         self._file[KEY] = record
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plan.set_chunk((max(1, min(shape[0], _CHUNK_BYTES // row)), *shape[1:]))
-        plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # a killed writer then leaves the file's structure whole
+        plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # a killed writer then leaves a valid file
         plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
         space = h5py.h5s.create_simple(shape)
@@ -151,27 +161,27 @@ class Hdf5Target:
 
     def write(self, start: int, images: Images) -> None:
         """Write `images` as rows start, start + 1, ..."""
-        with _one_line(self._path):
+        with _name_write_errors(self._path):
             self._images[start : start + len(images)] = images
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
-        with _one_line(self._path):
+        """Flush written rows to the disk."""
+        with _name_write_errors(self._path):
             self._file.flush()
             os.fsync(self._file.id.get_vfd_handle())
 
     def close(self) -> None:
         """Close the file."""
-        with _one_line(self._path):
+        with _name_write_errors(self._path):
             self._file.close()
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """Turn h5py's errors of a failed write, which name no file, into one that does."""
+def _name_write_errors(path: Path) -> Iterator[None]:
+    """Turn h5py's write errors, which do not name the file, into one that does."""
     try:
         yield
     except (OSError, RuntimeError) as e:
         raise AdvdiffError(
-            f"{path} cannot be written ({str(e).splitlines()[0]}); the same command goes on from here"
+            f"cannot write {path} ({str(e).splitlines()[0]}); run the same command again to resume"
         ) from None

@@ -1,4 +1,4 @@
-"""One process at a time for each output: the others are told so, and touch nothing."""
+"""Output locks: one process at a time writes an output."""
 
 import os
 from pathlib import Path
@@ -10,16 +10,16 @@ from advdiff_cli.errors import AdvdiffError
 
 
 class OutputLock:
-    """Held by the process that writes an output, in a hidden file beside it; it ends with the process."""
+    """A lock in a hidden file next to the output; it is released when the process ends."""
 
     def __init__(self, out: Path) -> None:
-        """Take the lock of `out`.
+        """Acquire the lock of `out`.
 
         Raises:
-            AdvdiffError: another process holds it.
-            OSError: the folder of `out` is missing, or is none.
+            AdvdiffError: Another process holds the lock.
+            OSError: The parent folder of `out` is missing or is not a folder.
         """
-        os.scandir(out.parent).close()  # the lock would create it
+        os.scandir(out.parent).close()  # the lock would create a missing folder
         self._file = out.with_name(f".{out.name}.lock")
         self._lock = FileLock(self._file, timeout=0, thread_local=False)
         try:
@@ -34,11 +34,11 @@ class OutputLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the output free."""
+        """Release the lock."""
         self.release()
 
     def release(self) -> None:
-        """Give the output free; doing so again does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._lock.is_locked:
-            self._file.unlink(missing_ok=True)  # first: whoever opened it takes a name that is gone for no lock
+            self._file.unlink(missing_ok=True)  # before the release, so that no other process locks a removed file
             self._lock.release()

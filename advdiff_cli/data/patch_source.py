@@ -1,4 +1,4 @@
-"""What every form of patch set offers, and the checks that each makes of what it holds."""
+"""The interface of every kind of patch set, and the checks they share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ Images = NDArray[Any]  # (B, 3, H, W) uint8 or float32
 Rows = NDArray[np.int64]
 
 MIN_SIZE = 32  # pixels
-MAX_PIXELS = 89_478_485  # of an image that is read whole: Pillow's own bound
+MAX_PIXELS = 89_478_485  # of an image that is read at once: Pillow's own limit
 
 
-class Source(Protocol):
-    """What a form of patch set offers: rows by position, and what is known of them."""
+class PatchSource(Protocol):
+    """A patch set as stored: images by row, and what is known about the rows."""
 
     path: Path
-    shape: tuple[int, int] | None  # (H, W), or None where rows differ
+    shape: tuple[int, int] | None  # (H, W), or None where images differ in size
     labels: Rows | None
     index: Rows
     keys: Sequence[RowKey]
@@ -31,12 +31,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, rows: Rows) -> Images:
-        """Return the images at `rows` (positions), all of one size."""
+        """Return the images at positions `rows`, all of one size."""
         ...
 
 
 def check_layout(path: Path, images: tuple[int, ...], dtype: str, counts: dict[str, int]) -> None:
-    """Check that images are (N, 3, H, W) of a known type and that every other tensor has N rows."""
+    """Check that images are (N, 3, H, W) uint8 or float32 and that every other tensor has N rows.
+
+    Raises:
+        AdvdiffError: They are not.
+    """
     if len(images) != 4 or images[1] != 3:
         raise AdvdiffError(f"the images of {path} have shape {images}; (N, 3, H, W) is needed")
     if dtype not in ("uint8", "float32"):
@@ -51,7 +55,11 @@ def check_layout(path: Path, images: tuple[int, ...], dtype: str, counts: dict[s
 
 
 def check_labels(path: Path, labels: NDArray[Any] | None) -> Rows | None:
-    """Return labels as int64 (N,); AdvdiffError unless they are 0 and 1."""
+    """Return labels as int64 (N,).
+
+    Raises:
+        AdvdiffError: A label is neither 0 nor 1.
+    """
     if labels is None:
         return None
     if not np.isin(labels, (0, 1)).all():

@@ -1,26 +1,32 @@
-"""The writer of patch sets: rows in place in OUT.part, a sidecar of finished rows, OUT by atomic rename."""
+"""Write patch sets: rows into OUT.part, finished rows into a journal, and OUT by atomic rename."""
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 
 from advdiff_cli.data.hdf5_file import Hdf5Target
+from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.patch_source import Images, Rows
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import Provenance, canonical, difference, mend, provenance, same_recipe, whole_lines
+from advdiff_cli.data.provenance import Provenance, canonical_json, provenance, same_recipe
+from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.data.safetensors_file import SafetensorsTarget
 from advdiff_cli.errors import AdvdiffError
 
 _FLUSH_SECONDS = 1.0
-_TARGETS: dict[str, Any] = {".safetensors": SafetensorsTarget, ".h5": Hdf5Target, ".hdf5": Hdf5Target}
+_TARGETS: dict[str, type[SafetensorsTarget] | type[Hdf5Target]] = {
+    ".safetensors": SafetensorsTarget,
+    ".h5": Hdf5Target,
+    ".hdf5": Hdf5Target,
+}
 
 
 class _Target(Protocol):
@@ -30,8 +36,25 @@ class _Target(Protocol):
 
 
 @dataclass(frozen=True)
+class OutputSpec:
+    """An output to be made.
+
+    Args:
+        path: Where it goes.
+        recipe: What makes it.
+        device: The kind of device that computes it; recorded, not compared.
+        overwrite: Whether another result, or the unfinished work of another recipe, may be replaced.
+    """
+
+    path: Path
+    recipe: Provenance
+    device: str = "cpu"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Rows computed at once; the last batch repeats its last row to the full size, and only `count` rows are kept."""
+    """Rows computed together. The last batch repeats its last row to the full size; its first `count` rows are kept."""
 
     start: int
     rows: Rows
@@ -39,170 +62,173 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows start..stop-1 of the `of` rows that a recipe makes."""
+class RowRange:
+    """Rows start to stop - 1 of the `total` rows of a recipe."""
 
     start: int
     stop: int
-    of: int
+    total: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
-def shard_rows(n: int, batch_size: int, shard: tuple[int, int] | None) -> Part:
-    """Return the rows of shard (i, count): whole batches, so that every row is computed as in one run.
+def shard_rows(n: int, batch_size: int, shard: tuple[int, int] | None) -> RowRange:
+    """Return the rows of shard (i, count): whole batches, so that each row is computed as in a single run.
 
     Raises:
-        AdvdiffError: there are fewer batches than shards, and none is left for this one.
+        AdvdiffError: There are fewer batches than shards, and this shard is empty.
     """
     i, count = shard or (0, 1)
-    total = -(-n // batch_size)
-    start, stop = (total * k // count * batch_size for k in (i, i + 1))
+    batches = -(-n // batch_size)
+    start, stop = (batches * k // count * batch_size for k in (i, i + 1))
     if start >= n or start == stop:
-        raise AdvdiffError(f"--shard {i}/{count} is empty: {n} patches are only {total} batches of {batch_size}")
-    return Part(start, min(stop, n), n)
+        raise AdvdiffError(f"--shard {i}/{count} is empty: {n} patches make only {batches} batches of {batch_size}")
+    return RowRange(start, min(stop, n), n)
 
 
-def begun(out: Path) -> Mapping[str, Any]:
-    """Return the parameters of the result, or of the unfinished work, at `out`; empty where there is none.
+def resume_params(out: Path) -> Mapping[str, object]:
+    """Return the parameters of the result or the unfinished work at `out`; empty if there is neither.
 
-    The same command takes batch size and precision from it, so that it goes on where another machine began.
+    A command takes its batch size and precision from them, so that it resumes work begun on another machine.
     """
     record = _unfinished(out) or (recorded(out) if out.is_file() else None)
-    parameters: Mapping[str, Any] = (record or {}).get("recipe", {}).get("parameters", {})
+    parameters: Mapping[str, object] = (record or {}).get("recipe", {}).get("parameters", {})
     return parameters
 
 
 def recorded(out: Path) -> Provenance | None:
-    """Return the provenance of the patch set at `out`, or None where the file has none."""
+    """Return the provenance of the patch set at `out`, or None if there is none."""
     try:
         return open_patches(out).provenance
     except AdvdiffError:
         return None
 
 
-def is_made(out: Path, recipe: Provenance) -> bool:
-    """Tell whether the whole result of `recipe` stands at `out`."""
+def is_complete(out: Path, recipe: Provenance) -> bool:
+    """Return whether the whole result of `recipe` is at `out`."""
     have = recorded(out) if out.is_file() else None
     return have is not None and same_recipe(_identity(have), {**recipe, "part": None})
 
 
 def check_suffix(out: Path) -> None:
-    """Check that `out` names a form that can be written; AdvdiffError when not."""
+    """Check that patch sets can be written under the name `out`.
+
+    Raises:
+        AdvdiffError: They cannot.
+    """
     if out.suffix not in _TARGETS:
         raise AdvdiffError(f"--out {out}: patch sets are written as .safetensors or .h5")
 
 
 class PatchWriter:
-    """Writes the rows of one recipe to `out`, going on where an earlier run of it ended."""
+    """Writes the rows of one recipe, and resumes where an earlier run stopped."""
 
     def __init__(
-        self, out: Path, recipe: Provenance, source: PatchSet, part: Part, *,
-        shape: tuple[int, int], dtype: str = "float32", device: str = "cpu", overwrite: bool = False,
+        self,
+        output: OutputSpec,
+        source: PatchSet,
+        rows: RowRange,
+        *,
+        dtype: str = "float32",
         inputs: list[Provenance] | None = None,
-    ) -> None:  # fmt: skip
-        """Decide whether `out` is up to date, and lay down or open OUT.part.
+    ) -> None:
+        """Decide whether the output is up to date, and create or reopen OUT.part otherwise.
 
         Args:
-            out: A .safetensors or .h5 file to be made.
-            recipe: What is to be made.
-            source: The rows it is made from: labels, index and origin are carried over.
-            part: Which rows of the recipe this file holds.
-            shape: (H, W) of the images.
+            output: A .safetensors or .h5 file.
+            source: The set it is made from, all of one size; its labels, index and origin are copied.
+            rows: Which rows of the recipe this file holds.
             dtype: float32 or uint8.
-            device: Kind of device, for the record.
-            overwrite: Whether another result, or another recipe's unfinished work, may be replaced.
             inputs: Provenance of the inputs; the source's own by default.
 
         Raises:
-            AdvdiffError: something else stands at `out`, its folder is missing, or another process writes it.
+            AdvdiffError: Something else is at the path, its folder is missing, or another process writes it.
         """
+        out = output.path
         check_suffix(out)
-        self.out, self.part = out, part
-        self._work, self._sidecar = _work_files(out)
+        self.out, self.rows = out, rows
+        self._work, self._journal = _work_files(out)
         own = [source.provenance] if source.provenance else []
-        record = provenance(recipe, inputs=own if inputs is None else inputs, origin=source.origin(), device=device)
-        if part.stop - part.start < part.of:
-            record["part"] = [part.start, part.stop, part.of]
-        self._record = record
-        self.finished = np.zeros(part.stop - part.start, bool)
+        self._record = provenance(
+            output.recipe,
+            inputs=own if inputs is None else inputs,
+            origin=source.origin(),
+            device=output.device,
+        )
+        if len(rows) < rows.total:
+            self._record["part"] = [rows.start, rows.stop, rows.total]
+        self.finished = np.zeros(len(rows), bool)
         self._target: _Target | None = None
-        self.up_to_date = self._stands(overwrite)
+        self.up_to_date = self._is_up_to_date(output.overwrite)
         if self.up_to_date:
             return
         self._lock = OutputLock(out)
         try:
-            self.up_to_date = self._stands(overwrite)  # another process may have ended meanwhile
+            self.up_to_date = self._is_up_to_date(output.overwrite)  # another process may just have finished
             if not self.up_to_date:
-                self._lay_down(source, shape, dtype, overwrite)
+                self._open(source, dtype, output.overwrite)
         finally:
             if self._target is None:
                 self._lock.release()
 
-    def _lay_down(self, source: PatchSet, shape: tuple[int, int], dtype: str, overwrite: bool) -> None:
-        """Open OUT.part, taken over from an earlier run or new, and its sidecar."""
-        if link := next((f for f in (self._work, self._sidecar) if f.is_symlink()), None):
-            raise AdvdiffError(f"{link} is a symbolic link, which is not written through; remove it")
-        rows, vectors = slice(self.part.start, self.part.stop), {"index": source.index, "labels": source.labels}
-        vectors = {k: np.ascontiguousarray(v[rows]) for k, v in vectors.items() if v is not None}
+    def _open(self, source: PatchSet, dtype: str, overwrite: bool) -> None:
+        """Open OUT.part and its journal, new or left by an earlier run."""
+        if link := next((f for f in (self._work, self._journal) if f.is_symlink()), None):
+            raise AdvdiffError(f"{link} is a symbolic link, which advdiff does not write through; remove it")
+        rows, columns = slice(self.rows.start, self.rows.stop), {"index": source.index, "labels": source.labels}
+        vectors = {k: np.ascontiguousarray(v[rows]) for k, v in columns.items() if v is not None}
         resume = self._resume(overwrite)
-        if not resume:  # before the rows it speaks of are gone
-            self._sidecar.unlink(missing_ok=True)
-        full = (len(self.finished), 3, *shape)
+        if not resume:  # before its rows are gone
+            self._journal.unlink(missing_ok=True)
+        shape = (len(self.finished), 3, *source.require_shape())
         try:
-            kind: Callable[..., _Target] = _TARGETS[self.out.suffix]
-            self._target = kind(self._work, full, dtype, vectors, self._record, resume=resume)
+            target = _TARGETS[self.out.suffix]
+            self._target = target(self._work, shape, dtype, vectors, self._record, resume=resume)
             if not resume:
-                self._sidecar.write_text(canonical(self._record) + "\n")
+                self._journal.write_text(canonical_json(self._record) + "\n")
         except OSError:
             self._target = None
             if not resume:
                 self._work.unlink(missing_ok=True)
-                self._sidecar.unlink(missing_ok=True)
+                self._journal.unlink(missing_ok=True)
             raise
         self._pending, self._flushed = list[tuple[int, int]](), time.monotonic()
 
-    def _stands(self, overwrite: bool) -> bool:
-        """Tell whether the result is made; AdvdiffError when something else stands there that may not be replaced."""
+    def _is_up_to_date(self, overwrite: bool) -> bool:
         if self.out.is_dir():
             raise AdvdiffError(f"{self.out} is a folder; give another --out")
         if overwrite or not self.out.exists():
             return False
-        if (have := recorded(self.out)) is not None and self._same(have):
-            return True
-        what = f"was made otherwise ({difference(_identity(have), _identity(self._record))})" if have else ""
-        raise AdvdiffError(f"{self.out} {what or 'is no patch set of advdiff'}; give --overwrite or another --out")
-
-    def _same(self, other: Provenance) -> bool:
-        return same_recipe(_identity(other), _identity(self._record))
+        have = recorded(self.out)
+        if have is None:
+            raise AdvdiffError(f"{self.out} is not a patch set of advdiff; give --overwrite or another --out")
+        return matches_recipe(self.out, _identity(have), _identity(self._record))
 
     def _resume(self, overwrite: bool) -> bool:
-        """Take over the finished rows of unfinished work of the same recipe; AdvdiffError when it is of another."""
+        """Take over the finished rows of unfinished work of the same recipe."""
         have = _unfinished(self.out)
-        if have is None:
+        if have is None or not matches_recipe(
+            self._work, _identity(have), _identity(self._record), overwrite=overwrite, unfinished=True
+        ):
             return False
-        if not self._same(have):
-            if overwrite:
-                return False
-            what = difference(_identity(have), _identity(self._record))
-            raise AdvdiffError(
-                f"{self._work} holds unfinished work of another recipe ({what}); give --overwrite or another --out"
-            )
-        mend(self._sidecar)
-        for line in whole_lines(self._sidecar)[1:]:
+        drop_incomplete_line(self._journal)
+        for line in complete_lines(self._journal)[1:]:
             start, stop = json.loads(line)
             self.finished[start:stop] = True
         return True
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield the batches that are not finished, as positions in the source."""
-        for start in range(self.part.start, self.part.stop, batch_size):
-            stop = min(start + batch_size, self.part.stop)
-            if not self.finished[start - self.part.start : stop - self.part.start].all():
+        """Yield the unfinished batches, as positions in the source."""
+        for start in range(self.rows.start, self.rows.stop, batch_size):
+            stop = min(start + batch_size, self.rows.stop)
+            if not self.finished[start - self.rows.start : stop - self.rows.start].all():
                 yield Batch(start, np.minimum(np.arange(start, start + batch_size), stop - 1), stop - start)
 
     def write(self, batch: Batch, images: Images) -> None:
-        """Write the kept rows of a batch."""
+        """Write the rows of a batch that are kept."""
         assert self._target is not None
-        start = batch.start - self.part.start
+        start = batch.start - self.rows.start
         self._target.write(start, images[: batch.count])
         self.finished[start : start + batch.count] = True
         self._pending.append((start, start + batch.count))
@@ -210,10 +236,10 @@ class PatchWriter:
             self._flush()
 
     def _flush(self) -> None:
-        """Bring rows to the disk, then say in the sidecar that they are there."""
+        """Flush rows to the disk, then record them in the journal."""
         assert self._target is not None
         self._target.flush()
-        with self._sidecar.open("a") as file:
+        with self._journal.open("a") as file:
             file.write("".join(f"[{start},{stop}]\n" for start, stop in self._pending))
         self._pending.clear()
         self._flushed = time.monotonic()
@@ -225,7 +251,7 @@ class PatchWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close OUT.part; rename it to OUT when every row is finished and nothing went wrong."""
+        """Close OUT.part; rename it to OUT if every row is finished and there was no exception."""
         if self._target is None:
             return
         try:
@@ -234,7 +260,7 @@ class PatchWriter:
             finally:
                 self._target.close()
             if kind is None and self.finished.all():
-                self._sidecar.unlink()
+                self._journal.unlink()
                 os.replace(self._work, self.out)
         finally:
             self._target = None
@@ -246,15 +272,15 @@ def _work_files(out: Path) -> tuple[Path, Path]:
 
 
 def _unfinished(out: Path) -> Provenance | None:
-    """Return the provenance of the unfinished work at `out`, or None where there is none that can be resumed."""
-    work, sidecar = _work_files(out)
-    if not (work.is_file() and sidecar.is_file()):
+    """Return the provenance of the unfinished work at `out`, or None if nothing can be resumed."""
+    work, journal = _work_files(out)
+    if not (work.is_file() and journal.is_file()):
         return None
-    head, newline, _ = sidecar.read_text().partition("\n")
+    head, newline, _ = journal.read_text().partition("\n")
     record: Provenance | None = json.loads(head) if newline else None
     return record
 
 
 def _identity(record: Provenance) -> Provenance:
-    """Return what two results of one recipe and the same rows have in common."""
+    """Return what is equal for two results of one recipe that hold the same rows."""
     return {**record["recipe"], "part": record.get("part")}

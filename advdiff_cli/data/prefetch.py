@@ -1,4 +1,4 @@
-"""Work done ahead by threads: reading and decoding before the computation, encoding and writing after it."""
+"""Run tasks in threads ahead of the code that uses their results."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,28 +10,32 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def ahead(
-    task: Callable[[S], T], items: Iterable[S], *,
-    threads: int = 1, depth: int = 1, leaving: Callable[[], object] = lambda: None,
-) -> Iterator[T]:  # fmt: skip
-    """Yield task(item) for each of `items`, in their order.
+def prefetch(
+    task: Callable[[S], T],
+    items: Iterable[S],
+    *,
+    threads: int = 1,
+    depth: int = 1,
+    on_exit: Callable[[], object] = lambda: None,
+) -> Iterator[T]:
+    """Yield task(item) for each item, in order.
 
     Args:
-        task: Run by a thread; what it raises is raised where its result would have been.
-        items: Taken by the caller's thread.
-        threads: How many tasks run at once.
-        depth: How many are begun while the caller works on a result.
-        leaving: Called at the end, or when the caller goes no further, before running tasks are waited for.
+        task: Runs in a thread. An exception it raises is raised where its result would have been yielded.
+        items: Consumed in the caller's thread.
+        threads: Number of tasks that run at the same time.
+        depth: Number of tasks started while the caller works on a result.
+        on_exit: Called at the end, or when the caller stops early, before running tasks are joined.
     """
     source = iter(items)
     with ThreadPoolExecutor(threads) as pool:
-        coming = deque[Future[T]]()
+        pending = deque[Future[T]]()
         try:
-            coming.extend(pool.submit(task, item) for item in islice(source, depth))
-            while coming:
-                done = coming.popleft()
-                coming.extend(pool.submit(task, item) for item in islice(source, 1))
+            pending.extend(pool.submit(task, item) for item in islice(source, depth))
+            while pending:
+                done = pending.popleft()
+                pending.extend(pool.submit(task, item) for item in islice(source, 1))
                 yield done.result()
         finally:
-            leaving()
+            on_exit()
             pool.shutdown(cancel_futures=True)

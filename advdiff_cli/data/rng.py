@@ -1,6 +1,6 @@
 """Random streams that belong to a row, so that results do not depend on order, range, shard or resume.
 
-A stream is named by (seed, purpose, ...): its Philox key is a hash of the name, and numbers are drawn on the CPU.
+A stream is named by (seed, purpose, ...). Its Philox key is a hash of the name. Numbers are drawn on the CPU.
 """
 
 import hashlib
@@ -11,26 +11,26 @@ import numpy as np
 import torch
 
 RowKey = int | str
-"""What names a row: its index in the origin set, or its relative path in a folder."""
+"""The name of a row: its index in the origin set, or its relative path in a folder."""
 
 
 def stream(seed: int, purpose: str, *names: RowKey) -> np.random.Generator:
-    """Return the generator that (seed, purpose, names) names."""
+    """Return the generator named by (seed, purpose, names)."""
     name = repr((int(seed), purpose, *(n if isinstance(n, str) else int(n) for n in names)))
     key = hashlib.blake2b(name.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
 @contextmanager
-def drawing(device: torch.device, seed: int, purpose: str, *names: RowKey) -> Iterator[None]:
-    """Let what torch draws by itself on `device`, as dropout does, come from a stream; its own is put back after."""
+def torch_seeded(device: torch.device, seed: int, purpose: str, *names: RowKey) -> Iterator[None]:
+    """Seed torch's global generator from a stream inside the block, for layers such as dropout; restore it after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(stream(seed, purpose, *names).integers(2**63)))
         yield
 
 
 class RowStreams:
-    """One stream for each row of a batch."""
+    """One random stream for each row of a batch."""
 
     def __init__(self, seed: int, purpose: str, rows: Sequence[RowKey], *, draw: int = 0, restart: int = 0) -> None:
         """Open the streams of `rows`; a padded batch may name a row more than once."""

@@ -1,7 +1,7 @@
-"""Patch sets in safetensors files: rows read and written at their offsets, so that memory does not grow with N.
+"""Patch sets in safetensors files, read and written row by row, so that memory does not grow with N.
 
-The library checks a file's header; rows are then read at their offsets, since its memory map would count every page
-read towards the process, and written at theirs, since it cannot write a file in pieces.
+The safetensors library checks the header. Rows are read at their offsets, because every page of the library's memory
+map would count as memory of the process, and written at their offsets, because the library writes whole files only.
 """
 
 import json
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from advdiff_cli.data.atomic_files import reserve
 from advdiff_cli.data.patch_source import Images, Rows, check_labels, check_layout
-from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse
+from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
 
@@ -31,27 +31,27 @@ class SafetensorsSource:
     """Rows of a safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        """Check the header of `path` and open it."""
+        """Open `path` and check its header."""
         self.path = path
         tensors, metadata, self._start = _header(path)
         if "images" not in tensors:
-            raise AdvdiffError(f"{path} has no tensor named images; a patch set holds images, labels and index")
-        known: _Tensors = {k: tensors[k] for k in ("images", "labels", "index") if k in tensors}
-        self._dtype, shape, self._offset = known["images"]
-        check_layout(path, shape, self._dtype, {k: v[1][0] if v[1] else 0 for k, v in known.items() if k != "images"})
+            raise AdvdiffError(f"{path} has no tensor named images; a patch set needs images, labels and index")
+        stored: _Tensors = {k: tensors[k] for k in ("images", "labels", "index") if k in tensors}
+        self._dtype, shape, self._offset = stored["images"]
+        check_layout(path, shape, self._dtype, {k: v[1][0] if v[1] else 0 for k, v in stored.items() if k != "images"})
         self._n, self._row_shape = shape[0], shape[1:]
         self.shape: tuple[int, int] | None = (shape[2], shape[3])
-        self.provenance: Provenance | None = parse(metadata[KEY], path) if KEY in metadata else None
+        self.provenance: Provenance | None = parse_provenance(metadata[KEY], path) if KEY in metadata else None
         self._file = os.open(path, os.O_RDONLY)
-        self.labels = check_labels(path, self._vector(known, "labels"))
-        index = self._vector(known, "index")
+        self.labels = check_labels(path, self._vector(stored, "labels"))
+        index = self._vector(stored, "index")
         self.index: Rows = np.arange(self._n) if index is None else index
         self.keys: Sequence[RowKey] = self.index.tolist()
 
-    def _vector(self, known: _Tensors, name: str) -> Rows | None:
-        if name not in known:
+    def _vector(self, stored: _Tensors, name: str) -> Rows | None:
+        if name not in stored:
             return None
-        dtype, shape, offset = known[name]
+        dtype, shape, offset = stored[name]
         if dtype != "int64" or len(shape) != 1:
             raise AdvdiffError(f"{name} in {self.path} is {dtype} {shape}; int64 (N,) is needed")
         return np.frombuffer(os.pread(self._file, shape[0] * 8, self._start + offset), np.int64)
@@ -66,7 +66,7 @@ class SafetensorsSource:
         for out, row in zip(images, rows, strict=True):
             at = self._start + self._offset + int(row) * out.nbytes
             if os.preadv(self._file, [memoryview(out).cast("B")], at) != out.nbytes:
-                raise AdvdiffError(f"{self.path} ends before row {row}; it was changed while being read")
+                raise AdvdiffError(f"{self.path} ends before row {row}; it changed while it was read")
         return images
 
     def __del__(self) -> None:
@@ -81,12 +81,12 @@ def open_safetensors(path: Path) -> SafetensorsSource:
 
 
 def _header(path: Path) -> tuple[_Tensors, dict[str, str], int]:
-    """Return tensors as {name: (dtype, shape, offset)}, the metadata, and where the data starts."""
+    """Return tensors as {name: (dtype, shape, offset)}, the metadata, and the offset of the data."""
     try:
         with safe_open(path, "np"):  # refuses truncated, overlapping and oversized headers
             pass
     except SafetensorError as e:
-        raise AdvdiffError(f"{path} is not a whole safetensors file ({e}); make it again") from None
+        raise AdvdiffError(f"{path} is not a complete safetensors file ({e}); make it again") from None
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(size))
@@ -99,16 +99,22 @@ def _header(path: Path) -> tuple[_Tensors, dict[str, str], int]:
 
 
 class SafetensorsTarget:
-    """A safetensors file laid down for N rows, then written row by row."""
+    """A safetensors file whose header and size are written first, and then its rows."""
 
     def __init__(
-        self, path: Path, shape: tuple[int, int, int, int], dtype: str, vectors: dict[str, NDArray[np.int64]],
-        provenance: Provenance, *, resume: bool,
-    ) -> None:  # fmt: skip
-        """Lay down the header, index and labels at `path`, or open what an earlier run laid down."""
-        header: dict[str, Any] = {"__metadata__": {KEY: canonical(provenance)}}
+        self,
+        path: Path,
+        shape: tuple[int, int, int, int],
+        dtype: str,
+        vectors: dict[str, NDArray[np.int64]],
+        provenance: Provenance,
+        *,
+        resume: bool,
+    ) -> None:
+        """Write the header, index and labels to `path`, or reopen the file of an earlier run."""
+        header: dict[str, Any] = {"__metadata__": {KEY: canonical_json(provenance)}}
         offset = 0
-        for name, vector in vectors.items():  # 8-byte tensors first: every tensor is aligned
+        for name, vector in vectors.items():  # 8-byte tensors first, so that every tensor is aligned
             header[name] = _entry("int64", vector.shape, offset, vector.nbytes)
             offset += vector.nbytes
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -117,7 +123,7 @@ class SafetensorsTarget:
         head += b" " * (-len(head) % 8)
         self._row = size // shape[0]
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o666)
-        if resume:  # the header that stands there may differ in what is recorded beside the recipe
+        if resume:  # the existing header may differ in recorded versions or device
             (length,) = struct.unpack("<Q", os.pread(self._file, 8, 0))
             self._images = 8 + length + offset
         else:
@@ -138,7 +144,7 @@ class SafetensorsTarget:
             data, at = data[written:], at + written
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
+        """Flush written rows to the disk."""
         os.fsync(self._file)
 
     def close(self) -> None:

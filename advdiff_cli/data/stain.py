@@ -1,4 +1,4 @@
-"""Haematoxylin, eosin and residual stain in optical density.
+"""Color deconvolution: haematoxylin, eosin and residual stain in optical density.
 
 Source: Ruifrok & Johnston 2001, Quantification of histochemical staining by color deconvolution.
 """
@@ -11,12 +11,12 @@ HED = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570,
 
 _UNIT = HED / HED.norm(dim=1, keepdim=True)
 _INVERSE = torch.linalg.inv(_UNIT)
-_FLOOR = 1 / 255  # an 8-bit pixel holds no more optical density than -ln(1/255)
+_MIN_VALUE = 1 / 255  # the optical density of an 8-bit pixel is at most -ln(1/255)
 
 
 def separate(images: Tensor) -> Tensor:
     """Return stain amounts (B, 3, H, W) of images (B, 3, H, W) in [0, 1]."""
-    density = -images.clamp(min=_FLOOR).log()
+    density = -images.clamp(min=_MIN_VALUE).log()
     return torch.einsum("bchw,cs->bshw", density, _INVERSE.to(images.device))
 
 
