@@ -1,4 +1,4 @@
-"""Download PCam's files: fetched, verified by size and hash, unpacked as a stream, renamed when whole."""
+"""Download PCam's files: fetch, verify size and hash, unpack as a stream, and rename when complete."""
 
 import gzip
 import hashlib
@@ -11,17 +11,18 @@ from pathlib import Path
 import h5py
 from filelock import FileLock
 
-from advdiff_cli.datasets.http_client import PATIENT, FetchError, Patience, fetch
-from advdiff_cli.datasets.pcam import METADATA, REGISTRY, SPLITS, Registry, RemoteFile, folder, split_name
+from advdiff_cli.data.pcam_files import SPLITS, pcam_folder, split_name
+from advdiff_cli.datasets.http_client import DEFAULT_RETRIES, FetchError, RetryPolicy, fetch
+from advdiff_cli.datasets.pcam import METADATA, REGISTRY, Registry, RemoteFile
 from advdiff_cli.errors import AdvdiffError
 
 _BLOCK = 1 << 20
-_OVERHEAD = 16 << 20  # bytes an HDF5 file may be larger than what it holds
+_OVERHEAD = 16 << 20  # bytes by which an HDF5 file may exceed its datasets
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is to be done for one file: `have` (nothing), `unpack` or `fetch`, the bytes to come and where it goes."""
+    """What to do for one file: `have` (nothing), `unpack` or `fetch`; the bytes to fetch, and the target."""
 
     name: str
     remote: RemoteFile
@@ -31,30 +32,30 @@ class Step:
 
     @property
     def served(self) -> Path:
-        """Where the file lies as it is served: packed, or as it is."""
+        """The path of the file as served, gzipped or not."""
         return self.target.with_name(self.name)
 
     @property
     def part(self) -> Path:
-        """Where it grows."""
+        """The path of the incomplete download."""
         return self.target.with_name(self.name + ".part")
 
 
 def plan(split: str, data_dir: Path, registry: Registry = REGISTRY | METADATA) -> list[Step]:
-    """Return a step for each file of a split (or `all`), looking at what is there already.
+    """Return a step for each file of a split (or `all`), depending on which files exist.
 
     Raises:
-        AdvdiffError: no such split.
+        AdvdiffError: There is no such split.
     """
     wanted = SPLITS if split == "all" else (split_name(split),)
-    place = folder(data_dir)
+    folder = pcam_folder(data_dir)
     names = [name for name in registry if any(f"_{one}_" in name for one in wanted)]
-    return [_step(name, registry[name], place / name.removesuffix(".gz")) for name in names]
+    return [_step(name, registry[name], folder / name.removesuffix(".gz")) for name in names]
 
 
 def _step(name: str, remote: RemoteFile, target: Path) -> Step:
     done = Step(name, remote, "have", 0, target)
-    if holds(target, remote):
+    if is_complete(target, remote):
         return done
     packed = done.served != target and done.served.is_file() and done.served.stat().st_size == remote.size
     if packed:
@@ -63,8 +64,8 @@ def _step(name: str, remote: RemoteFile, target: Path) -> Step:
     return Step(name, remote, "fetch", max((remote.size or 0) - begun, 0), target)
 
 
-def holds(target: Path, remote: RemoteFile) -> bool:
-    """Tell whether a file is there whole: a data set of the size it should have, or a file of the hash."""
+def is_complete(target: Path, remote: RemoteFile) -> bool:
+    """Return whether a file is complete: its datasets have the right size, or the file the right hash."""
     if not target.is_file():
         return False
     if remote.unpacked is None:
@@ -83,42 +84,48 @@ def hash_of(path: Path, algorithm: str) -> str:
 
 
 def check_space(steps: Sequence[Step], data_dir: Path) -> None:
-    """Check that the disk holds what is to come, packed and unpacked; AdvdiffError when not."""
+    """Check that the disk has space for the files, packed and unpacked.
+
+    Raises:
+        AdvdiffError: It has not.
+    """
     need = sum(s.to_fetch + (s.remote.unpacked or 0) for s in steps if s.action != "have")
-    place = data_dir
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = data_dir
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < need:
         raise AdvdiffError(
             f"{data_dir} has {free / 1e9:.1f} GB free and {need / 1e9:.1f} GB are needed; choose another --data-dir"
         )
 
 
-def run(step: Step, mirror: str, *, keep_gz: bool = False, patience: Patience = PATIENT) -> Iterator[int]:
-    """Do a step, yielding the number of bytes fetched at a time; another process at the same file is waited for.
+def run(step: Step, mirror: str, *, keep_gz: bool = False, retries: RetryPolicy = DEFAULT_RETRIES) -> Iterator[int]:
+    """Carry out a step, yielding the number of bytes of each block fetched.
+
+    Where another process works on the same file, wait for it.
 
     Args:
         step: Of `plan`.
         mirror: URL of the folder that holds the files.
-        keep_gz: Whether the packed file stays.
-        patience: With the mirror.
+        keep_gz: Whether to keep the gzipped file.
+        retries: How to deal with an unreliable mirror.
 
     Raises:
-        AdvdiffError: the mirror fails, or serves other bytes than the registry names; what was fetched stays.
+        AdvdiffError: The mirror fails (an incomplete download is kept), or it serves another file than expected.
     """
     if step.action == "have":
         return
     step.target.parent.mkdir(parents=True, exist_ok=True)
     lock = step.target.with_name(f".{step.target.name}.lock")
     with FileLock(lock):
-        step = _step(step.name, step.remote, step.target)  # another process may have done it meanwhile
+        step = _step(step.name, step.remote, step.target)  # another process may have done it
         if step.action == "fetch":
-            yield from _fetched(step, mirror, patience)
+            yield from _fetched(step, mirror, retries)
             _verify(step.part, step)
             step.part.rename(step.served)
         if step.action != "have" and step.served != step.target:
-            if step.action == "unpack":  # somebody else's download: it stays
+            if step.action == "unpack":  # the user's own download is kept
                 _verify(step.served, step)
             _unpack(step)
             if step.action == "fetch" and not keep_gz:
@@ -126,26 +133,26 @@ def run(step: Step, mirror: str, *, keep_gz: bool = False, patience: Patience = 
         lock.unlink(missing_ok=True)
 
 
-def _fetched(step: Step, mirror: str, patience: Patience) -> Iterator[int]:
+def _fetched(step: Step, mirror: str, retries: RetryPolicy) -> Iterator[int]:
     url = f"{mirror.rstrip('/')}/{step.name}?download=1"
     try:
-        yield from fetch(url, step.part, step.remote.size, patience)
+        yield from fetch(url, step.part, step.remote.size, retries)
     except FetchError as e:
         known = ", ".join(f"{k} {v}" for k in ("size", "sha256", "md5") if (v := getattr(step.remote, k)))
         raise AdvdiffError(
-            f"{step.name}: {e}; run the same command again to go on, or fetch it by hand: "
+            f"{step.name}: {e}; run the same command again to resume, or download it by hand: "
             f"curl -L -C - -A advdiff -o {step.served} '{url}' ({known.replace('size', 'bytes')})"
         ) from None
 
 
 def _verify(path: Path, step: Step) -> None:
-    """Check size and hash; a file that is not what the registry names is removed, for it cannot be resumed."""
+    """Check size and hash; a file with the wrong content is removed, since it cannot be resumed."""
     kind = "sha256" if step.remote.sha256 else "md5"
     have = hash_of(path, kind)
     if have != getattr(step.remote, kind) or step.remote.size not in (None, path.stat().st_size):
         path.unlink()
         raise AdvdiffError(
-            f"{step.name} is not the file the registry names ({kind} {have}); it was removed, try another --mirror"
+            f"{step.name} does not match the registry ({kind} {have}); it was removed, try another --mirror"
         )
 
 
@@ -158,8 +165,8 @@ def _unpack(step: Step) -> None:
                 file.write(block)
                 if file.tell() > ceiling:
                     raise AdvdiffError(f"{step.served} unpacks to more than {ceiling} bytes; it is not PCam's file")
-        if step.remote.unpacked is not None and not holds(fresh, step.remote):
-            raise AdvdiffError(f"{step.served} does not unpack to the datasets the registry names")
+        if step.remote.unpacked is not None and not is_complete(fresh, step.remote):
+            raise AdvdiffError(f"{step.served} does not unpack to the expected datasets")
         fresh.rename(step.target)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise AdvdiffError(f"{step.served} cannot be unpacked ({e})") from None

@@ -1,12 +1,12 @@
-"""Synthetic H&E-like tissue: deterministic patches of any number, for demos and tests without real data.
+"""Synthetic H&E-like tissue: deterministic patches, for tests and training without real data.
 
-Stains are mixed in optical density (Ruifrok & Johnston 2001). A patch shows stroma, background and nuclei: small round
-dark lymphocytes and oval benign nuclei everywhere, and in tumour larger, paler, irregular nuclei with nucleoli. As in
-PCam the label is 1 where tumour reaches the central 32x32; tumour in the outer ring alone is 0. Stain differs from
-slide to slide, and the density of nuclei does not tell the classes apart, so that colour alone does not either.
+Stains are mixed in optical density (Ruifrok & Johnston 2001). Every patch shows stroma, background, small round dark
+lymphocytes and oval benign nuclei. Tumour adds larger, paler, irregular nuclei with nucleoli. As in PCam, the label is
+1 if tumour reaches the central 32x32 pixels, and 0 if it is in the outer ring only. Stain varies from slide to slide
+and the density of nuclei is the same in both classes, so that color alone does not separate them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,30 +15,33 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from advdiff_cli.data.patch_source import Images, Rows
-from advdiff_cli.data.provenance import Provenance, canonical, digest
+from advdiff_cli.data.patch_writer import OutputSpec, PatchWriter, RowRange
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.provenance import Provenance, canonical_json, digest, recipe
 from advdiff_cli.data.rng import RowKey, stream
 from advdiff_cli.data.stain import mix
 
+_BATCH = 32
 SIZE = 96  # pixels, about 1 µm each
-_MARGIN = 24  # drawn around the patch, so that nuclei are cut by its border
+_MARGIN = 24  # drawn around the patch, so that its border cuts nuclei
 _SLIDE = 64  # consecutive patches that share a slide's stain
-_REACH = 16  # half the window a nucleus is drawn in
+_REACH = 16  # half the side of the window in which a nucleus is drawn
 
 Field = NDArray[np.float32]
 
 
 class SyntheticSource:
-    """Patches 0..n-1 of a seed; labels alternate at random, half and half in expectation."""
+    """Patches 0 to n - 1 of a seed; each label is 0 or 1 with equal probability."""
 
     def __init__(self, n: int, seed: int) -> None:
-        """Name n patches of `seed`; each is drawn when its row is read."""
+        """Define n patches of `seed`; each is drawn when its row is read."""
         self.path = Path(f"synthetic tissue, seed {seed}")
         self.seed = seed
         self.shape: tuple[int, int] | None = (SIZE, SIZE)
         self.index: Rows = np.arange(n)
         self.keys: Sequence[RowKey] = self.index.tolist()
         self.labels: Rows | None = np.array([stream(seed, "label", i).integers(2) for i in range(n)], np.int64)
-        origin = digest([canonical({"synthetic": seed, "n": n}).encode()])
+        origin = digest([canonical_json({"synthetic": seed, "n": n}).encode()])
         self.provenance: Provenance | None = {"origin": origin}
 
     def __len__(self) -> int:
@@ -52,7 +55,7 @@ class SyntheticSource:
 
 
 def draw_patch(seed: int, index: int, label: int) -> NDArray[np.uint8]:
-    """Draw patch `index` of `seed` with `label` 0 or 1: (3, 96, 96) uint8, the same for the same arguments."""
+    """Draw patch `index` of `seed` with `label` 0 or 1: (3, 96, 96) uint8, deterministic."""
     rng = stream(seed, "tissue", index)
     side = SIZE + 2 * _MARGIN
     eosin = _stroma(rng, side)
@@ -64,7 +67,7 @@ def draw_patch(seed: int, index: int, label: int) -> NDArray[np.uint8]:
         eosin[window] *= 1 - displaced * np.minimum(mask, 1)
     stains = np.stack([haematoxylin * (1 + 0.12 * _noise(rng, side, 1.0)), eosin])
     stains = gaussian_filter(stains, (0, 0.6, 0.6))[:, _MARGIN : _MARGIN + SIZE, _MARGIN : _MARGIN + SIZE]
-    return _develop(stains, stream(seed, "slide", index // _SLIDE), rng)
+    return _render(stains, stream(seed, "slide", index // _SLIDE), rng)
 
 
 def _noise(rng: np.random.Generator, side: int, sigma: float | tuple[float, float]) -> Field:
@@ -75,7 +78,7 @@ def _noise(rng: np.random.Generator, side: int, sigma: float | tuple[float, floa
 
 
 def _stroma(rng: np.random.Generator, side: int) -> Field:
-    """Return eosin: wavy fibres, cytoplasm, and clear background where the tissue ends or fat lies."""
+    """Return eosin: wavy fibres, cytoplasm, and clear background at the edge of tissue and in fat."""
     fibres = _noise(rng, side, (rng.uniform(5, 10), rng.uniform(0.8, 1.8)))
     if rng.random() < 0.5:
         fibres = fibres.T
@@ -90,38 +93,38 @@ Nucleus = tuple[tuple[float, float], Field, float, float]
 
 
 def _nuclei(rng: np.random.Generator, side: int, label: int) -> Iterator[Nucleus]:
-    """Yield each nucleus: its centre, its mask around it, the haematoxylin it holds, how much eosin it displaces."""
+    """Yield each nucleus: its centre, its mask, its haematoxylin, and the share of eosin it displaces."""
     tumour = _tumour_spots(rng, side, label)
-    crowd = max(8, int(rng.integers(15, 110)) - len(tumour))
+    count = max(8, int(rng.integers(15, 110)) - len(tumour))
     lymphoid = rng.beta(0.7, 0.7)
-    heap = rng.uniform(_MARGIN, side - _MARGIN, 2)
-    for _ in range(crowd):
-        y, x = rng.normal(heap, 20) if rng.random() < 0.4 else rng.uniform(0, side, 2)
+    cluster = rng.uniform(_MARGIN, side - _MARGIN, 2)
+    for _ in range(count):
+        y, x = rng.normal(cluster, 20) if rng.random() < 0.4 else rng.uniform(0, side, 2)
         spot = (_inside(y, side), _inside(x, side))
         if rng.random() < lymphoid:
             yield spot, _oval(rng, rng.uniform(2.7, 3.8), rng.uniform(1.0, 1.2), 0.10), rng.uniform(1.0, 1.6), 0.7
         else:
             yield spot, _oval(rng, rng.uniform(3.2, 5.4), rng.uniform(1.2, 2.2), 0.16), rng.uniform(0.6, 1.1), 0.5
-    for heart in tumour:
-        yield heart, _tumour_nucleus(rng), rng.uniform(0.65, 1.15), 0.5
+    for center in tumour:
+        yield center, _tumour_nucleus(rng), rng.uniform(0.65, 1.15), 0.5
 
 
 def _tumour_spots(rng: np.random.Generator, side: int, label: int) -> list[tuple[float, float]]:
-    """Return centres of tumour nuclei: a nest that reaches the centre (1), or none or a nest in the ring alone (0)."""
+    """Return centres of tumour nuclei: a nest in the centre for label 1; none, or a nest in the ring, for label 0."""
     if label == 0 and rng.random() < 0.6:
         return []
-    heart = side / 2 + rng.uniform(-16, 16, 2)
+    center = side / 2 + rng.uniform(-16, 16, 2)
     if label == 0:
         angle = rng.uniform(0, 2 * np.pi)
-        heart = side / 2 + 42 * np.array([np.sin(angle), np.cos(angle)])
-    spots = [heart, *rng.normal(heart, 11, (rng.integers(0, 10), 2))]
+        center = side / 2 + 42 * np.array([np.sin(angle), np.cos(angle)])
+    spots = [center, *rng.normal(center, 11, (rng.integers(0, 10), 2))]
     outside = [max(abs(s - side / 2)) > 16 + 8 for s in spots]  # half the centre, and a nucleus
     kept = [s for s, out in zip(spots, outside, strict=True) if label == 1 or out]
     return [(_inside(y, side), _inside(x, side)) for y, x in kept]
 
 
 def _inside(position: float, side: int) -> float:
-    """Return the position moved to where a nucleus's window fits."""
+    """Return the position, moved so that the window of a nucleus fits."""
     return float(np.clip(position, _REACH, side - _REACH - 1))
 
 
@@ -131,7 +134,7 @@ def _grid() -> tuple[Field, Field]:
 
 
 def _oval(rng: np.random.Generator, radius: float, stretch: float, mottle: float) -> Field:
-    """Return a smooth oval nucleus of one tone with a little mottle."""
+    """Return a smooth oval nucleus with slightly mottled chromatin."""
     angle = rng.uniform(0, np.pi)
     y, x = _grid()
     u, v = y * np.cos(angle) + x * np.sin(angle), x * np.cos(angle) - y * np.sin(angle)
@@ -157,8 +160,8 @@ def _tumour_nucleus(rng: np.random.Generator) -> Field:
     return nucleus
 
 
-def _develop(stains: Field, slide: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return the 8-bit image (3, H, W) of haematoxylin and eosin (2, H, W), with a slide's stain and camera noise."""
+def _render(stains: Field, slide: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return the 8-bit image (3, H, W) of stains (2, H, W), with the colors of a slide and camera noise."""
     strength = slide.uniform(0.75, 1.35, 2).astype(np.float32)
     cast = slide.normal(0, 0.05, (3, 1, 1)).astype(np.float32)
     residual = np.full_like(stains[:1], max(0.0, float(slide.normal(0.03, 0.03))))
@@ -167,3 +170,27 @@ def _develop(stains: Field, slide: np.random.Generator, rng: np.random.Generator
     image = image + rng.normal(0, 0.012, image.shape).astype(np.float32)
     pixels: NDArray[np.uint8] = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return pixels
+
+
+def write_synthetic(
+    out: Path, n: int, seed: int, *, overwrite: bool = False, advance: Callable[[int], None] = lambda count: None
+) -> tuple[PatchWriter, int]:
+    """Write n patches of `seed` to a file; return the closed writer and the number of positive patches.
+
+    Args:
+        out: A .safetensors or .h5 file.
+        n: Number of patches.
+        seed: Of the patches.
+        overwrite: Whether another result may be replaced.
+        advance: Called with the number of patches done.
+    """
+    patches = PatchSet(SyntheticSource(n, seed))
+    output = OutputSpec(out, recipe("synthesize", {"seed": seed, "n": n}), overwrite=overwrite)
+    writer = PatchWriter(output, patches, RowRange(0, n, n), dtype="uint8", inputs=[])
+    if not writer.up_to_date:
+        with writer:
+            advance(int(writer.finished.sum()))
+            for batch in writer.batches(_BATCH):
+                writer.write(batch, patches.source.read(batch.rows[: batch.count]))
+                advance(batch.count)
+    return writer, int(patches.require_labels().sum())
