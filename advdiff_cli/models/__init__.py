@@ -1,1 +1,1 @@
-"""Classifiers and diffusion models: building, loading, saving, and the names they are known by."""
+"""Classifiers and diffusion models: build, load, save, and find by name."""

@@ -1,7 +1,7 @@
-"""Classifiers: images in [0, 1] to logits, normalisation inside.
+"""Classifiers: modules from images in [0, 1] to logits, with the normalisation inside.
 
-A folder holds config.json (architecture and normalisation) and model.safetensors; timm's, of a torchvision architecture
-under the same names, is read too.
+A classifier folder holds config.json (architecture and normalisation) and model.safetensors. Folders of timm, for an
+architecture that torchvision has too, are read as well.
 """
 
 import json
@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from advdiff_cli.data.atomic_files import writing
-from advdiff_cli.data.provenance import KEY, Provenance, canonical, parse_object
+from advdiff_cli.data.atomic_files import name_write_errors
+from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_json_object
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.external import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
 
@@ -24,10 +24,14 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What builds a classifier: an architecture, its normalisation and its calibration.
+    """The architecture, normalisation and calibration of a classifier.
 
-    The architecture is torchvision's, or, after `tiatoolbox:`, TIAToolbox's on one of torchvision's. Mean and deviation
-    are of each channel in [0, 1]; the log-odds of class 1 are `slope` times the network's, plus `bias` (Platt 1999).
+    Args:
+        arch: A torchvision architecture, or `tiatoolbox:` and the backbone of a TIAToolbox architecture.
+        mean: Of each channel, for images in [0, 1].
+        std: Standard deviation of each channel.
+        slope: Factor of the network's log-odds of class 1 (Platt 1999).
+        bias: Added to them.
     """
 
     arch: str
@@ -37,11 +41,13 @@ class ClassifierConfig:
     bias: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError where something is not what it should be; a config may be anybody's."""
+        """Raise ValueError for invalid values, since a config may come from anywhere."""
         numbers = [*self.mean, *self.std, self.slope, self.bias]
         good = len(self.mean) == len(self.std) == 3 and all(type(n) in (int, float) and isfinite(n) for n in numbers)
         if not good or min(self.std) <= 0 or not isinstance(self.arch, str):
-            raise ValueError(f"not an architecture with three means, three deviations, slope and bias: {self}")
+            raise ValueError(
+                f"an architecture, three means, three standard deviations, a slope and a bias are needed: {self}"
+            )
 
 
 class Classifier(nn.Module):
@@ -51,7 +57,11 @@ class Classifier(nn.Module):
     std: Tensor
 
     def __init__(self, config: ClassifierConfig) -> None:
-        """Build the architecture with random weights; AdvdiffError when torchvision has none of that name."""
+        """Build the architecture with random weights.
+
+        Raises:
+            AdvdiffError: torchvision has no such architecture.
+        """
         super().__init__()
         self.config = config
         self.backbone = _backbone(config.arch)
@@ -81,51 +91,51 @@ def _backbone(arch: str) -> nn.Module:
 
 
 def save_classifier(model: Classifier, folder: Path, provenance: Provenance) -> None:
-    """Write config.json and model.safetensors; the weights carry the provenance."""
+    """Write config.json and model.safetensors, whose metadata holds the provenance."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with writing(folder / WEIGHTS):
-        save_file(state, folder / WEIGHTS, {"format": "pt", KEY: canonical(provenance)})
+    with name_write_errors(folder / WEIGHTS):
+        save_file(state, folder / WEIGHTS, {"format": "pt", KEY: canonical_json(provenance)})
 
 
 def load_classifier(folder: Path) -> Classifier:
     """Load a classifier folder, in eval mode, fp32.
 
     Raises:
-        AdvdiffError: a file is missing or broken, or the weights do not fit the architecture.
+        AdvdiffError: A file is missing or damaged, or the weights do not fit the architecture.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise AdvdiffError(f"{folder} is no classifier folder: {name} is missing")
+            raise AdvdiffError(f"{folder} is not a classifier folder: {name} is missing")
     try:
-        raw = parse_object((folder / CONFIG).read_text(), folder / CONFIG)
+        raw = parse_json_object((folder / CONFIG).read_text(), folder / CONFIG)
         timm = "pretrained_cfg" in raw
         if timm:
             raw = {"arch": raw["architecture"], **{k: raw["pretrained_cfg"][k] for k in ("mean", "std")}}
         config = ClassifierConfig(**raw | {"mean": tuple(raw["mean"]), "std": tuple(raw["std"])})
     except (ValueError, KeyError, TypeError) as e:
-        raise AdvdiffError(f"{folder / CONFIG} is no classifier config ({e})") from None
-    return _filled(
+        raise AdvdiffError(f"{folder / CONFIG} is not a classifier config ({e})") from None
+    return _with_weights(
         config, read_weights(folder / WEIGHTS, allow_pickle=False), folder / WEIGHTS, prefix="backbone." if timm else ""
     )
 
 
 def load_tiatoolbox(path: Path, *, allow_pickle: bool = False) -> Classifier:
-    """Load TIAToolbox's weights for PCam, in eval mode, fp32, as a classifier that returns logits.
+    """Load TIAToolbox's weights for PCam as a classifier that returns logits, in eval mode, fp32.
 
     Args:
-        path: BACKBONE-pcam.pth or .safetensors; the name says what the weights are of.
-        allow_pickle: whether a .pth may be read.
+        path: BACKBONE-pcam.pth or .safetensors; the file name gives the backbone.
+        allow_pickle: Whether a .pth file may be read.
 
     Raises:
-        AdvdiffError: the name says nothing, the file may not or cannot be read, or it does not fit.
+        AdvdiffError: The name gives no backbone, the file may not or cannot be read, or it does not fit.
     """
     config = ClassifierConfig(TIATOOLBOX + tiatoolbox_backbone(path), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return _filled(config, read_weights(path, allow_pickle=allow_pickle), path, prefix="backbone.")
+    return _with_weights(config, read_weights(path, allow_pickle=allow_pickle), path, prefix="backbone.")
 
 
-def _filled(config: ClassifierConfig, state: dict[str, Tensor], path: Path, prefix: str) -> Classifier:
+def _with_weights(config: ClassifierConfig, state: dict[str, Tensor], path: Path, prefix: str) -> Classifier:
     try:
         model = Classifier(config)
     except AdvdiffError as e:

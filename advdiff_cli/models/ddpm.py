@@ -1,12 +1,12 @@
 """Diffusion models: diffusers' U-Net and linear schedule, optionally on space-to-depth images.
 
-A folder is what `DDPMPipeline.save_pretrained` writes, plus advdiff.json: data range, trained noise levels, space-to-
-depth factor, and the settings recommended for purification. Source: Ho et al. 2020, arXiv:2006.11239.
+A model folder is what `DDPMPipeline.save_pretrained` writes, plus advdiff.json with the data range, the trained noise
+levels, the space-to-depth factor and the settings recommended for purification.
+Source: Ho et al. 2020, arXiv:2006.11239.
 """
 
 import json
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,17 +17,17 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from advdiff_cli.data.atomic_files import writing
-from advdiff_cli.data.provenance import Provenance, parse_object
+from advdiff_cli.data.atomic_files import name_write_errors
+from advdiff_cli.data.provenance import Provenance, parse_json_object
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.device import layout
+from advdiff_cli.models.device import memory_layout
 
 CARD = "advdiff.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PICKLED_UNET = "unet/diffusion_pytorch_model.bin"
 
 SamplerName = Literal["ddpm", "ddim"]
-_MOST_LEVELS = 100_000
+_MAX_TIMESTEPS = 100_000
 
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "paper": (
@@ -43,68 +43,75 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "tiny": (2, {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}),
     "s2d4": (4, {"block_out_channels": (96, 192), "layers_per_block": 1}),
 }
-"""Name -> space-to-depth factor and the U-Net's own arguments."""
+"""Name -> space-to-depth factor, and arguments of the U-Net."""
 
 
 @dataclass(frozen=True)
-class Purification:
-    """Settings of a purification: noise level as a fraction of T, reverse process, U-Net evaluations (None: all)."""
+class PurificationSettings:
+    """Noise level as a fraction of T, reverse process, and U-Net evaluations (None: one for each noise level)."""
 
     t_star: float = 0.04
     sampler: SamplerName = "ddpm"
     sampler_steps: int | None = None
 
 
-PAPER = Purification()
+PAPER = PurificationSettings()
+"""The settings of Ankile et al. 2022."""
 
 
 @dataclass(frozen=True)
 class DdpmCard:
-    """What diffusers' folder does not say: data range, space-to-depth, trained noise levels, recommended settings.
+    """What advdiff.json records about a diffusion model.
 
-    `index_offset` is how many noise levels above the first denoised index an image is noised to: 0, but 1 in the
-    paper's code.
+    Args:
+        space_to_depth: The U-Net works on images unshuffled by this factor.
+        max_t: The highest noise level it was trained on, as a fraction of T.
+        data_range: The range that pixels in [0, 1] are scaled to.
+        index_offset: Noise levels between the level an image is noised to and the first level that is denoised: 0,
+            but 1 in the paper's code.
+        recommended: Default settings for purification.
+        provenance: How the model was made.
     """
 
     space_to_depth: int = 1
     max_t: float = 1.0
     data_range: tuple[float, float] = (-1.0, 1.0)
     index_offset: int = 0
-    recommended: Purification = field(default_factory=Purification)
+    recommended: PurificationSettings = field(default_factory=PurificationSettings)
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError where something is not what it should be; a card may be anybody's."""
+        """Raise ValueError for invalid values, since a card may come from anywhere."""
         whole = (self.space_to_depth, self.index_offset, self.recommended.sampler_steps or 1)
         low, high = self.data_range
         good = all(type(n) is int for n in whole) and 1 <= self.space_to_depth <= 32 and self.index_offset >= 0
         good &= all(type(n) in (int, float) and 0 < n <= 1 for n in (self.max_t, self.recommended.t_star))
         good &= -1e3 < low < high < 1e3 and self.recommended.sampler in get_args(SamplerName) and whole[2] >= 1
         if not good or not isinstance(self.provenance, dict | None):
-            raise ValueError("space-to-depth, noise levels, data range or settings that no model has")
+            raise ValueError("invalid space-to-depth factor, noise levels, data range or settings")
 
     def to_range(self, images: Tensor) -> Tensor:
-        """Return images in [0, 1] in the data range; the identity for a range of [0, 1]."""
+        """Scale images from [0, 1] to the data range."""
         low, high = self.data_range
         return images * (high - low) + low
 
     def to_pixels(self, x_0: Tensor) -> Tensor:
-        """Return what `to_range` made its result of."""
+        """Scale x_0 from the data range to [0, 1]."""
         low, high = self.data_range
         return (x_0 - low) / (high - low)
 
 
-KNOWN = {"ankile/ddpm-pcam-96-flip": DdpmCard(data_range=(0.0, 1.0), index_offset=1)}
-"""Hub repositories without advdiff.json whose card is known: the paper's model, trained on [0, 1]."""
+KNOWN_CARDS = {"ankile/ddpm-pcam-96-flip": DdpmCard(data_range=(0.0, 1.0), index_offset=1)}
+"""Cards of Hub repositories without advdiff.json: the paper's model, which was trained on pixels in [0, 1]."""
 
 
 class Ddpm(nn.Module):
-    """A noise predictor with its schedule: x_t and t in, noise out, on images of any size that `multiple` divides."""
+    """A noise predictor with its schedule, for images of any size that `multiple` divides."""
 
     alpha_bar: Tensor
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, card: DdpmCard) -> None:
-        """Wrap a U-Net that works on (3 f², H/f, W/f) for the space-to-depth factor f of the card."""
+        """Wrap a U-Net that works on (3 f², H/f, W/f), where f is the space-to-depth factor of the card."""
         super().__init__()
         self.unet = unet
         self.scheduler = scheduler
@@ -119,30 +126,31 @@ class Ddpm(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """What height and width in pixels must be multiples of."""
+        """The number of pixels that height and width must be multiples of."""
         return int(self.card.space_to_depth * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     def compile_unet(self) -> None:
-        """Let torch compile the U-Net where gradients are taken, at the first one of each shape of batch.
+        """Compile the U-Net for passes with gradients, at the first pass of each batch shape.
 
-        A forward pass alone hardly gains, and stays as it is.
+        A forward pass without gradients hardly becomes faster and is not compiled.
 
         Raises:
             AdvdiffError: torch cannot compile on this machine.
         """
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA's compiler on a CPU
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports a missing CUDA compiler
         try:
             torch.compile(torch.neg)(torch.zeros(1, device=self.alpha_bar.device))
-        except Exception as e:  # of whatever a compiler lacks
+        except Exception as e:  # the backends raise many kinds
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise AdvdiffError(f"--compile: torch cannot compile here ({why}); leave it out") from None
+            raise AdvdiffError(
+                f"--compile: torch cannot compile on this machine ({why}); leave the option out"
+            ) from None
         self._compiled = torch.compile(Ddpm._predict, dynamic=False)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict the noise in x_t (B, 3, H, W), in the data range, at timesteps t (B,)."""
         factor = self.card.space_to_depth
-        folded = pixel_unshuffle(x_t, factor).contiguous(memory_format=layout(x_t.device))
+        folded = pixel_unshuffle(x_t, factor).contiguous(memory_format=memory_layout(x_t.device))
         predict = self._compiled if self._compiled and torch.is_grad_enabled() else Ddpm._predict
         return pixel_shuffle(predict(self, folded, t).float(), factor)
 
@@ -151,16 +159,14 @@ class Ddpm(nn.Module):
         return predicted
 
 
-def build_ddpm(
-    preset: str, size: int, max_t: float, seed: int, data_range: tuple[float, float] = (-1.0, 1.0)
-) -> Ddpm:  # fmt: skip
+def build_ddpm(preset: str, size: int, max_t: float, seed: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> Ddpm:
     """Return a DDPM of `preset` with random weights of `seed`, for patches of size x size pixels."""
     factor, arguments = PRESETS[preset]
     levels = len(arguments["block_out_channels"])
     plain = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
     small = {} if preset == "paper" else {"norm_num_groups": 16, "add_attention": False}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # diffusers initialises from the global stream; it is put back on leaving
+        torch.manual_seed(seed)  # diffusers initializes from the global generator, which is restored after
         channels = 3 * factor**2
         unet = UNet2DModel(
             sample_size=size // factor,
@@ -174,7 +180,7 @@ def build_ddpm(
 
 def save_ddpm(model: Ddpm, folder: Path) -> None:
     """Write the pipeline folder and advdiff.json."""
-    with writing(folder):
+    with name_write_errors(folder):
         DDPMPipeline(unet=model.unet, scheduler=model.scheduler).save_pretrained(folder, safe_serialization=True)
     save_card(model.card, folder)
 
@@ -185,30 +191,30 @@ def save_card(card: DdpmCard, folder: Path) -> None:
 
 
 def load_card(folder: Path) -> DdpmCard:
-    """Read advdiff.json; a folder without one is a plain DDPM on [-1, 1] with the paper's settings."""
+    """Read advdiff.json; a folder without it gets the defaults: data in [-1, 1] and the paper's settings."""
     path = folder / CARD
     if not path.is_file():
-        cached = {f"models--{name.replace('/', '--')}": card for name, card in KNOWN.items()}
+        cached = {f"models--{name.replace('/', '--')}": card for name, card in KNOWN_CARDS.items()}
         return next((cached[part] for part in folder.parts if part in cached), DdpmCard())
     try:
-        raw = parse_object(path.read_text(), path)
-        recommended = Purification(**raw.pop("recommended", {}))
+        raw = parse_json_object(path.read_text(), path)
+        recommended = PurificationSettings(**raw.pop("recommended", {}))
         low, high = raw.pop("data_range", (-1.0, 1.0))
         return DdpmCard(**raw, data_range=(float(low), float(high)), recommended=recommended)
     except (ValueError, TypeError, AttributeError) as e:
-        raise AdvdiffError(f"{path} is no advdiff.json of a diffusion model ({e})") from None
+        raise AdvdiffError(f"{path} is not the advdiff.json of a diffusion model ({e})") from None
 
 
 def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
     """Load a diffusion model folder, in eval mode, fp32.
 
     Raises:
-        AdvdiffError: a file is missing or broken, or the weights are pickled and that is not allowed.
+        AdvdiffError: A file is missing or damaged, or the weights are pickled and that is not allowed.
     """
     pickled = not (folder / UNET_WEIGHTS).is_file() and (folder / PICKLED_UNET).is_file()
     if pickled and not allow_pickle:
         raise AdvdiffError(
-            f"{folder / PICKLED_UNET} holds pickled weights; give --allow-pickle if you trust where it came from"
+            f"{folder / PICKLED_UNET} holds pickled weights; give --allow-pickle if you trust its source"
         )
     _check_schedule(folder / "scheduler" / "scheduler_config.json")
     try:
@@ -216,33 +222,33 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
             folder / "unet", use_safetensors=not pickled, local_files_only=True, torch_dtype=torch.float32
         )
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    except Exception as e:  # a folder may be anybody's, and diffusers builds whatever its configuration says
+    except Exception as e:  # diffusers raises many kinds for an invalid configuration
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise AdvdiffError(f"{folder} is no diffusion model folder: {why}") from None
+        raise AdvdiffError(f"{folder} is not a diffusion model folder: {why}") from None
     card = load_card(folder)
     if scheduler.config.prediction_type != "epsilon":
         raise AdvdiffError(
-            f"{folder} predicts {scheduler.config.prediction_type}; a purifier needs a model that predicts noise"
+            f"{folder} predicts {scheduler.config.prediction_type}; a purifier needs a model that predicts the noise"
         )
     if unet.config.in_channels != 3 * card.space_to_depth**2 or unet.config.out_channels != unet.config.in_channels:
         raise AdvdiffError(
-            f"{folder}: a U-Net of {unet.config.in_channels} channels does not fit RGB at its space-to-depth factor"
+            f"{folder}: a U-Net with {unet.config.in_channels} channels does not fit RGB at its space-to-depth factor"
         )
     model = Ddpm(unet, scheduler, card).eval()
     if not ((model.alpha_bar > 0) & (model.alpha_bar <= 1)).all():
-        raise AdvdiffError(f"{folder / 'scheduler'} is no noise schedule: alpha_bar leaves (0, 1]")
+        raise AdvdiffError(f"{folder / 'scheduler'} is not a noise schedule: alpha_bar leaves (0, 1]")
     return model
 
 
 def _check_schedule(path: Path) -> None:
-    """Check that a schedule has a number of noise levels that memory holds."""
+    """Check that the schedule exists and has a reasonable number of noise levels."""
     if not path.is_file():
-        raise AdvdiffError(f"{path.parent.parent} is no diffusion model folder: {path.name} is missing")
-    levels = parse_object(path.read_text(), path).get("num_train_timesteps", 1000)
-    if type(levels) is not int or not 1 <= levels <= _MOST_LEVELS:
-        raise AdvdiffError(f"{path}: num_train_timesteps is {str(levels)[:40]}; 1 to {_MOST_LEVELS} is needed")
+        raise AdvdiffError(f"{path.parent.parent} is not a diffusion model folder: {path.name} is missing")
+    levels = parse_json_object(path.read_text(), path).get("num_train_timesteps", 1000)
+    if type(levels) is not int or not 1 <= levels <= _MAX_TIMESTEPS:
+        raise AdvdiffError(f"{path}: num_train_timesteps is {str(levels)[:40]}; 1 to {_MAX_TIMESTEPS} is needed")
 
 
-def recommend(folder: Path, settings: Purification) -> None:
-    """Record `settings` as the recommended ones of the model in `folder`."""
+def recommend(folder: Path, settings: PurificationSettings) -> None:
+    """Store `settings` as the recommended settings of the model in `folder`."""
     save_card(replace(load_card(folder), recommended=settings), folder)
