@@ -1,6 +1,6 @@
-"""Purifiers and the defended classifier: images in [0, 1] to images in [0, 1], or to logits."""
+"""Purifiers (images in [0, 1] to images in [0, 1]) and the defended classifier (images in [0, 1] to logits)."""
 
-from advdiff_cli.purification.defended_classifier import DefendedClassifier, FixedNoise, StraightThrough
+from advdiff_cli.purification.defended_classifier import BpdaClassifier, DefendedClassifier, FixedNoiseClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier
 
-__all__ = ["DefendedClassifier", "DiffusionPurifier", "FixedNoise", "NoisePurifier", "StraightThrough"]
+__all__ = ["BpdaClassifier", "DefendedClassifier", "DiffusionPurifier", "FixedNoiseClassifier", "NoisePurifier"]

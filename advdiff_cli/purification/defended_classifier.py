@@ -1,6 +1,6 @@
-"""The defended classifier, as a module that any attack library runs on, and what its gradient can be replaced by."""
+"""The defended classifier: a purifier and a classifier in one torch module, which any attack library can attack."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,40 +9,46 @@ from torch import Tensor, nn
 
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.device import autocast
+from advdiff_cli.models.device import Precision, autocast
 from advdiff_cli.purification.purifier import Purifier
 
 
 def row_noise(
-    purifier: Purifier, images: Tensor, rows: Sequence[RowKey], *,
-    seed: int, purpose: str, draw: int = 0, restart: int = 0,
-) -> Tensor:  # fmt: skip
-    """Return what `purifier` takes as noise for images (B, 3, H, W), each row's from the stream that names it."""
+    purifier: Purifier,
+    images: Tensor,
+    rows: Sequence[RowKey],
+    *,
+    seed: int,
+    purpose: str,
+    draw: int = 0,
+    restart: int = 0,
+) -> Tensor:
+    """Return the noise that `purifier` needs for images (B, 3, H, W), each row's from its own stream."""
     streams = RowStreams(seed, purpose, rows, draw=draw, restart=restart)
     return streams.normal(*purifier.noise_shape(*images.shape[-2:])).to(images.device)
 
 
 class DefendedClassifier(nn.Module):
-    """A purifier, then a classifier: images (B, 3, H, W) in [0, 1] to logits, differentiable through every step.
+    """A purifier followed by a classifier: images (B, 3, H, W) in [0, 1] to logits, differentiable throughout.
 
-    Called with images alone it draws its noise from torch's global stream, as any randomised model does; `fixed`
-    freezes the noise, for tools that take a model to be a function.
+    Called with images only, it draws its noise from torch's global generator, as any random module does. `fixed`
+    returns a deterministic module, for tools that need one.
     """
 
-    def __init__(self, purifier: Purifier, classifier: nn.Module, precision: str = "fp32") -> None:
-        """Put `purifier`, which computes at `precision` (fp32, bf16 or fp16), before `classifier`."""
+    def __init__(self, purifier: Purifier, classifier: nn.Module, precision: Precision = "fp32") -> None:
+        """Put `purifier`, computed at `precision`, in front of `classifier`."""
         super().__init__()
-        self.precision = precision
+        self.precision: Precision = precision
         self.purifier = purifier
         self.classifier = classifier
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return logits (B, classes); noise as for the purifier."""
-        logits: Tensor = self.classifier(self.purified(images, noise))
+        logits: Tensor = self.classifier(self.purify(images, noise))
         return logits
 
-    def purified(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return what the classifier sees (B, 3, H, W)."""
+    def purify(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the images (B, 3, H, W) that the classifier receives."""
         with autocast(self.precision, images.device):
             purified: Tensor = self.purifier(images, noise)
         return purified.to(images.dtype)
@@ -50,36 +56,58 @@ class DefendedClassifier(nn.Module):
     def noise(
         self, images: Tensor, *, rows: Sequence[RowKey], seed: int, purpose: str, draw: int = 0, restart: int = 0
     ) -> Tensor:
-        """Return a draw of the noise for images (B, 3, H, W), each row's from its own stream."""
+        """Return one draw of the noise for images (B, 3, H, W), each row's from its own stream."""
         return row_noise(self.purifier, images, rows, seed=seed, purpose=purpose, draw=draw, restart=restart)
 
-    def fixed(self, noise: Tensor) -> "FixedNoise":
-        """Return the deterministic model that always draws `noise`: (B, ...) for a batch, (1, ...) shared by any."""
-        return FixedNoise(self, noise)
+    def fixed(self, noise: Tensor) -> "FixedNoiseClassifier":
+        """Return the deterministic module that always uses `noise`: (B, ...) for one batch, or (1, ...) for any."""
+        return FixedNoiseClassifier(self, noise)
 
 
-def judged_at_once(model: nn.Module) -> int:
-    """Return how many patches of a batch are judged: fewer where a U-Net stands before the classifier."""
-    return 16 if isinstance(model, DefendedClassifier) else 64
+def logits_of_draws(
+    model: nn.Module, images: Tensor, rows: Sequence[RowKey], *, seed: int, purpose: str, draws: range, restart: int = 0
+) -> Iterator[Tensor]:
+    """Yield the logits (B, classes) for each of `draws` of the defense's noise; once for a deterministic model.
+
+    Args:
+        model: A `DefendedClassifier`, or a deterministic classifier.
+        images: (B, 3, H, W) in [0, 1].
+        rows: The name of each row, which with the other arguments names its noise.
+        seed: Of the noise.
+        purpose: Of the noise; noise for one purpose is never used for another.
+        draws: Which draws.
+        restart: Which restart of an attack.
+    """
+    if not isinstance(model, DefendedClassifier):
+        yield model(images)
+        return
+    for draw in draws:
+        yield model(images, model.noise(images, rows=rows, seed=seed, purpose=purpose, draw=draw, restart=restart))
 
 
-def finite(logits: Tensor, rows: Sequence[RowKey], path: Path) -> Tensor:
-    """Return logits (B, classes) of the rows of `path`; AdvdiffError where one is not finite, and so no decision."""
-    whole = logits.isfinite().all(1)
-    if not whole.all():
-        row = rows[int(whole.int().argmin())]
-        raise AdvdiffError(f"the logits of row {row} of {path} are not finite; compute at --precision fp32")
+def check_finite(logits: Tensor, rows: Sequence[RowKey], path: Path) -> Tensor:
+    """Return logits (B, classes) of rows of `path`.
+
+    Raises:
+        AdvdiffError: A logit is not finite, so that there is no decision.
+    """
+    finite = logits.isfinite().all(1)
+    if not finite.all():
+        row = rows[int(finite.int().argmin())]
+        raise AdvdiffError(f"the logits of row {row} of {path} are not finite; compute with --precision fp32")
     return logits
 
 
-class FixedNoise(nn.Module):
-    """A defended classifier whose noise never changes: a function of the images ("Deterministic White-Box",
-    arXiv:2404.14309), on which attacks for deterministic models are valid."""
+class FixedNoiseClassifier(nn.Module):
+    """A defended classifier with fixed noise: deterministic, so that attacks on deterministic models are valid.
+
+    This is the "Deterministic White-Box" of arXiv:2404.14309.
+    """
 
     frozen: Tensor
 
     def __init__(self, defended: DefendedClassifier, noise: Tensor) -> None:
-        """Freeze `noise`: one draw for each image of the batches to come, or one (1, ...) that all share."""
+        """Fix the noise: (B, ...), one draw for each image of a batch, or (1, ...), shared by all images."""
         super().__init__()
         self.defended = defended
         self.register_buffer("frozen", noise)
@@ -90,19 +118,20 @@ class FixedNoise(nn.Module):
         return logits
 
 
-class StraightThrough(DefendedClassifier):
-    """BPDA: the defence forward, and backward as if it were the identity (Athalye et al. 2018, arXiv:1802.00420)."""
+class BpdaClassifier(DefendedClassifier):
+    """BPDA: purification in the forward pass, and the identity in the backward pass (Athalye et al. 2018,
+    arXiv:1802.00420)."""
 
-    def purified(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return what the classifier sees, with the gradient of the images themselves."""
+    def purify(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the purified images, with the gradient of the images themselves."""
         with torch.no_grad():
-            purified = super().purified(images, noise)
-        passed: Tensor = _Identity.apply(images, purified)
-        return passed
+            purified = super().purify(images, noise)
+        replaced: Tensor = _StraightThrough.apply(images, purified)
+        return replaced
 
 
-class _Identity(torch.autograd.Function):
-    """The second argument forward; the gradient to the first."""
+class _StraightThrough(torch.autograd.Function):
+    """Return the second argument; pass the gradient to the first."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, purified: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Predictions on images too large to pass whole: overlapping windows, blended so that no seam shows.
+"""Noise prediction on large images in overlapping windows, blended without seams.
 
-Only the prediction of the noise is cut into windows; noise, sampler and clipping act on the whole image, so that what
-two windows say of a pixel differs by what their surroundings say alone.
+Only the prediction of the noise is computed in windows. The noise, the sampler and the clipping act on the whole image,
+so that the predictions of two windows for a pixel differ only because of the context they see.
 """
 
 from collections.abc import Callable
@@ -9,45 +9,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SIDE = 256
-"""Side of a window in pixels; images of up to LARGEST pass whole."""
-OVERLAP = 64
-LARGEST = 384
-BATCH = 16  # windows computed at once, always as many: a result does not depend on their number
+WINDOW = 256  # side of a window in pixels
+OVERLAP = 64  # pixels
+MAX_UNTILED = 384  # images up to this side are computed whole
+BATCH = 16  # windows computed together; always a full batch, so that results do not depend on their number
 
 
-def in_windows(predict: Callable[[Tensor], Tensor], images: Tensor, multiple: int) -> Tensor:
+def predict_in_windows(predict: Callable[[Tensor], Tensor], images: Tensor, multiple: int) -> Tensor:
     """Return predict(images), computed in windows where the images are large.
 
     Args:
-        predict: (B, 3, H', W') to the same shape.
-        images: (B, 3, H, W), sides multiples of `multiple`.
-        multiple: What the places of windows are multiples of; it divides SIDE.
+        predict: From (B, 3, H', W') to the same shape.
+        images: (B, 3, H, W), with sides that are multiples of `multiple`.
+        multiple: The positions of windows are multiples of it; it divides WINDOW.
     """
     height, width = images.shape[-2:]
-    if max(height, width) <= LARGEST:
+    if max(height, width) <= MAX_UNTILED:
         return predict(images)
-    sides = min(SIDE, height), min(SIDE, width)
-    places = [
+    sides = min(WINDOW, height), min(WINDOW, width)
+    windows = [
         (b, top, left)
         for b in range(len(images))
-        for top in starts(height, sides[0], multiple)
-        for left in starts(width, sides[1], multiple)
+        for top in window_starts(height, sides[0], multiple)
+        for left in window_starts(width, sides[1], multiple)
     ]
     weight = (_ramp(sides[0]).unsqueeze(1) * _ramp(sides[1])).to(images.device)
     blended, total = torch.zeros_like(images), torch.zeros_like(images[:, :1])
-    for k in range(0, len(places), BATCH):
-        some = places[k : k + BATCH]
-        full = [*some, *[some[-1]] * (BATCH - len(some))]
-        cut = torch.stack([images[b, :, t : t + sides[0], c : c + sides[1]] for b, t, c in full])
-        for (b, t, c), found in zip(some, predict(cut), strict=False):
-            blended[b, :, t : t + sides[0], c : c + sides[1]] += found * weight
+    for k in range(0, len(windows), BATCH):
+        chunk = windows[k : k + BATCH]
+        full = [*chunk, *[chunk[-1]] * (BATCH - len(chunk))]
+        crops = torch.stack([images[b, :, t : t + sides[0], c : c + sides[1]] for b, t, c in full])
+        for (b, t, c), predicted in zip(chunk, predict(crops), strict=False):
+            blended[b, :, t : t + sides[0], c : c + sides[1]] += predicted * weight
             total[b, :, t : t + sides[0], c : c + sides[1]] += weight
     return blended / total
 
 
-def starts(length: int, side: int, multiple: int) -> list[int]:
-    """Return where windows of `side` begin along `length`, overlapping by OVERLAP at least, the last at the end."""
+def window_starts(length: int, side: int, multiple: int) -> list[int]:
+    """Return where windows of `side` start along `length`, overlapping by at least OVERLAP and covering all of it."""
     if length <= side:
         return [0]
     count = -(-(length - side) // (side - OVERLAP)) + 1
@@ -55,6 +54,6 @@ def starts(length: int, side: int, multiple: int) -> list[int]:
 
 
 def _ramp(side: int) -> Tensor:
-    """Return weights (side,) that rise over the overlap from both ends."""
+    """Return weights (side,) that rise linearly over the overlap from both ends."""
     distance = torch.minimum(torch.arange(1.0, side + 1), torch.arange(float(side), 0.0, -1))
     return (distance / OVERLAP).clamp(max=1)
