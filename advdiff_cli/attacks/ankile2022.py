@@ -1,10 +1,11 @@
-"""The attack of the paper's code: five steps of Adam at a learning rate of 1e5 on the classifier alone.
+"""The attack in the code of Ankile et al. 2022: five steps of Adam, with learning rate 1e5, on the classifier alone.
 
-So large a rate makes every step reach the ball's surface: signs, with momentum. It starts at the image, keeps no best
-iterate, and climbs the cross-entropy of probabilities taken for logits (a double softmax), as the code does with
-TIAToolbox's outputs. Nothing keeps its iterates in [0, 1]; only the result is clipped, for images hold no more.
-Source: Ankile, Midgley, Weisshaar 2022, Adversarial_examples.ipynb, cell 10; it is here so that their figures can be
-explained, not as a good attack.
+With so large a learning rate, every step reaches the surface of the ball: sign steps with momentum. The attack starts
+at the image, keeps no best iterate, and maximizes the cross-entropy of probabilities treated as logits (a double
+softmax), as their code does with TIAToolbox's outputs. Only the result is clipped to [0, 1], not the iterates. The
+attack is here to explain their figures; it is not a strong one.
+
+Source: Ankile, Midgley, Weisshaar 2022, Adversarial_examples.ipynb, cell 10.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 LEARNING_RATE = 1e5
 
 
-def paper(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, steps: int = 5) -> Tensor:
+def ankile2022(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, steps: int = 5) -> Tensor:
     """Return adversarial images (B, 3, H, W) in the l-inf ball and in [0, 1].
 
     Args:

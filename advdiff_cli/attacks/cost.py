@@ -1,15 +1,20 @@
-"""What an attack costs a patch, counted before it runs."""
+"""The cost of an attack: passes through the models for each patch, counted before it runs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from advdiff_cli.attacks.eot import CANDIDATES, CHOOSING_DRAWS
+from advdiff_cli.attacks.eot import CANDIDATES, CHOICE_DRAWS
+from advdiff_cli.attacks.spec import AttackSpec, Member, Method
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Passes a patch: of the defended classifier forward and with its gradient, and of the classifier alone."""
+    """Passes for each patch.
+
+    Args:
+        forward: Forward passes of the defended classifier.
+        gradient: Forward and backward passes of the defended classifier.
+        classifier: Forward and backward passes of the classifier alone.
+    """
 
     forward: int = 0
     gradient: int = 0
@@ -22,38 +27,49 @@ class Cost:
         """Return k times the cost."""
         return Cost(k * self.forward, k * self.gradient, k * self.classifier)
 
-    def unet(self, sampler_steps: int) -> tuple[int, int]:
-        """Return U-Net evaluations forward and backward; a gradient of several steps computes each forward twice."""
-        again = 2 if sampler_steps > 1 else 1
-        return (self.forward + again * self.gradient) * sampler_steps, self.gradient * sampler_steps
+    def unet_evaluations(self, sampler_steps: int) -> tuple[int, int]:
+        """Return U-Net evaluations forward and backward; with several steps, a gradient recomputes each forward."""
+        forwards = 2 if sampler_steps > 1 else 1
+        return (self.forward + forwards * self.gradient) * sampler_steps, self.gradient * sampler_steps
 
 
-def attack_cost(settings: Mapping[str, Any], *, defended: bool) -> Cost:
-    """Return what an attack of these settings (of `attacks.plan.resolve`) costs a patch."""
-    method, gradient = settings["method"], settings.get("gradient", "full")
-    if method == "random":
+_MEMBER_METHODS: dict[Member, Method] = {
+    "apgd-ce": "apgd",
+    "apgd-margin": "apgd",
+    "square": "square",
+    "fab": "fab",
+}
+
+
+def attack_cost(spec: AttackSpec, *, defended: bool) -> Cost:
+    """Return the cost of an attack for each patch."""
+    if spec.method == "random":
         return Cost()
-    if method == "ensemble":
-        members = {"apgd-ce": "apgd", "apgd-margin": "apgd", "square": "square", "fab": "fab"}
-        parts = [attack_cost({**settings, "method": members[m]}, defended=defended) for m in settings["attacks"]]
-        return sum(parts, Cost(forward=len(parts) * CHOOSING_DRAWS))
-    if method == "square" and not defended:
-        return Cost(forward=settings["queries"]).times(settings["restarts"])
-    if not defended or gradient == "blind":
-        return Cost(classifier=_steps(settings, draws=1) * settings.get("restarts", 1))
-    fixed = bool(settings.get("fixed_draw"))
-    draws = 1 if fixed else settings["eot"]
-    if method == "square":
-        return Cost(forward=(1 if fixed else 2) * draws * settings["queries"]).times(settings["restarts"])
-    if method == "fab":
-        return Cost(gradient=settings["steps"])
-    passes = _steps(settings, draws)
-    chosen = 0 if fixed else (min(CANDIDATES, settings["steps"]) + 1) * CHOOSING_DRAWS
-    if gradient == "bpda":
-        return Cost(forward=passes + chosen, classifier=passes).times(settings["restarts"])
-    return Cost(forward=chosen, gradient=passes).times(settings["restarts"])
+    if spec.attacks is not None:
+        members = [replace(spec, method=_MEMBER_METHODS[m], attacks=None) for m in spec.attacks]
+        parts = [attack_cost(member, defended=defended) for member in members]
+        return sum(parts, Cost(forward=len(parts) * CHOICE_DRAWS))
+    restarts = spec.restarts or 1
+    if not defended or spec.gradient == "blind":
+        if spec.method == "square":
+            return Cost(forward=spec.queries or 0).times(restarts)
+        return Cost(classifier=_iterates(spec)).times(restarts)
+    return _through_defense(spec).times(restarts)
 
 
-def _steps(settings: Mapping[str, Any], draws: int) -> int:
-    tried: int = settings["steps"] + 1
-    return tried * draws
+def _through_defense(spec: AttackSpec) -> Cost:
+    """Return the cost of one restart of an attack through a defense."""
+    draws = 1 if spec.fixed_draw else spec.eot or 1
+    if spec.method == "square":
+        return Cost(forward=(1 if spec.fixed_draw else 2) * draws * (spec.queries or 0))
+    if spec.method == "fab":
+        return Cost(gradient=spec.steps or 0)
+    passes = _iterates(spec) * draws
+    choice = 0 if spec.fixed_draw else (min(CANDIDATES, spec.steps or 0) + 1) * CHOICE_DRAWS
+    if spec.gradient == "bpda":
+        return Cost(forward=passes + choice, classifier=passes)
+    return Cost(forward=choice, gradient=passes)
+
+
+def _iterates(spec: AttackSpec) -> int:
+    return (spec.steps or 0) + 1

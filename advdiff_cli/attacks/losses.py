@@ -1,4 +1,4 @@
-"""What an attack maximises, one value a patch; both are defined for two classes, where DLR (AutoAttack's) is not."""
+"""The losses that attacks maximize, one value for each patch. Unlike AutoAttack's DLR, they work for two classes."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -16,7 +16,7 @@ def ce(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the best other logit less the true one (B,): above 0 is misclassified (Carlini & Wagner 2017)."""
+    """Return the largest other logit minus the true one (B,); positive is misclassified (Carlini & Wagner 2017)."""
     true = one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(true, -torch.inf).amax(1) - logits.masked_fill(~true, -torch.inf).amax(1)
 

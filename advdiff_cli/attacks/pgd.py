@@ -1,71 +1,94 @@
-"""Projected gradient descent.
+"""Projected gradient descent: x <- project(x + step_size * steepest(gradient of the loss)).
 
-x <- project(x + step_size * steepest(grad loss)), from a random start. Source: Madry et al. 2018,
-arXiv:1706.06083; one step of size eps without a random start is FGSM (Goodfellow et al. 2015).
+Source: Madry et al. 2018, arXiv:1706.06083. One step of size eps from the image is FGSM (Goodfellow et al. 2015).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from advdiff_cli.attacks.eot import Objective, best_restart, check_images
+from advdiff_cli.attacks.eot import Objective, ObjectiveSpec, best_restart, check_images
 from advdiff_cli.attacks.losses import LossName
-from advdiff_cli.attacks.projections import Norm, project, random_start, steepest
+from advdiff_cli.attacks.projections import Norm, project, random_point, steepest
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 
 
+@dataclass(frozen=True)
+class Ball:
+    """The norm ball of radius eps, in [0, 1] pixels, around each of `images` (B, 3, H, W), and the size of a step."""
+
+    images: Tensor
+    eps: float
+    norm: Norm
+    step_size: float
+
+    def step(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Return the next iterate of projected gradient ascent."""
+        return project(x + self.step_size * steepest(gradient, self.norm), self.images, self.eps, self.norm)
+
+
 def pgd(
-    model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, steps: int = 40, step_size: float | None = None,
-    norm: Norm = "linf", loss: LossName = "ce", eot: int = 1, follow: DefendedClassifier | None = None,
-    restarts: int = 1, start: bool = True, seed: int = 0, rows: Sequence[RowKey] | None = None,
-) -> Tensor:  # fmt: skip
-    """Maximise a loss inside the ball around each image, keeping each image's best iterate.
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    steps: int = 40,
+    step_size: float | None = None,
+    norm: Norm = "linf",
+    loss: LossName = "ce",
+    eot: int = 1,
+    gradient_model: DefendedClassifier | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    seed: int = 0,
+    rows: Sequence[RowKey] | None = None,
+) -> Tensor:
+    """Maximize a loss in the ball around each image, and keep the best iterate of each image.
 
     Args:
-        model: Images in [0, 1] to logits, in eval mode, parameters frozen. A `DefendedClassifier` is attacked in the
+        model: Images in [0, 1] to logits, in eval mode, parameters frozen. The loss of a `DefendedClassifier` is a
             mean over draws of its noise.
         images: (B, 3, H, W) float in [0, 1].
         labels: (B,) int64, the true classes.
-        eps: Radius of the ball in [0, 1] pixels, e.g. 2/255.
+        eps: Radius of the ball in [0, 1] pixels, such as 2/255.
         steps: Gradient steps.
         step_size: In [0, 1] pixels; eps / 4 by default.
         norm: `linf` or `l2`.
         loss: `ce` or `margin`.
-        eot: Draws of the defence's noise a gradient is the mean of; a deterministic model takes one.
-        follow: Whose gradient is taken instead of the model's: `StraightThrough` for BPDA, or a surrogate.
-        restarts: Independent random starts; the best of them is kept.
-        start: Whether to start at a random point of the ball, or at the image.
-        seed: Names, with `rows`, the streams of starts and noise.
-        rows: What names each image; 0, 1, ... by default.
+        eot: Draws of the defense's noise that each gradient averages; a deterministic model has one.
+        gradient_model: The model whose gradient is used, if not `model`: a `BpdaClassifier`, or a surrogate.
+        restarts: Random starts, of which the best result is kept.
+        random_start: Whether to start at a random point of the ball, or at the image.
+        seed: Names, together with `rows`, the streams of starts and noise.
+        rows: The name of each image; 0, 1, ... by default.
 
     Returns:
         (B, 3, H, W) in [0, 1] and in the ball, misclassified or not.
 
     Raises:
-        ValueError: `images` leave [0, 1] or are not float.
+        ValueError: `images` are not float, or not in [0, 1].
     """
     check_images(images)
     names = list(range(len(images)) if rows is None else rows)
-    size = eps / 4 if step_size is None else step_size
-    settings: dict[str, Any] = {"loss": loss, "eot": eot, "follow": follow, "seed": seed, "rows": names}
+    ball = Ball(images, eps, norm, eps / 4 if step_size is None else step_size)
+    spec = ObjectiveSpec(loss, eot, gradient_model, seed)
 
     def run(restart: int) -> tuple[Tensor, Tensor]:
-        objective = Objective(model, labels, restart=restart, **settings)
+        objective = Objective(model, labels, names, spec, restart)
         streams = RowStreams(seed, "attack-start", names, restart=restart)
-        x_0 = random_start(images, eps, norm, streams) if start else images
-        return objective.choose(iterates(objective, images, x_0, eps, steps, size, norm))
+        x_0 = random_point(images, eps, norm, streams) if random_start else images
+        return objective.choose(iterates(objective, ball, x_0, steps))
 
     return best_restart(run, restarts)
 
 
-def iterates(
-    objective: Objective, images: Tensor, x: Tensor, eps: float, steps: int, step_size: float, norm: Norm
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the start and the iterate after each step, each with its loss (B,)."""
+def iterates(objective: Objective, ball: Ball, x: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the start x (B, 3, H, W) and the iterate after each step, each with its loss (B,)."""
     for step in range(steps):
         loss, gradient = objective.gradient(x, step)
         yield x, loss
-        x = project(x + step_size * steepest(gradient, norm), images, eps, norm)
-    yield x, objective.at(x, steps)
+        x = ball.step(x, gradient)
+    yield x, objective.value(x, steps)

@@ -1,189 +1,198 @@
-"""An attack as the settings that decide its result: what is asked for resolved, aimed at a model, and run."""
+"""The specification of an attack: the settings that decide its result, resolved from what is asked for."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, cast
 
-from torch import Tensor, nn
-
-from advdiff_cli.attacks.ankile2022 import paper
-from advdiff_cli.attacks.apgd import apgd
-from advdiff_cli.attacks.eot import Objective
-from advdiff_cli.attacks.fab import fab, fab_installed
-from advdiff_cli.attacks.pgd import pgd
-from advdiff_cli.attacks.projections import random_surface
-from advdiff_cli.attacks.square import square
-from advdiff_cli.data.rng import RowKey, RowStreams
+from advdiff_cli.attacks.fab import fab_is_installed
+from advdiff_cli.attacks.losses import LossName
+from advdiff_cli.attacks.projections import Norm
+from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defended_classifier import DefendedClassifier, StraightThrough
-from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier
 
+Method = Literal["pgd", "fgsm", "apgd", "square", "fab", "ensemble", "random", "paper"]
 Gradient = Literal["blind", "bpda", "surrogate", "full"]
+Member = Literal["apgd-ce", "apgd-margin", "square", "fab"]
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "random": {},
-    "pgd": {"loss": "ce", "steps": 40, "step_size": None, "restarts": 1},
-    "fgsm": {"loss": "ce"},
-    "apgd": {"loss": "ce", "steps": 100, "restarts": 1},
-    "square": {"loss": "margin", "queries": 1000, "restarts": 1},
-    "fab": {"steps": 100},
-    "paper": {"steps": 5},
-    "ensemble": {"steps": 100, "queries": 1000, "restarts": 1},
+DEFAULT_EOT = 8
+
+
+@dataclass(frozen=True)
+class AttackRequest:
+    """The settings of an attack that a user asked for; None is not asked for.
+
+    The last four are about a defense: how the gradient passes it, the draws that each gradient averages, the sampler
+    steps of a surrogate, and whether the attack knows the one draw it will meet.
+    """
+
+    loss: LossName | None = None
+    steps: int | None = None
+    step_size: float | None = None
+    queries: int | None = None
+    restarts: int | None = None
+    gradient: Gradient | None = None
+    eot: int | None = None
+    attack_sampler_steps: int | None = None
+    fixed_draw: bool | None = None
+
+
+DEFAULTS: dict[Method, AttackRequest] = {
+    "random": AttackRequest(),
+    "pgd": AttackRequest(loss="ce", steps=40, restarts=1),
+    "fgsm": AttackRequest(loss="ce", steps=1, restarts=1),
+    "apgd": AttackRequest(loss="ce", steps=100, restarts=1),
+    "square": AttackRequest(loss="margin", queries=1000, restarts=1),
+    "fab": AttackRequest(steps=100),
+    "paper": AttackRequest(steps=5),
+    "ensemble": AttackRequest(steps=100, queries=1000, restarts=1),
 }
-"""Method -> its settings and their defaults; a step size of None is eps / 4."""
+"""Method -> its settings and their defaults. The step size of pgd is eps / 4, that of fgsm is eps."""
 
-_EOT = 8
+_FIXED: dict[str, tuple[str, ...]] = {"fgsm": ("steps", "restarts")}
+"""Method -> settings that cannot be asked for."""
 
 
-def resolve(method: str, norm: str, eps: float, asked: Mapping[str, Any], *, defended: bool) -> dict[str, Any]:
-    """Return the settings of an attack, defaults filled in.
+@dataclass(frozen=True)
+class AttackSpec:
+    """The settings of an attack; None does not apply to it.
 
     Args:
-        method: A key of SETTINGS.
+        method: Which attack.
+        norm: Of the ball.
+        eps: Radius of the ball in [0, 1] pixels.
+        loss: What is maximized.
+        steps: Attack iterations.
+        step_size: In [0, 1] pixels.
+        queries: Proposals of Square.
+        restarts: Random starts.
+        attacks: The members of an ensemble.
+        gradient: How gradients pass the defense.
+        eot: Draws of the defense's noise that each gradient averages.
+        attack_sampler_steps: Sampler steps of the surrogate.
+        fixed_draw: Whether the attack knows the one draw that it will meet.
+    """
+
+    method: Method
+    norm: Norm
+    eps: float
+    loss: LossName | None = None
+    steps: int | None = None
+    step_size: float | None = None
+    queries: int | None = None
+    restarts: int | None = None
+    attacks: tuple[Member, ...] | None = None
+    gradient: Gradient | None = None
+    eot: int | None = None
+    attack_sampler_steps: int | None = None
+    fixed_draw: bool | None = None
+
+    def parameters(self) -> JsonObject:
+        """Return the parameters that enter a recipe: the settings that apply."""
+        found = {k: v for k, v in asdict(self).items() if v is not None}
+        return found | ({} if self.attacks is None else {"attacks": list(self.attacks)})
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, object]) -> "AttackSpec":
+        """Return the attack in the parameters of a recipe."""
+        names = {f.name for f in fields(cls)}
+        found = {k: v for k, v in parameters.items() if k in names}
+        if "attacks" in found:
+            found["attacks"] = tuple(cast("list[Member]", found["attacks"]))
+        return cls(**found)  # type: ignore[arg-type]  # from JSON
+
+    @property
+    def computes_defense(self) -> bool:
+        """Whether the attack, where there is a defense, computes it."""
+        return self.method != "random" and self.gradient != "blind"
+
+    @property
+    def knows_defense(self) -> bool:
+        """Whether the attack was made against a defense that it queries or differentiates."""
+        return self.eot is not None or bool(self.fixed_draw)
+
+    @property
+    def takes_exact_gradients(self) -> bool:
+        """Whether the attack takes gradients of a purifier, where there is one."""
+        return self.gradient in ("full", "surrogate")
+
+    def describe(self) -> str:
+        """Describe the attack in a few words."""
+        eps = f"{self.eps * 255:g}/255" if self.norm == "linf" else f"{self.eps:g}"
+        shown = ("steps", "queries", "loss", "gradient", "eot", "attack_sampler_steps")
+        settings = [f"{k.replace('_', ' ')} {v}" for k in shown if (v := getattr(self, k)) is not None]
+        settings += ["one known draw"] if self.fixed_draw else []
+        return ", ".join([f"{self.method} {self.norm} {eps}", *settings])
+
+
+NO_REQUEST = AttackRequest()
+
+
+def resolve(method: Method, norm: Norm, eps: float, asked: AttackRequest = NO_REQUEST, *, defended: bool) -> AttackSpec:
+    """Return the specification of an attack, with defaults filled in.
+
+    Args:
+        method: Which attack.
         norm: `linf` or `l2`.
-        eps: Budget in [0, 1] pixels.
-        asked: Settings by name; None is not asked for. Beside the method's own: gradient, eot, attack_sampler_steps
-            and fixed_draw, which are about a defence.
-        defended: Whether a defence stands before the classifier.
+        eps: Radius of the ball in [0, 1] pixels.
+        asked: Settings that differ from the defaults.
+        defended: Whether a defense stands before the classifier.
 
     Raises:
-        AdvdiffError: a setting does not apply.
+        AdvdiffError: A setting does not apply.
     """
-    given = {k: v for k, v in asked.items() if v is not None}
-    settings = {"method": method, "norm": norm, "eps": eps, **SETTINGS[method]}
-    settings |= _about_a_defence(method, given) if defended else {}
+    given = {k: v for k, v in asdict(asked).items() if v is not None}
+    settings = _applicable(method) | (_about_defense(method, asked) if defended else {})
+    gradient = asked.gradient or "full"
     for name in given:
-        if name not in settings:
-            against = f"--gradient {settings['gradient']}" if "gradient" in settings else "a defence"
-            what = f"--method {method} {f'with {against}' if defended else 'without a defence (-m or --defense)'}"
-            raise AdvdiffError(f"--{name.replace('_', '-')} does not apply to {what}")
-    settings |= given
-    deterministic = not defended or settings.get("gradient") == "blind" or bool(settings.get("fixed_draw"))
-    if method in ("square", "paper") and norm != "linf":
-        raise AdvdiffError(f"--method {method} is for --norm linf")
-    if method == "paper" and defended:
-        raise AdvdiffError("--method paper attacks the classifier alone: leave out -m and --defense")
-    if method == "fab" and not deterministic:
-        raise AdvdiffError("--method fab is for deterministic models: give --fixed-draw, or no defence")
-    if settings.get("gradient") == "surrogate" and settings["attack_sampler_steps"] is None:
-        raise AdvdiffError("--gradient surrogate needs --attack-sampler-steps, fewer than the defence takes")
+        if name not in settings or name in _FIXED.get(method, ()):
+            attack = f"--gradient {gradient}" if "gradient" in settings else "a defense"
+            against = f"with {attack}" if defended else "without a defense (-m or --defense)"
+            raise AdvdiffError(f"--{name.replace('_', '-')} does not apply to --method {method} {against}")
+    spec = AttackSpec(method, norm, eps, **(settings | given))  # type: ignore[arg-type]
+    deterministic = not defended or gradient == "blind" or bool(asked.fixed_draw)
+    _check_combination(spec, defended=defended, deterministic=deterministic)
     if method == "fgsm":
-        settings |= {"steps": 1, "step_size": eps, "restarts": 1}
-    elif method == "pgd":
-        settings["step_size"] = settings["step_size"] or eps / 4
-    elif method == "ensemble":
-        settings["attacks"] = _members(norm, deterministic)
-    return settings
+        return replace(spec, step_size=eps)
+    if method == "pgd":
+        return replace(spec, step_size=spec.step_size or eps / 4)
+    if method == "ensemble":
+        return replace(spec, attacks=_members(norm, deterministic))
+    return spec
 
 
-def _about_a_defence(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings about a defence that apply, with their defaults."""
-    gradient = given.get("gradient", "full")
+def _applicable(method: Method) -> dict[str, object]:
+    """Return the settings of a method, with their defaults; None is set later."""
+    found = {k: v for k, v in asdict(DEFAULTS[method]).items() if v is not None}
+    return found | ({"step_size": None} if method == "pgd" else {})
+
+
+def _about_defense(method: Method, asked: AttackRequest) -> dict[str, object]:
+    """Return the settings about a defense that apply, with their defaults."""
+    gradient = asked.gradient or "full"
     if method == "random":
         return {}
-    found = {} if method == "square" else {"gradient": gradient}
+    found: dict[str, object] = {} if method == "square" else {"gradient": gradient}
     if gradient == "full":
         found["fixed_draw"] = False
-    if gradient != "blind" and not given.get("fixed_draw"):
-        found["eot"] = _EOT
+    if gradient != "blind" and not asked.fixed_draw:
+        found["eot"] = DEFAULT_EOT
     if gradient == "surrogate":
         found["attack_sampler_steps"] = None
     return found
 
 
-def describe(settings: Mapping[str, Any]) -> str:
-    """Tell an attack in a few words, from its settings or a recipe's parameters; nothing where there are none."""
-    if not settings:
-        return ""
-    eps = f"{settings['eps'] * 255:g}/255" if settings["norm"] == "linf" else f"{settings['eps']:g}"
-    shown = ("steps", "queries", "loss", "gradient", "eot", "attack_sampler_steps")
-    told = [f"{k.replace('_', ' ')} {settings[k]}" for k in shown if settings.get(k) is not None]
-    told += ["one known draw"] if settings.get("fixed_draw") else []
-    return ", ".join([f"{settings['method']} {settings['norm']} {eps}", *told])
+def _check_combination(spec: AttackSpec, *, defended: bool, deterministic: bool) -> None:
+    if spec.method in ("square", "paper") and spec.norm != "linf":
+        raise AdvdiffError(f"--method {spec.method} is for --norm linf")
+    if spec.method == "paper" and defended:
+        raise AdvdiffError("--method paper attacks the classifier alone: leave out -m and --defense")
+    if spec.method == "fab" and not deterministic:
+        raise AdvdiffError("--method fab is for deterministic models: give --fixed-draw, or no defense")
+    if spec.gradient == "surrogate" and spec.attack_sampler_steps is None:
+        raise AdvdiffError("--gradient surrogate needs --attack-sampler-steps, fewer than those of the defense")
 
 
-def knows_the_defence(settings: Mapping[str, Any]) -> bool:
-    """Tell whether an attack of these settings queries or differentiates a defence."""
-    return "eot" in settings or bool(settings.get("fixed_draw"))
-
-
-def _members(norm: str, deterministic: bool) -> list[str]:
-    found = ["apgd-ce", "apgd-margin"] + (["square"] if norm == "linf" else [])
-    return found + (["fab"] if deterministic and fab_installed() else [])
-
-
-@dataclass(frozen=True)
-class Target:
-    """What an attack maximises the loss of, and whose gradient it follows where that is another's."""
-
-    model: nn.Module
-    follow: DefendedClassifier | None = None
-
-
-def aim(
-    classifier: nn.Module, purifier: Purifier | None, settings: Mapping[str, Any], precision: str = "fp32"
-) -> Target:
-    """Return the target of an attack with these settings on a classifier behind a purifier, or on it alone."""
-    gradient = settings.get("gradient", "full")
-    if purifier is None or gradient == "blind":
-        return Target(classifier)
-    defended = DefendedClassifier(purifier, classifier, precision).eval()
-    if gradient == "bpda":
-        return Target(defended, StraightThrough(purifier, classifier, precision).eval())
-    if gradient == "surrogate":
-        if not isinstance(purifier, DiffusionPurifier):
-            raise AdvdiffError("--gradient surrogate is of a diffusion model's sampler; NoiseDefense has none")
-        fewer = purifier.with_steps(settings["attack_sampler_steps"])
-        return Target(defended, DefendedClassifier(fewer, classifier, precision).eval())
-    return Target(defended)
-
-
-def run(
-    target: Target, settings: Mapping[str, Any], images: Tensor, labels: Tensor, rows: Sequence[RowKey], seed: int,
-    index: Sequence[int] | None = None,
-) -> Tensor:  # fmt: skip
-    """Return adversarial images (B, 3, H, W), in the ball and in [0, 1].
-
-    Args:
-        target: Of `aim`.
-        settings: Of `resolve`.
-        images: (B, 3, H, W) float in [0, 1].
-        labels: (B,) int64.
-        rows: What names each image; with `seed`, its streams.
-        seed: Of every stream.
-        index: Each image's index in the origin set, which names the draws that judge it; a fixed draw is one of them.
-    """
-    model, follow = target.model, target.follow
-    if settings.get("fixed_draw") and isinstance(model, DefendedClassifier):
-        noise = model.noise(images, rows=rows if index is None else index, seed=seed, purpose="evaluate")
-        model, follow = model.fixed(noise), None
-    s, eps = settings, settings["eps"]
-    streams: dict[str, Any] = {"seed": seed, "rows": rows, "eot": s.get("eot", 1)}
-
-    def one(name: str, loss: Any) -> Tensor:
-        if name == "random":
-            return random_surface(images, eps, s["norm"], RowStreams(seed, "attack-random", rows))
-        if name in ("pgd", "fgsm"):
-            return pgd(
-                model, images, labels, eps=eps, steps=s["steps"], step_size=s["step_size"], norm=s["norm"], loss=loss,
-                follow=follow, restarts=s["restarts"], start=name == "pgd", **streams,
-            )  # fmt: skip
-        if name == "apgd":
-            return apgd(
-                model, images, labels, eps=eps, steps=s["steps"], norm=s["norm"], loss=loss, follow=follow,
-                restarts=s["restarts"], **streams,
-            )  # fmt: skip
-        if name == "paper":
-            return paper(model, images, labels, eps=eps, steps=s["steps"])
-        if name == "fab":
-            return fab(model, images, labels, eps=eps, steps=s["steps"], norm=s["norm"])
-        return square(
-            model, images, labels, eps=eps, queries=s["queries"], loss=loss, restarts=s["restarts"], **streams
-        )
-
-    if s["method"] != "ensemble":
-        return one(s["method"], s.get("loss"))
-    losses = {"apgd-ce": "ce", "apgd-margin": "margin", "square": "margin", "fab": None}
-    found = [one(name.partition("-")[0], losses[name]) for name in s["attacks"]]
-    judged = Objective(model, labels, loss="margin", seed=seed, rows=rows)
-    return judged.best(found, "attack-ensemble")[0]
+def _members(norm: Norm, deterministic: bool) -> tuple[Member, ...]:
+    square: tuple[Member, ...] = ("square",) if norm == "linf" else ()
+    fab: tuple[Member, ...] = ("fab",) if deterministic and fab_is_installed() else ()
+    return ("apgd-ce", "apgd-margin", *square, *fab)
