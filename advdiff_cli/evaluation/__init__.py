@@ -1,1 +1,1 @@
-"""Metrics with intervals, paired comparisons, and pictures."""
+"""Predictions, metrics with intervals, paired comparisons, fidelity, and checks of how a set was made."""

@@ -1,25 +1,26 @@
-"""What an attack achieved, judged on what was stored."""
+"""The outcome of an attack, evaluated on its stored result."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from advdiff_cli.attacks.projections import Norm, round_inside, surface_share
-from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.rng import RowKey
-from advdiff_cli.purification.defended_classifier import DefendedClassifier, finite, judged_at_once
+from advdiff_cli.attacks.projections import round_inside, surface_counts
+from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.data.patches import PatchSet, row_batches
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, check_finite, logits_of_draws
 
-DRAWS = 3  # of a defence's noise: the first ones that evaluate takes
+DRAWS = 3
+"""Draws of a defense's noise on which the outcome is evaluated: the first ones that `evaluate` uses."""
 
 
 @dataclass
-class Achieved:
-    """The share of draws (N,) right on clean, attacked and attacked-then-rounded images, and of points on the surface.
+class AttackOutcome:
+    """For each patch (N,), the share of draws correct on clean, attacked, and attacked and rounded images.
 
-    A deterministic model has one draw.
+    A deterministic model has one draw. `on_surface` of `perturbed` values (l-inf) or patches (l2) are on the ball's
+    surface.
     """
 
     clean: list[float] = field(default_factory=list)
@@ -31,51 +32,63 @@ class Achieved:
 
     @property
     def flipped(self) -> int:
-        """How many patches were right in most draws before, and wrong in most after."""
+        """The number of patches that are correct in most draws before, and wrong in most draws after the attack."""
         return sum(before > 0.5 > after for before, after in zip(self.clean, self.attacked, strict=True))
 
     @property
-    def surface(self) -> float:
+    def surface_share(self) -> float:
         """The share of perturbed values (l-inf) or patches (l2) on the ball's surface."""
         return self.on_surface / self.perturbed if self.perturbed else 0.0
 
 
+@dataclass(frozen=True)
+class AttackedRows:
+    """The stored result of an attack: rows of `adv`, made from the rows of `clean` from position `first` on."""
+
+    clean: PatchSet
+    adv: PatchSet
+    first: int
+    spec: AttackSpec
+    seed: int
+
+
 @torch.inference_mode()
-def judge(
-    model: nn.Module, clean: PatchSet, adv: PatchSet, first: int, eps: float, norm: Norm, device: torch.device,
-    seed: int = 0, draws: int = DRAWS, advance: Callable[[int], None] = lambda count: None,
-) -> Achieved:  # fmt: skip
-    """Judge the stored rows of `adv`, which were made from the rows of `clean` from position `first` on.
+def attack_outcome(
+    model: nn.Module,
+    rows: AttackedRows,
+    device: torch.device,
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> AttackOutcome:
+    """Evaluate the stored result of an attack.
 
-    A defended classifier is judged over the first `draws` evaluation draws of `seed`. `advance` is called with the
-    number of rows done.
+    Args:
+        model: The attacked model. A defended classifier is judged on draws that no gradient saw, unless the attack
+            knows its draw.
+        rows: The result.
+        device: Where to compute.
+        batch_size: Patches computed together.
+        advance: Called with the number of rows done.
     """
-    result = Achieved(draws=draws if isinstance(model, DefendedClassifier) else 1)
-    size = judged_at_once(model)
-    for start in range(0, len(adv), size):
-        rows = np.arange(start, min(start + size, len(adv)))
-        images, points = clean.read(rows + first).to(device), adv.read(rows).to(device)
-        truth = torch.from_numpy(clean.require_labels()[rows + first]).to(device)
-        keys = clean.index[rows + first].tolist()
-        for kind, batch in (
-            ("clean", images),
-            ("attacked", points),
-            ("rounded", round_inside(points, images, eps, norm)),
-        ):
-            logits = [finite(z, keys, adv.path) for z in _drawn(model, batch, keys, seed, draws)]
-            right = torch.stack([(z.argmax(1) == truth).cpu() for z in logits]).double().mean(0)
-            getattr(result, kind).extend(right.tolist())
-        on_surface, perturbed = surface_share(points, images, eps, norm)
-        result.on_surface += on_surface
-        result.perturbed += perturbed
-        advance(len(rows))
-    return result
-
-
-def _drawn(model: nn.Module, images: Tensor, rows: list[RowKey], seed: int, draws: int) -> Iterator[Tensor]:
-    """Yield the logits (B, classes) under each draw that judges; under the one there is, of a deterministic model."""
-    if not isinstance(model, DefendedClassifier):
-        yield model(images)
-        return
-    for draw in range(draws):
-        yield model(images, model.noise(images, rows=rows, seed=seed, purpose="evaluate", draw=draw))
+    spec = rows.spec
+    draws = range(1 if spec.fixed_draw else DRAWS)
+    outcome = AttackOutcome(draws=len(draws) if isinstance(model, DefendedClassifier) else 1)
+    for at in row_batches(len(rows.adv), batch_size):
+        batch = rows.clean.batch(at + rows.first, device)
+        adv = rows.adv.read(at).to(device)
+        kinds = {
+            "clean": batch.images,
+            "attacked": adv,
+            "rounded": round_inside(adv, batch.images, spec.eps, spec.norm),
+        }
+        for kind, images in kinds.items():
+            drawn = logits_of_draws(model, images, batch.index, seed=rows.seed, purpose="evaluate", draws=draws)
+            logits = [check_finite(z, batch.index, rows.adv.path) for z in drawn]
+            correct = torch.stack([(z.argmax(1) == batch.labels).cpu() for z in logits])
+            getattr(outcome, kind).extend(correct.double().mean(0).tolist())
+        on_surface, perturbed = surface_counts(adv, batch.images, spec.eps, spec.norm)
+        outcome.on_surface += on_surface
+        outcome.perturbed += perturbed
+        advance(len(at))
+    return outcome

@@ -1,51 +1,59 @@
-"""Paired comparisons between evaluated sets that hold the same rows."""
+"""Paired comparisons of evaluated sets that hold the same rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from advdiff_cli.data.provenance import JsonObject, Provenance
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.metrics import Predictions, figures, votes
+from advdiff_cli.evaluation.metrics import Predictions, classification_metrics, vote_accuracies
 from advdiff_cli.evaluation.statistics import Estimate, holm, mcnemar, shares_difference
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Predictions on a set, with what its rows are called: origin and index."""
+class EvaluatedSet:
+    """Predictions on a patch set.
+
+    Args:
+        name: Of the set.
+        origin: Identifier of the set that its rows first came from.
+        index: (N,) rows in that set.
+        predictions: Of the N rows.
+        history: The recipes that led to the set.
+    """
 
     name: str
     origin: str
     index: NDArray[np.int64]
     predictions: Predictions
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Provenance] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return n, the count of each label, every figure with its interval, votes, and how the set was made."""
-        labels = self.predictions.labels
+    def as_dict(self) -> JsonObject:
+        """Return the set as `evaluate --json` prints it."""
+        p = self.predictions
+        votes = vote_accuracies(p) if p.draws > 1 else {}
         return {
             "data": self.name,
-            "n": len(labels),
-            "positive": int(labels.sum()),
-            "draws": self.predictions.draws,
-            **{k: v.as_dict() for k, v in figures(self.predictions).items()},
-            **({k: v.as_dict() for k, v in votes(self.predictions).items()} if self.predictions.draws > 1 else {}),
+            "n": len(p.labels),
+            "positive": int(p.labels.sum()),
+            "draws": p.draws,
+            **{k: v.as_dict() for k, v in {**classification_metrics(p), **votes}.items()},
             "history": self.history,
         }
 
 
-def compare(*groups: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """Return a paired comparison of accuracy for each pair of sets of one group and origin, on the rows both hold.
+def compare(*groups: Sequence[EvaluatedSet]) -> list[JsonObject]:
+    """Compare the accuracy of each pair of sets within a group that have one origin, on the rows that both hold.
 
-    Each has the difference (second - first) with its interval, McNemar's exact p, and p Holm-adjusted over all pairs
-    of all groups. Over several draws the difference is of the means over draws, and McNemar's test is of the majority
-    votes.
+    Each comparison has the difference (second - first) with its interval, the p-value of McNemar's exact test, and the
+    p-value adjusted by Holm's method over all pairs of all groups. Over several draws, the difference is that of the
+    means over draws, and the test is on majority votes.
 
     Raises:
-        AdvdiffError: two sets label a row differently.
+        AdvdiffError: Two sets label a row differently.
     """
     found = []
     for first, second in (pair for sets in groups for pair in combinations(sets, 2)):
@@ -53,7 +61,7 @@ def compare(*groups: Sequence[Evaluated]) -> list[dict[str, Any]]:
             continue
         _, a, b = np.intersect1d(first.index, second.index, return_indices=True)
         if len(a):
-            found.append(_paired(first, second, a, b))
+            found.append(_compare_pair(first, second, a, b))
     for row, adjusted in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_holm"] = adjusted
     return found
@@ -64,7 +72,7 @@ def difference_of_means(first: Predictions, second: Predictions) -> Estimate:
     return shares_difference(first.share, second.share)
 
 
-def _paired(first: Evaluated, second: Evaluated, a: NDArray[np.int64], b: NDArray[np.int64]) -> dict[str, Any]:
+def _compare_pair(first: EvaluatedSet, second: EvaluatedSet, a: NDArray[np.int64], b: NDArray[np.int64]) -> JsonObject:
     one, other = first.predictions.take(a), second.predictions.take(b)
     if not np.array_equal(one.labels, other.labels):
         raise AdvdiffError(f"{first.name} and {second.name} label the same rows differently")

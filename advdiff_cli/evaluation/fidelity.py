@@ -1,7 +1,7 @@
-"""How faithful images are to those they were made from: pixels, structure, nuclei, and what the classifier says.
+"""Fidelity of images to those they were made from: PSNR, SSIM, nuclei, and changed decisions.
 
-PSNR; SSIM (Wang et al. 2004, IEEE TIP 13(4): Gaussian window of 1.5 pixels); the haematoxylin of dark nuclei in the
-centre, where PCam's label is decided; and the share of patches on which the classifier changes its mind.
+SSIM is that of Wang et al. 2004, IEEE TIP 13(4), with a Gaussian window of 1.5 pixels. Nuclei are measured by the
+haematoxylin of dark pixels in the center, where PCam's label is decided.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,20 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.stain import separate
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.statistics import bootstrap, wilson
 
-CENTRE = 32
-"""Side in pixels of the square in the centre of a patch, a tumour pixel in which makes PCam's label 1."""
+CENTER = 32
+"""Side in pixels of the central square of a patch; PCam's label is 1 if a pixel in it is tumour."""
 _BATCH = 64
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """Of each patch (N,): PSNR in dB, infinite where nothing changed; SSIM; nuclear mass before and after."""
+class PatchFidelity:
+    """For each patch (N,): PSNR in dB (infinite if nothing changed), SSIM, and nuclear mass before and after."""
 
     psnr: NDArray[np.float64]
     ssim: NDArray[np.float64]
@@ -34,7 +35,7 @@ class Likeness:
     nuclei_after: NDArray[np.float64]
 
 
-def likeness(before: Tensor, after: Tensor) -> Likeness:
+def patch_fidelity(before: Tensor, after: Tensor) -> PatchFidelity:
     """Compare images (B, 3, H, W) in [0, 1] with those they were made from."""
     pairs = [
         (a.permute(1, 2, 0).double().numpy(), b.permute(1, 2, 0).double().numpy())
@@ -46,45 +47,44 @@ def likeness(before: Tensor, after: Tensor) -> Likeness:
     ssim = [structural_similarity(a, b, data_range=1, channel_axis=2, **window) for a, b in pairs]
     nuclei = [nuclear_mass(a[None], b[None]) for a, b in zip(before, after, strict=True)]
     columns = np.array(nuclei).T
-    return Likeness(np.array(psnr), np.array(ssim), columns[0], columns[1])
+    return PatchFidelity(np.array(psnr), np.array(ssim), columns[0], columns[1])
 
 
 def nuclear_mass(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Return the haematoxylin (optical density) of dark nuclei in the centre of an image (1, 3, H, W), and of another.
+    """Return the haematoxylin (optical density) of dark nuclei in the center of two images (1, 3, H, W).
 
-    Dark is above the threshold of Otsu (1979) between nuclei and the rest of the first image, for both.
+    Dark means above Otsu's threshold (1979) of the first image, for both images.
     """
     amounts = [separate(image)[0, 0].clamp(min=0).numpy() for image in (before, after)]
     dark = threshold_otsu(amounts[0])
-    top, left = ((side - CENTRE) // 2 for side in amounts[0].shape)
-    centres = [a[top : top + CENTRE, left : left + CENTRE] for a in amounts]
-    return float(centres[0][centres[0] > dark].sum()), float(centres[1][centres[1] > dark].sum())
+    top, left = ((side - CENTER) // 2 for side in amounts[0].shape)
+    centers = [a[top : top + CENTER, left : left + CENTER] for a in amounts]
+    return float(centers[0][centers[0] > dark].sum()), float(centers[1][centers[1] > dark].sum())
 
 
-def fidelity(
-    reference: PatchSet, judged: Predictions, patches: PatchSet, predictions: Predictions
-) -> dict[str, Any]:  # fmt: skip
-    """Return how faithful `patches` are to the rows of `reference` they were made from, every figure with its interval.
+def fidelity(reference: PatchSet, judged: Predictions, patches: PatchSet, predictions: Predictions) -> JsonObject:
+    """Return the fidelity of `patches` to the rows of `reference` that they were made from, with intervals.
 
     Returns:
-        n; psnr in dB (None where a patch did not change at all) and ssim, means over patches; nuclear_mass, its sum
-        after over its sum before; flipped, the share of patches of each label on which the majority of draws decides
-        otherwise, None where there are none.
+        n; the means over patches of psnr in dB (None if a patch did not change) and ssim; nuclear_mass, the total after
+        divided by the total before; and flipped, the share of patches of each label for which the majority of draws
+        changes its decision (None without such patches).
 
     Raises:
-        AdvdiffError: the sets have no rows in common.
+        AdvdiffError: The sets have no rows in common.
     """
     _, a, b = np.intersect1d(reference.index, patches.index, return_indices=True)
     if reference.origin() != patches.origin() or not len(a):
-        raise AdvdiffError(f"{patches.path} was not made from rows of {reference.path}: nothing to be faithful to")
+        raise AdvdiffError(f"{patches.path} was not made from rows of {reference.path}; name the clean set first")
     parts = [
-        likeness(reference.read(a[i : i + _BATCH]), patches.read(b[i : i + _BATCH])) for i in range(0, len(a), _BATCH)
+        patch_fidelity(reference.read(a[i : i + _BATCH]), patches.read(b[i : i + _BATCH]))
+        for i in range(0, len(a), _BATCH)
     ]
     psnr, ssim, before, after = (
         np.concatenate([getattr(p, name) for p in parts]) for name in ("psnr", "ssim", "nuclei_before", "nuclei_after")
     )
     one, other = judged.take(a), predictions.take(b)
-    turned = one.decision != other.decision
+    changed = one.decision != other.decision
     return {
         "n": len(a),
         "psnr": bootstrap(lambda rows: float(psnr[rows].mean()), one.labels).as_dict()
@@ -92,15 +92,17 @@ def fidelity(
         else None,
         "ssim": bootstrap(lambda rows: float(ssim[rows].mean()), one.labels).as_dict(),
         "nuclear_mass": _ratio(before, after, one.labels),
-        "flipped": {str(k): _share(turned[one.labels == k]) for k in (0, 1)},
+        "flipped": {str(k): _share(changed[one.labels == k]) for k in (0, 1)},
     }
 
 
-def _ratio(before: NDArray[np.float64], after: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[str, Any] | None:
+def _ratio(
+    before: NDArray[np.float64], after: NDArray[np.float64], labels: NDArray[np.int64]
+) -> dict[str, float | None] | None:
     if not before.sum():
         return None
     return bootstrap(lambda rows: float(after[rows].sum() / max(before[rows].sum(), 1e-12)), labels).as_dict()
 
 
-def _share(which: NDArray[np.bool_]) -> dict[str, Any] | None:
+def _share(which: NDArray[np.bool_]) -> dict[str, float | None] | None:
     return wilson(int(which.sum()), len(which)).as_dict() if len(which) else None

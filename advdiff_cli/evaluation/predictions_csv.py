@@ -1,4 +1,4 @@
-"""Predictions as CSV: a line for every set, patch and draw, to be compared later or read by other tools."""
+"""Predictions as CSV, one line for each set, patch and draw, for later comparison and for other tools."""
 
 import csv
 from collections.abc import Sequence
@@ -6,24 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
-from advdiff_cli.data.atomic_files import replacing
+from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.comparison import Evaluated
+from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
 
-_HEAD = ("set", "origin", "index", "row", "label", "draw", "p1")
+_COLUMNS = ("set", "origin", "index", "row", "label", "draw", "p1")
 
 
-def write_predictions(path: Path, sets: Sequence[tuple[Evaluated, Sequence[RowKey]]]) -> None:
+def write_predictions(path: Path, sets: Sequence[tuple[EvaluatedSet, Sequence[RowKey]]]) -> None:
     """Write the predictions of sets, each with the names of its rows.
 
-    The columns are the set's name, what names the set that its rows came from, the row's index there, its name (a file
-    in a folder, else the index), its label, the draw of the defence's noise, and the probability of class 1.
+    The columns are: the name of the set, its origin, the row's index in the origin, the row's name (a file in a folder,
+    else the index), its label, the draw of the defense's noise, and the probability of class 1.
     """
-    with replacing(path) as fresh, fresh.open("w", newline="") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(_HEAD)
+        table.writerow(_COLUMNS)
         for one, keys in sets:
             p = one.predictions
             table.writerows(
@@ -33,32 +33,33 @@ def write_predictions(path: Path, sets: Sequence[tuple[Evaluated, Sequence[RowKe
             )
 
 
-def read_predictions(path: Path) -> list[Evaluated]:
-    """Return the sets of a file that `write_predictions` wrote, in its order.
+def read_predictions(path: Path) -> list[EvaluatedSet]:
+    """Return the sets in a file of `write_predictions`, in its order.
 
     Raises:
-        AdvdiffError: it is no such file, or not whole.
+        AdvdiffError: The file is of another kind, or incomplete.
     """
-    wanted = f"{path} is no file of predictions: make one with advdiff evaluate --predictions {path}"
     lines: dict[str, list[list[str]]] = {}
     try:
         with path.open(newline="") as file:
             table = csv.reader(file)
-            if tuple(next(table, ())) != _HEAD:
-                raise AdvdiffError(wanted)
+            if tuple(next(table, ())) != _COLUMNS:
+                raise AdvdiffError(
+                    f"{path} is not a file of predictions: make one with advdiff evaluate --predictions {path}"
+                )
             for line in table:
                 lines.setdefault(line[0], []).append(line)
-        return [_read(name, mine) for name, mine in lines.items()]
+        return [_parse_set(name, mine) for name, mine in lines.items()]
     except (ValueError, IndexError, csv.Error):
-        raise AdvdiffError(f"{path} is not whole: make it again with advdiff evaluate --predictions {path}") from None
+        raise AdvdiffError(f"{path} is incomplete: make it again with advdiff evaluate --predictions {path}") from None
 
 
-def _read(name: str, lines: list[list[str]]) -> Evaluated:
-    """Return a set of its lines; ValueError where they are not draws 0 to R - 1 of one patch after another."""
+def _parse_set(name: str, lines: list[list[str]]) -> EvaluatedSet:
+    """Return a set; ValueError unless its lines are draws 0 to R - 1 of one patch after another."""
     _, origins, index, _, labels, draw, p1 = zip(*lines, strict=True)
     draws = max(map(int, draw)) + 1
     if list(map(int, draw)) != list(range(draws)) * (len(lines) // draws) or len(set(origins)) != 1:
         raise ValueError(name)
-    firsts = slice(None, None, draws)
-    predictions = Predictions(np.array(labels[firsts], np.int64), np.array(p1, np.float64).reshape(-1, draws))
-    return Evaluated(name, origins[0], np.array(index[firsts], np.int64), predictions)
+    first = slice(None, None, draws)
+    predictions = Predictions(np.array(labels[first], np.int64), np.array(p1, np.float64).reshape(-1, draws))
+    return EvaluatedSet(name, origins[0], np.array(index[first], np.int64), predictions)

@@ -1,55 +1,64 @@
-"""What an evaluation does not show, told beside it: attacks on another model, controls that are missing."""
+"""Warnings about what an evaluation does not show: attacks on another model, missing controls."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from advdiff_cli.evaluation.comparison import Evaluated
-from advdiff_cli.jobs.attack import goes_through
+from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.evaluation.comparison import EvaluatedSet
+from advdiff_cli.purification.defense import DefenseSpec
 
-_SETTINGS = ("defense", "t_star", "sampler", "sampler_steps")
 
-
-def cautions(
-    evaluated: Sequence[Evaluated], classifier: str, defence: Mapping[str, Any] | None, ddpm: str | None
-) -> Iterator[str]:
-    """Yield a line for each reason to doubt what is told of a set.
+@dataclass(frozen=True)
+class Judge:
+    """The model that judged the sets.
 
     Args:
-        evaluated: The sets, each with its history.
-        classifier: Fingerprint of the classifier that judged them.
-        defence: What stood before it, with the precision and the seed of the draws, or None.
-        ddpm: Fingerprint of its diffusion model, or None.
+        classifier: Fingerprint of the classifier.
+        defense: The defense before it, or None.
+        ddpm: Fingerprint of the diffusion model, or None.
+        precision: Of the defense.
+        seed: Of the draws.
     """
-    clean = {e.origin for e in evaluated if not any(made["command"] == "attack" for made in e.history)}
-    for e in evaluated:
-        purified = any(made["command"] == "purify" for made in e.history)
-        for made in e.history:
+
+    classifier: str
+    defense: DefenseSpec | None = None
+    ddpm: str | None = None
+    precision: str = "fp32"
+    seed: int = 0
+
+
+def provenance_warnings(sets: Sequence[EvaluatedSet], judge: Judge) -> Iterator[str]:
+    """Yield one line for each reason to doubt the figures of a set."""
+    clean = {s.origin for s in sets if not any(made["command"] == "attack" for made in s.history)}
+    for s in sets:
+        purified = any(made["command"] == "purify" for made in s.history)
+        for made in s.history:
             if made["command"] == "attack" and made["parameters"].get("method") != "random":
-                yield from (f"{e.name} {why}" for why in _of_attack(made, classifier, defence, ddpm, purified))
-        if purified and defence is not None:
-            yield f"{e.name} is purified already, and was purified once more"
-        if defence is not None and e.origin not in clean:
-            yield f"{e.name} is attacked, and its clean control is not among the sets: name the set it was made from"
+                yield from (f"{s.name} {reason}" for reason in _attack_warnings(made, judge, purified=purified))
+        if purified and judge.defense is not None:
+            yield f"{s.name} was purified before, and is purified again"
+        if judge.defense is not None and s.origin not in clean:
+            yield f"{s.name} is attacked and its clean control is missing: also name the set it was made from"
 
 
-def _of_attack(
-    made: Mapping[str, Any], classifier: str, defence: Mapping[str, Any] | None, ddpm: str | None, purified: bool
-) -> Iterator[str]:  # fmt: skip
+def _attack_warnings(made: Provenance, judge: Judge, *, purified: bool) -> Iterator[str]:
     parameters = made["parameters"]
-    through = goes_through(parameters)
-    others = ["classifier"] if made.get("classifier", classifier) != classifier else []
-    if through and defence is None and not purified:
-        yield "was attacked through a defence, and is judged without it"
-    if through and defence is not None:
-        pairs = {k: {parameters.get(k), defence.get(k)} for k in _SETTINGS}
-        others += [k for k, pair in pairs.items() if len(pair - {None}) > 1]
-        others += ["diffusion model"] if made.get("ddpm", ddpm) != ddpm else []
-    if others:
-        yield f"was attacked on another model ({', '.join(others)}): transfer is weaker than an attack on this one"
-    elif through and defence is not None:
-        if (exact := parameters["precision"]) != defence["precision"]:
-            yield f"was attacked through the defence in {exact} and is judged in {defence['precision']}"
-        if parameters.get("fixed_draw") and parameters["seed"] != defence["seed"]:
-            yield f"was attacked on a draw of --seed {parameters['seed']}, which is none of these"
-        elif parameters.get("fixed_draw"):
+    attack, attacked = AttackSpec.from_parameters(parameters), DefenseSpec.from_parameters(parameters)
+    through = attacked if attack.computes_defense else None
+    different = ["classifier"] if made.get("classifier", judge.classifier) != judge.classifier else []
+    if through is not None and judge.defense is None and not purified:
+        yield "was attacked through a defense, and is judged without it"
+    if through is not None and judge.defense is not None:
+        different += through.differences(judge.defense)
+        different += ["diffusion model"] if made.get("ddpm", judge.ddpm) != judge.ddpm else []
+    if different:
+        names = ", ".join(different)
+        yield f"was attacked on another model ({names}): a transferred attack is weaker than one on this model"
+    elif through is not None and judge.defense is not None:
+        if (precision := parameters["precision"]) != judge.precision:
+            yield f"was attacked through the defense in {precision}, and is judged in {judge.precision}"
+        if attack.fixed_draw and parameters["seed"] != judge.seed:
+            yield f"was attacked on a draw of --seed {parameters['seed']}, which is none of these draws"
+        elif attack.fixed_draw:
             yield "was attacked on the first of these draws: look at the vote of 1, not at the mean"

@@ -1,14 +1,15 @@
-"""Intervals and paired tests; every level is 95 %.
+"""Confidence intervals at 95 %, and paired tests.
 
-Wilson 1927 for one 0/1 a patch, Newcombe 1998 for the difference of two; over several draws Agresti & Coull 1998 and
-Bonett & Price 2012; Zou & Donner 2008 for the mean of two; Newcombe 2006 for areas under the ROC curve; percentile
-bootstrap stratified by label for the rest; exact McNemar; Holm 1979.
+- A proportion of patches: Wilson 1927; the difference of two: Newcombe 1998.
+- A mean over draws: Agresti & Coull 1998; the difference of two: Bonett & Price 2012.
+- The mean of two figures: Zou & Donner 2008. The area under the ROC curve: Newcombe 2006.
+- Everything else: percentile bootstrap, stratified by label.
+- Paired outcomes: McNemar's exact test. Several tests: Holm 1979.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,23 +22,23 @@ _Z = float(norm.ppf(0.975))
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval."""
+    """A value with its 95 % interval."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        """Return the figure and its interval in percent."""
+        """Return the value and its interval in percent."""
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields, None for NaN, which JSON does not have."""
+    def as_dict(self) -> dict[str, float | None]:
+        """Return the fields, with None for NaN, since JSON has no NaN."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 def wilson(successes: int, n: int) -> Estimate:
-    """Return a proportion with its Wilson interval; NaN throughout where n is 0."""
+    """Return a proportion with its Wilson interval; all NaN if n is 0."""
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
     interval = binomtest(successes, n).proportion_ci(method="wilson")
@@ -45,10 +46,10 @@ def wilson(successes: int, n: int) -> Estimate:
 
 
 def mean_share(shares: NDArray[np.float64]) -> Estimate:
-    """Return the mean of (N,) shares of draws, each patch's in [0, 1].
+    """Return the mean of (N,) shares in [0, 1], one for each patch.
 
-    The interval is Wilson's where every share is 0 or 1, else Agresti and Coull's (1998), which adds 1.96^2 / 2
-    successes and as many failures, of the variance that shares have.
+    If every share is 0 or 1, the interval is Wilson's. Otherwise it is Agresti and Coull's (1998), with 1.96^2 / 2
+    added successes and as many added failures, and the variance of the shares.
     """
     n = len(shares)
     if np.isin(shares, (0, 1)).all():
@@ -59,24 +60,24 @@ def mean_share(shares: NDArray[np.float64]) -> Estimate:
 
 
 def _around(total: float, squares: float, n: float) -> tuple[float, float]:
-    """Return Wald's interval of a mean from the sums of n values and of their squares."""
+    """Return the Wald interval of a mean, from the sums of n values and of their squares."""
     mean = total / n
     half = _Z * math.sqrt(max(squares / n - mean**2, 0.0) / n)
     return mean - half, mean + half
 
 
 def mean_of_two(one: Estimate, other: Estimate) -> Estimate:
-    """Return the mean of two independent figures, of the variance that their intervals have (Zou & Donner 2008)."""
+    """Return the mean of two independent estimates, with an interval made of theirs (Zou & Donner 2008)."""
     value = (one.value + other.value) / 2
     below = math.hypot(one.value - one.low, other.value - other.low) / 2
     above = math.hypot(one.high - one.value, other.high - other.value) / 2
     return Estimate(value, value - below, value + above)
 
 
-def area(value: float, positive: int, negative: int) -> Estimate:
+def auroc_interval(value: float, positive: int, negative: int) -> Estimate:
     """Return an area under the ROC curve with its score interval (Newcombe 2006, method 5).
 
-    The variance is Hanley and McNeil's (1982) at the ends of the interval, of two samples of equal size.
+    The variance is that of Hanley and McNeil (1982) at the ends of the interval, for two samples of equal size.
     """
     half = (positive + negative) / 2 - 1
 
@@ -84,7 +85,7 @@ def area(value: float, positive: int, negative: int) -> Estimate:
         within = 1 + half * (1 - end) / (2 - end) + half * end / (1 + end)
         return (end - value) ** 2 - _Z**2 * end * (1 - end) * within / (positive * negative)
 
-    nearly = 1e-12  # 0 and 1 themselves have no variance, and solve the equation without being ends
+    nearly = 1e-12  # at 0 and 1 the variance is 0, so that they solve the equation without being the ends
     low = 0.0 if value <= nearly else float(brentq(excess, 0.0, min(value, 1 - nearly)))
     high = 1.0 if value >= 1 - nearly else float(brentq(excess, max(value, nearly), 1.0))
     return Estimate(value, low, high)
@@ -97,13 +98,13 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Return a statistic of rows with its percentile bootstrap interval, rows resampled within each label.
+    """Return a statistic with its percentile bootstrap interval; rows are resampled within each label.
 
     Args:
-        statistic: Takes row numbers (N,) and returns a figure.
+        statistic: Takes row numbers (N,) and returns a number.
         labels: (N,) strata.
         resamples: Number of resamples.
-        seed: Of the resampling; fixed, so that the same rows give the same interval.
+        seed: Fixed, so that the same rows always give the same interval.
     """
     rng = np.random.default_rng(seed)
     strata = [np.flatnonzero(labels == k) for k in np.unique(labels)]
@@ -113,7 +114,7 @@ def bootstrap(
 
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Return the exact two-sided p-value that two sets of paired outcomes (N,) differ; 1 where none is discordant."""
+    """Return the two-sided p-value of McNemar's exact test on paired outcomes (N,); 1 without discordant pairs."""
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
@@ -141,10 +142,10 @@ def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Es
 
 
 def shares_difference(first: NDArray[np.float64], second: NDArray[np.float64]) -> Estimate:
-    """Return mean(second) - mean(first) of paired shares of draws (N,).
+    """Return mean(second) - mean(first) of paired shares (N,).
 
-    The interval is Newcombe's where every share is 0 or 1, else Bonett and Price's (2012), which adds a patch changed
-    each way, of the variance that the changes have.
+    If every share is 0 or 1, the interval is Newcombe's. Otherwise it is Bonett and Price's (2012), with one added
+    patch that changes each way, and the variance of the changes.
     """
     if np.isin([first, second], (0, 1)).all():
         return paired_difference(first == 1, second == 1)
@@ -154,7 +155,7 @@ def shares_difference(first: NDArray[np.float64], second: NDArray[np.float64]) -
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Return p-values adjusted for their number by Holm's step-down method."""
+    """Return p-values adjusted for multiple testing by Holm's step-down method."""
     order = np.argsort(p_values)
     adjusted = np.empty(len(p_values))
     running = 0.0
