@@ -1,1 +1,1 @@
-"""Work over a whole patch set or folder, resumed row by row: attack, purify, predict; shards, parallel batches, memory."""
+"""Jobs over a whole patch set or folder, resumed row by row; with shards, parallel batches and memory limits."""

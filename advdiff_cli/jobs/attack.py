@@ -1,68 +1,72 @@
-"""An attack over a patch set, its rows written as they are made."""
+"""Attack a patch set: the recipe, and the rows as they are computed."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from advdiff_cli.attacks.spec import Target, run
-from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.prefetch import ahead
+from advdiff_cli.attacks.dispatch import AttackBatch, build_target, run_attack
+from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.data.patch_writer import Batch, PatchWriter
+from advdiff_cli.data.patches import LabelledBatch, PatchSet
+from advdiff_cli.data.prefetch import prefetch
 from advdiff_cli.data.provenance import Provenance, recipe
-from advdiff_cli.models.device import onto
+from advdiff_cli.purification.defense import EvaluatedModel
 
 
-def attack_recipe(
-    settings: Mapping[str, Any], seed: int, batch_size: int, data: Provenance, classifier: str,
-    defence: Mapping[str, Any] | None, ddpm: str | None, precision: str = "fp32", *, compiled: bool = False,
-) -> Provenance:  # fmt: skip
-    """Return the recipe of an attack.
+@dataclass(frozen=True)
+class AttackJob:
+    """An attack on every patch of a set.
 
     Args:
-        settings: Of `attacks.plan.resolve`.
+        model: The attacked model.
+        spec: The attack.
+        patches: The rows, with labels, of one size.
         seed: Of every stream.
-        batch_size: Patches computed at once.
-        data: `PatchSet.recipe_input()` of the attacked rows.
-        classifier: Fingerprint of the classifier.
-        defence: Parameters of the defence, or None.
-        ddpm: Fingerprint of its diffusion model, or None.
-        precision: Of the purifier, where the attack goes through it.
-        compiled: Whether the U-Net is compiled where gradients are taken of it; they round otherwise.
+        batch_size: Patches computed together.
+        device: Where to compute.
     """
-    whole = {**settings, **(defence or {})}
-    exact = precision if goes_through(whole) else "fp32"
-    parameters = {**whole, "seed": seed, "batch_size": batch_size, "precision": exact}
-    if compiled and differentiates(whole):
-        parameters["compiled"] = True
-    models = {"classifier": classifier} | ({} if defence is None else {"ddpm": ddpm})
-    return recipe("attack", parameters, data=data, **models)
+
+    model: EvaluatedModel
+    spec: AttackSpec
+    patches: PatchSet
+    seed: int
+    batch_size: int
+    device: torch.device
+
+    @cached_property
+    def recipe(self) -> Provenance:
+        """The recipe of the attack."""
+        m, defense = self.model, self.model.defense
+        through = defense is not None and self.spec.computes_defense
+        parameters = {
+            **self.spec.parameters(),
+            **({} if defense is None else defense.spec.parameters()),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "precision": m.precision if through else "fp32",
+        }
+        if m.compiled and differentiates_unet(m, self.spec):
+            parameters["compiled"] = True  # compiled gradients round differently
+        models = {"classifier": m.fingerprint} | ({} if defense is None else {"ddpm": defense.fingerprint})
+        return recipe("attack", parameters, data=self.patches.recipe_input(), **models)
+
+    def run(self, writer: PatchWriter) -> Iterator[int]:
+        """Attack the rows that `writer` does not have yet, yielding the number of rows after each batch."""
+        purifier = None if self.model.defense is None else self.model.defense.purifier
+        target = build_target(self.model.classifier, purifier, self.spec, self.model.precision)
+
+        def read(batch: Batch) -> tuple[Batch, LabelledBatch]:
+            return batch, self.patches.batch(batch.rows, self.device)
+
+        with writer:
+            for batch, rows in prefetch(read, writer.batches(self.batch_size)):
+                attacked = AttackBatch(rows.images, rows.labels, rows.keys, rows.index, self.seed)
+                writer.write(batch, run_attack(target, self.spec, attacked).cpu().numpy())
+                yield batch.count
 
 
-def goes_through(parameters: Mapping[str, Any]) -> bool:
-    """Tell whether these are of an attack, with its defence's, that computes the purifier."""
-    return (
-        "t_star" in parameters
-        and parameters.get("method", "random") != "random"
-        and parameters.get("gradient") != "blind"
-    )
-
-
-def differentiates(parameters: Mapping[str, Any]) -> bool:
-    """Tell whether these are of an attack, with its defence's, that takes gradients of a U-Net."""
-    return parameters.get("defense") == "ddpm" and parameters.get("gradient") in ("full", "surrogate")
-
-
-def attack_rows(
-    target: Target, parameters: Mapping[str, Any], patches: PatchSet, sink: PatchWriter, device: torch.device
-) -> Iterator[int]:
-    """Attack the rows of `patches` that `sink` has not got, yielding the number of rows after each batch."""
-    labels = patches.require_labels()
-    with sink:
-        batches = sink.batches(parameters["batch_size"])
-        for batch, images in ahead(lambda batch: (batch, onto(patches.read(batch.rows), device)), batches):
-            keys, index = [patches.keys[i] for i in batch.rows], patches.index[batch.rows].tolist()
-            truth = torch.from_numpy(labels[batch.rows]).to(device)
-            adv = run(target, parameters, images, truth, keys, parameters["seed"], index)
-            sink.write(batch, adv.cpu().numpy())
-            yield batch.count
+def differentiates_unet(model: EvaluatedModel, spec: AttackSpec) -> bool:
+    """Return whether an attack takes gradients of a U-Net."""
+    return model.defense is not None and model.defense.spec.defense == "ddpm" and spec.takes_exact_gradients

@@ -1,7 +1,7 @@
-"""Purify a folder: images of any sizes, batched by size, one bad file never stopping the rest.
+"""Purify a folder of images of any size, in batches by size; an image that fails does not stop the others.
 
-Threads decode images ahead of the computation, and encode and write them behind it. Large images, which are denoised in
-windows, would fill the memory so: each is read, computed and written alone.
+Threads decode images before the computation, and encode and write them after it. Large images are denoised in windows
+and would fill the memory: each is read, computed and written alone.
 """
 
 import os
@@ -9,63 +9,65 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advdiff_cli.data.folder_writer import FolderWriter
-from advdiff_cli.data.image_folder import check_file, image_size, read_image, told_of
+from advdiff_cli.data.folder_writer import FolderEntry, FolderWriter
+from advdiff_cli.data.image_files import Metadata, check_file, image_metadata, image_size, read_image
 from advdiff_cli.data.patch_source import MIN_SIZE
-from advdiff_cli.data.prefetch import ahead
+from advdiff_cli.data.prefetch import prefetch
 from advdiff_cli.data.provenance import file_digest
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.jobs.memory import batches_that_fit
-from advdiff_cli.jobs.purify_rows import purify_batch
-from advdiff_cli.models.device import onto, spread
+from advdiff_cli.jobs.memory import parallel_batches
+from advdiff_cli.jobs.parallel_map import parallel_map
+from advdiff_cli.jobs.purify_rows import PurifyJob
+from advdiff_cli.models.device import to_device
 from advdiff_cli.purification.defended_classifier import row_noise
-from advdiff_cli.purification.purifier import Purifier
-from advdiff_cli.purification.tiling import LARGEST
+from advdiff_cli.purification.tiling import MAX_UNTILED
 
-_THREADS = 8  # at most, that read, decode, encode and write
-_WAITING = 4  # batches' worth of images that may wait for company of their size
-_SIZES = 32  # pixels: sizes are rounded up to multiples of it, so that images of many sizes fill batches
+_MAX_THREADS = 8  # that read, decode, encode and write
+_MAX_WAITING = 4  # batches' worth of images that wait for others of their size
+_SIZE_STEP = 32  # pixels: sizes are rounded up to multiples of it, so that images of many sizes fill batches
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file: `ok`, `kept` (done before) or `failed`, with the reason and the file's SHA-256."""
+    """What happened to a file: `ok`, `kept` (done before) or `failed`, with the reason and the file's SHA-256."""
 
     file: str
-    status: str
+    status: Literal["ok", "kept", "failed"]
     reason: str = ""
     sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class _Image:
-    """An image of a folder: its own (H, W), what its file tells about it, and pixels (3, H', W'), H' and W' rounded up.
+    """An image with its own (H, W), metadata, and pixels (3, H', W') with H' and W' rounded up.
 
-    A large one has no pixels until its turn.
+    A large image is read when it is computed, and has no pixels before.
     """
 
     file: Path
-    key: str
-    sha256: str
+    entry: FolderEntry
     size: tuple[int, int]
-    about: dict[str, Any]
+    metadata: Metadata
     pixels: NDArray[np.uint8] | None = None
 
+    def failed(self, reason: str) -> Outcome:
+        return Outcome(self.entry.file, "failed", reason, self.entry.sha256)
 
-_Pixels = tuple[_Image, NDArray[np.uint8]]
-"""An image, and the pixels (3, H, W) to be written of it."""
+
+_Purified = tuple[_Image, NDArray[np.uint8]]
+"""An image, and its purified pixels (3, H, W)."""
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """Images of one size, at most a batch, and what is computed: the last image repeated to the full batch."""
+class _Batch:
+    """Images of one size, and the tensors to compute, in which the last image is repeated to a full batch."""
 
     group: list[_Image]
     images: Tensor
@@ -73,117 +75,113 @@ class _Ready:
 
 
 @dataclass(frozen=True)
-class FilesPurifier:
-    """Purifies image files to the same relative names.
+class FolderPurifier:
+    """Purifies image files.
 
     Args:
-        purifier: On `device`.
-        root: What names are relative to; the relative name of a file names its noise.
-        names: The output's relative name for each relative name.
+        job: How.
+        root: The folder that names are relative to; the relative name of a file names its noise.
+        names: Relative output name of each relative name.
         writer: Where results and the journal go.
-        batch_size: Images of one size, rounded up, computed at once; a large one is computed alone.
-        seed: Of the noise.
-        precision: fp32, bf16 or fp16.
-        device: Where to compute.
     """
 
-    purifier: Purifier
+    job: PurifyJob
     root: Path
     names: Mapping[str, str]
     writer: FolderWriter
-    batch_size: int
-    seed: int
-    precision: str
-    device: torch.device
 
     def run(self, files: Iterable[Path]) -> Iterator[Outcome]:
-        """Yield what became of each of `files`, image files below the root."""
-        threads = min(_THREADS, os.cpu_count() or 1)
-        loaded = ahead(self._load, files, threads=threads, depth=self.batch_size)
-        gathered = _gathered(loaded, self.batch_size)
-        yield from ahead(self._settle, self._purified(gathered), threads=threads, depth=2 * threads)
+        """Yield the outcome of each of `files`, which are below the root."""
+        threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        loaded = prefetch(self._load, files, threads=threads, depth=self.job.batch_size)
+        grouped = _group_by_size(loaded, self.job.batch_size)
+        yield from prefetch(self._finish, self._purify(grouped), threads=threads, depth=2 * threads)
 
     def _load(self, file: Path) -> Outcome | _Image:
         key, sha256 = file.relative_to(self.root).as_posix(), None
         try:
             check_file(file)
             sha256 = file_digest(file)
-            if self.writer.is_done(key, sha256, self.names[key]):
+            entry = FolderEntry(key, sha256, self.names[key])
+            if self.writer.is_done(entry):
                 return Outcome(key, "kept")
-            size = image_size(file) or (0, 0)  # what cannot be read is named as it is decoded
+            size = image_size(file) or (0, 0)  # decoding names the problem of an unreadable file
         except (AdvdiffError, OSError) as e:
             return Outcome(key, "failed", str(e), sha256)
-        one = _Image(file, key, sha256, size, {})
-        return one if max(size) > LARGEST else _decoded(one)
+        image = _Image(file, entry, size, {})
+        return image if max(size) > MAX_UNTILED else _decode(image)
 
-    def _ready(self, found: Outcome | list[_Image]) -> Outcome | _Ready:
-        return self._batch(found, self.batch_size) if isinstance(found, list) else found
+    def _purify(self, grouped: Iterable[Outcome | _Image | list[_Image]]) -> Iterator[Outcome | _Purified]:
+        """Compute batches in parallel, and large images after the batches before them."""
+        largest = (MAX_UNTILED, MAX_UNTILED)
+        workers = parallel_batches(self.job.defense.purifier, largest, self.job.batch_size, self.job.device)
+        for large, found in groupby(grouped, lambda one: isinstance(one, _Image)):
+            if large:
+                yield from (self._purify_large(one) for one in found if isinstance(one, _Image))
+            else:
+                small = (one for one in found if not isinstance(one, _Image))
+                yield from chain.from_iterable(parallel_map(self._prepare, self._compute, small, workers))
 
-    def _batch(self, group: list[_Image], size: int) -> _Ready:
+    def _prepare(self, found: Outcome | list[_Image]) -> Outcome | _Batch:
+        return self._batch(found, self.job.batch_size) if isinstance(found, list) else found
+
+    def _batch(self, group: list[_Image], size: int) -> _Batch:
         full = [group[min(i, len(group) - 1)] for i in range(size)]
         pixels = np.stack([one.pixels for one in full if one.pixels is not None])
         images = torch.from_numpy(pixels.astype(np.float32) / np.float32(255))
-        noise = row_noise(self.purifier, images, [one.key for one in full], seed=self.seed, purpose="purify")
-        return _Ready(group, onto(images, self.device), onto(noise, self.device))
+        keys = [one.entry.file for one in full]
+        noise = row_noise(self.job.defense.purifier, images, keys, seed=self.job.seed, purpose="purify")
+        return _Batch(group, to_device(images, self.job.device), to_device(noise, self.job.device))
 
-    def _computed(self, found: Outcome | _Ready) -> list[Outcome] | list[_Pixels]:
-        return self._clean(found) if isinstance(found, _Ready) else [found]
+    def _compute(self, found: Outcome | _Batch) -> list[Outcome] | list[_Purified]:
+        return self._purify_batch(found) if isinstance(found, _Batch) else [found]
 
-    def _purified(self, gathered: Iterable[Outcome | _Image | list[_Image]]) -> Iterator[Outcome | _Pixels]:
-        """Compute batches side by side, and large images when those before them are done."""
-        at_once = batches_that_fit(self.purifier, LARGEST, LARGEST, self.batch_size, self.device)
-        for large, found in groupby(gathered, lambda one: isinstance(one, _Image)):
-            if large:
-                yield from (self._alone(one) for one in found if isinstance(one, _Image))
-            else:
-                small = (one for one in found if not isinstance(one, _Image))
-                yield from chain.from_iterable(spread(self._ready, self._computed, small, at_once))
-
-    def _clean(self, batch: _Ready) -> list[_Pixels]:
-        clean = purify_batch(self.purifier, batch.images, batch.noise, self.precision)
+    def _purify_batch(self, batch: _Batch) -> list[_Purified]:
+        purified = self.job.purify(batch.images, batch.noise)
         sizes = [one.size for one in batch.group]
-        cut = [image[:, :h, :w] for image, (h, w) in zip(clean, sizes, strict=False)]  # the last may be there again
-        return [(one, (image * 255).round().byte().numpy()) for one, image in zip(batch.group, cut, strict=True)]
+        cropped = [image[:, :h, :w] for image, (h, w) in zip(purified, sizes, strict=False)]  # without the padding
+        return [(one, (image * 255).round().byte().numpy()) for one, image in zip(batch.group, cropped, strict=True)]
 
-    def _alone(self, one: _Image) -> Outcome:
-        decoded = _decoded(one)
+    def _purify_large(self, image: _Image) -> Outcome:
+        decoded = _decode(image)
         if isinstance(decoded, Outcome):
             return decoded
         try:
-            ((_, pixels),) = self._clean(self._batch([decoded], 1))
+            ((_, pixels),) = self._purify_batch(self._batch([decoded], 1))
         except (MemoryError, torch.OutOfMemoryError):
-            why = f"{one.file} does not fit memory at so many steps; cut it into tiles, or give fewer --sampler-steps"
-            return Outcome(one.key, "failed", why, one.sha256)
+            return image.failed(
+                f"{image.file} does not fit into memory; cut it into tiles, or give fewer --sampler-steps"
+            )
         return self._write(decoded, pixels)
 
-    def _write(self, one: _Image, pixels: NDArray[np.uint8]) -> Outcome:
+    def _write(self, image: _Image, pixels: NDArray[np.uint8]) -> Outcome:
         try:
-            self.writer.write(one.key, one.sha256, self.names[one.key], pixels, one.about)
+            self.writer.write(image.entry, pixels, image.metadata)
         except AdvdiffError as e:
-            return Outcome(one.key, "failed", str(e), one.sha256)
-        return Outcome(one.key, "ok")
+            return image.failed(str(e))
+        return Outcome(image.entry.file, "ok")
 
-    def _settle(self, found: Outcome | _Pixels) -> Outcome:
-        """Write what was computed, and note in the journal what failed."""
+    def _finish(self, found: Outcome | _Purified) -> Outcome:
+        """Write a purified image, or record a failure in the journal."""
         outcome = found if isinstance(found, Outcome) else self._write(*found)
         if outcome.status == "failed":
-            self.writer.fail(outcome.file, outcome.sha256, outcome.reason)
+            self.writer.record_failure(outcome.file, outcome.sha256, outcome.reason)
         return outcome
 
 
-def _decoded(one: _Image) -> Outcome | _Image:
+def _decode(image: _Image) -> Outcome | _Image:
     try:
-        pixels, about = read_image(one.file), told_of(one.file)
+        pixels, metadata = read_image(image.file), image_metadata(image.file)
         height, width = pixels.shape[1:]
         if min(height, width) < MIN_SIZE:
-            raise AdvdiffError(f"{one.file} is {height}x{width}; at least {MIN_SIZE}x{MIN_SIZE} is needed")
+            raise AdvdiffError(f"{image.file} is {height}x{width}; at least {MIN_SIZE}x{MIN_SIZE} is needed")
     except (AdvdiffError, OSError) as e:
-        return Outcome(one.key, "failed", str(e), one.sha256)
-    return replace(one, size=(height, width), about=about, pixels=_rounded(pixels))
+        return image.failed(str(e))
+    return replace(image, size=(height, width), metadata=metadata, pixels=_round_up(pixels))
 
 
-def _gathered(loaded: Iterable[Outcome | _Image], batch_size: int) -> Iterator[Outcome | _Image | list[_Image]]:
-    """Yield images of one size that fill a batch, or have waited for too long; large ones and failures as they come."""
+def _group_by_size(loaded: Iterable[Outcome | _Image], batch_size: int) -> Iterator[Outcome | _Image | list[_Image]]:
+    """Yield images of one size that fill a batch or have waited too long; large images and failures at once."""
     waiting: dict[tuple[int, ...], list[_Image]] = {}
     for found in loaded:
         if isinstance(found, Outcome) or found.pixels is None:
@@ -193,17 +191,14 @@ def _gathered(loaded: Iterable[Outcome | _Image], batch_size: int) -> Iterator[O
         waiting.setdefault(shape, []).append(found)
         if len(waiting[shape]) == batch_size:
             yield waiting.pop(shape)
-        elif sum(map(len, waiting.values())) >= _WAITING * batch_size:
+        elif sum(map(len, waiting.values())) >= _MAX_WAITING * batch_size:
             yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
     yield from waiting.values()
 
 
-def _rounded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return an image (3, H, W) reflected beyond its lower and right borders to a size that others share.
-
-    One that is denoised in windows is computed alone, and stays as it is.
-    """
-    if max(image.shape) > LARGEST:
+def _round_up(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pad an image (3, H, W) by reflection at the bottom and right to a rounded size; large images stay as they are."""
+    if max(image.shape) > MAX_UNTILED:
         return image
-    below, right = (-side % _SIZES for side in image.shape[1:])
-    return np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect")
+    bottom, right = (-side % _SIZE_STEP for side in image.shape[1:])
+    return np.pad(image, ((0, 0), (0, bottom), (0, right)), mode="reflect")

@@ -1,42 +1,67 @@
-"""Purify the rows of a patch set, batches side by side on a CPU, the next one being read meanwhile elsewhere."""
+"""Purify the rows of a patch set."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from advdiff_cli.data.patch_writer import Batch, PatchWriter
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.jobs.memory import batches_that_fit
-from advdiff_cli.models.device import autocast, onto, spread
+from advdiff_cli.data.provenance import Provenance, recipe
+from advdiff_cli.jobs.memory import parallel_batches
+from advdiff_cli.jobs.parallel_map import parallel_map
+from advdiff_cli.models.device import Precision, autocast, to_device
 from advdiff_cli.purification.defended_classifier import row_noise
-from advdiff_cli.purification.purifier import Purifier
+from advdiff_cli.purification.defense import Defense
 
 
-@torch.inference_mode()
-def purify_batch(purifier: Purifier, images: Tensor, noise: Tensor, precision: str) -> Tensor:
-    """Purify images (B, 3, H, W) in [0, 1] with the noise given, all on the purifier's device; the result is not."""
-    with autocast(precision, images.device):
-        purified: Tensor = purifier(images, noise)
-        return purified.float().cpu()
+@dataclass(frozen=True)
+class PurifyJob:
+    """How patches are purified.
+
+    Args:
+        defense: The purifier, on `device`, and its settings.
+        seed: Of the noise.
+        batch_size: Patches computed together.
+        precision: fp32, bf16 or fp16.
+        device: Where to compute.
+    """
+
+    defense: Defense
+    seed: int
+    batch_size: int
+    precision: Precision
+    device: torch.device
+
+    def recipe(self, patches: PatchSet | None = None) -> Provenance:
+        """Return the recipe for a patch set, or for a folder of images."""
+        settings = {"seed": self.seed, "batch_size": self.batch_size, "precision": self.precision}
+        data = {} if patches is None else {"data": patches.recipe_input()}
+        return recipe("purify", self.defense.spec.parameters() | settings, **data, ddpm=self.defense.fingerprint)
+
+    @torch.inference_mode()
+    def purify(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Purify a batch (B, 3, H, W) in [0, 1] with the given noise, both on the device; return it on the CPU."""
+        with autocast(self.precision, images.device):
+            purified: Tensor = self.defense.purifier(images, noise)
+            return purified.float().cpu()
 
 
-def purify_rows(
-    purifier: Purifier, patches: PatchSet, sink: PatchWriter, *,
-    batch_size: int, seed: int, precision: str, device: torch.device,
-) -> Iterator[int]:  # fmt: skip
-    """Purify the rows of `patches` that `sink` has not got, yielding the number of rows after each batch."""
+def purify_rows(job: PurifyJob, patches: PatchSet, writer: PatchWriter) -> Iterator[int]:
+    """Purify the rows that `writer` does not have yet, yielding the number of rows after each batch."""
+    purifier = job.defense.purifier
 
     def read(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
         images = patches.read(batch.rows)
-        noise = row_noise(purifier, images, [patches.keys[i] for i in batch.rows], seed=seed, purpose="purify")
-        return batch, onto(images, device), onto(noise, device)
+        noise = row_noise(purifier, images, [patches.keys[i] for i in batch.rows], seed=job.seed, purpose="purify")
+        return batch, to_device(images, job.device), to_device(noise, job.device)
 
-    def purified(one: tuple[Batch, Tensor, Tensor]) -> tuple[Batch, Tensor]:
-        return one[0], purify_batch(purifier, *one[1:], precision)
+    def purify(one: tuple[Batch, Tensor, Tensor]) -> tuple[Batch, Tensor]:
+        return one[0], job.purify(*one[1:])
 
-    at_once = batches_that_fit(purifier, *patches.require_shape(), batch_size, device)
-    with sink:
-        for batch, clean in spread(read, purified, sink.batches(batch_size), at_once):
-            sink.write(batch, clean.numpy())
+    workers = parallel_batches(purifier, patches.require_shape(), job.batch_size, job.device)
+    with writer:
+        for batch, clean in parallel_map(read, purify, writer.batches(job.batch_size), workers):
+            writer.write(batch, clean.numpy())
             yield batch.count

@@ -1,84 +1,81 @@
-"""The rows of a file, made by one process, or by those of torchrun: each makes a shard, and the first joins them."""
+"""Make a patch set in one process, or in those of torchrun: each makes a shard, and the main one merges them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
-from advdiff_cli import console
+from advdiff_cli.data.distributed import ProcessGroup
+from advdiff_cli.data.merge import merge_sets
+from advdiff_cli.data.patch_writer import OutputSpec, PatchWriter, is_complete, recorded, shard_rows
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
 
-if TYPE_CHECKING:
-    from advdiff_cli.data.distributed import Processes
-    from advdiff_cli.data.patch_writer import PatchWriter
-    from advdiff_cli.data.patches import PatchSet
+Status = Literal["done", "up to date"]
+Shard = tuple[int, int]
+
+NO_SHARD_UNDER_TORCHRUN = "--shard: under torchrun the shard is the process's rank; leave the option out"
 
 
-def fill(
-    out: Path, made_by: dict[str, Any], patches: "PatchSet", shard: tuple[int, int] | None, processes: "Processes",
-    work: "Callable[[PatchWriter], None]", *, device: str, overwrite: bool,
-) -> str:  # fmt: skip
-    """Let `work` write the rows of `out` that are not finished; return `done`, or `up to date` where none was left.
+@dataclass(frozen=True)
+class ShardedOutput:
+    """A patch set to be made in shards.
 
     Args:
-        out: A .safetensors or .h5 file to be made.
-        made_by: Its recipe, which names the batch size.
-        patches: The rows it is made from.
-        shard: Which part of them, of a scheduler's; that of torchrun's processes is their rank.
-        processes: The processes that share the work.
-        work: Computes and writes the rows of a writer, and closes it.
-        device: Kind of device, for the record.
-        overwrite: Whether another result may be replaced.
-
-    Raises:
-        AdvdiffError: as PatchWriter, or a shard is asked for of processes that are shards already.
+        output: The .safetensors or .h5 file.
+        patches: The rows that it is made from.
+        batch_size: Patches computed together; shards hold whole batches.
+        work: Computes and writes the missing rows of a writer, and closes it.
     """
-    from advdiff_cli.data import patch_writer
 
-    def one(target: Path, part: tuple[int, int] | None) -> str:
-        rows = patch_writer.shard_rows(len(patches), made_by["parameters"]["batch_size"], part)
-        sink = patch_writer.PatchWriter(
-            target, made_by, patches, rows, shape=patches.require_shape(), device=device, overwrite=overwrite
-        )
-        if not sink.up_to_date:
-            work(sink)
-        return "up to date" if sink.up_to_date else "done"
+    output: OutputSpec
+    patches: PatchSet
+    batch_size: int
+    work: Callable[[PatchWriter], None]
 
-    if processes.count == 1:
-        status = one(out, shard)
-    else:
+    def make(self, shard: Shard | None, group: ProcessGroup) -> Status:
+        """Make the rows that are missing: of a shard, or of the whole set by all processes of a group.
+
+        Raises:
+            AdvdiffError: As PatchWriter, or a shard is asked for under torchrun.
+        """
+        if group.size == 1:
+            return self._make_part(self.output.path, shard)
         if shard is not None:
-            raise AdvdiffError("--shard: under torchrun each process takes the shard of its rank; leave it out")
-        status = _in_shards(out, made_by, patches, processes, one, device, overwrite)
-    if status == "up to date":
-        console.log(f"{out} is up to date")
-    return status
+            raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
+        return self._make_together(group)
 
-
-def _in_shards(
-    out: Path, made_by: dict[str, Any], patches: "PatchSet", processes: "Processes",
-    one: Callable[[Path, tuple[int, int] | None], str], device: str, overwrite: bool,
-) -> str:  # fmt: skip
-    from advdiff_cli.data.merge import merge_sets
-    from advdiff_cli.data.patch_writer import is_made
-
-    if not overwrite and is_made(out, made_by):
-        return "up to date"
-    if out.exists() and not overwrite:
-        raise AdvdiffError(f"{out} exists and was made otherwise; give --overwrite or another --out")
-    batches = -(-len(patches) // made_by["parameters"]["batch_size"])
-    shards = min(processes.count, batches)
-    if shards == 1:
-        if processes.first:
-            one(out, None)
-        processes.wait()
+    def _make_part(self, path: Path, shard: Shard | None) -> Status:
+        rows = shard_rows(len(self.patches), self.batch_size, shard)
+        writer = PatchWriter(replace(self.output, path=path), self.patches, rows)
+        if writer.up_to_date:
+            return "up to date"
+        self.work(writer)
         return "done"
-    parts = [out.with_name(f"{out.stem}.{i}of{shards}{out.suffix}") for i in range(shards)]
-    if processes.rank < shards:
-        one(parts[processes.rank], (processes.rank, shards))
-    processes.wait()
-    if processes.first:
-        merge_sets(parts, out, device=device, overwrite=overwrite)
-        for part in parts:
-            part.unlink()
-    processes.wait()
-    return "done"
+
+    def _make_together(self, group: ProcessGroup) -> Status:
+        output, out = self.output, self.output.path
+        if not output.overwrite and is_complete(out, output.recipe):
+            return "up to date"
+        if out.exists() and not output.overwrite:
+            have = recorded(out) or {}
+            whole = {**output.recipe, "part": None}
+            matches_recipe(out, {**have.get("recipe", {}), "part": have.get("part")}, whole)
+        batches = -(-len(self.patches) // self.batch_size)
+        shards = min(group.size, batches)
+        if shards == 1:
+            if group.is_main:
+                self._make_part(out, None)
+            group.wait()
+            return "done"
+        parts = [out.with_name(f"{out.stem}.{i}of{shards}{out.suffix}") for i in range(shards)]
+        if group.rank < shards:
+            self._make_part(parts[group.rank], (group.rank, shards))
+        group.wait()
+        if group.is_main:
+            merge_sets(parts, out, device=output.device, overwrite=output.overwrite)
+            for part in parts:
+                part.unlink()
+        group.wait()
+        return "done"
