@@ -1,1 +1,1 @@
-"""Fitting classifiers and diffusion models, with checkpoints that resume to the same weights."""
+"""Train classifiers and diffusion models, with checkpoints that resume to the same weights."""

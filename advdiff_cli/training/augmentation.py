@@ -1,4 +1,4 @@
-"""Augmentations of a batch: the eight symmetries of the square (tissue has no up) and stain variation."""
+"""Augmentation of a batch: the eight symmetries of the square (tissue has no orientation), and stain variation."""
 
 import numpy as np
 import torch
@@ -7,19 +7,19 @@ from torch import Tensor
 from advdiff_cli.data.stain import mix, separate
 
 
-def turn(images: Tensor, rng: np.random.Generator) -> Tensor:
+def random_symmetry(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Apply to each image (B, 3, H, W) a random one of four rotations and, half the time, a flip.
 
-    Images that are not square keep their orientation: the rotations are then by 0 or 180 degrees.
+    Images that are not square are rotated by 0 or 180 degrees only.
     """
     square = images.shape[-1] == images.shape[-2]
     choice = torch.from_numpy(rng.integers(0, 8, len(images)))
     turned = images.clone()
     for k in range(8):
-        mine = choice == k
-        if mine.any():
-            part = torch.rot90(images[mine], (k % 4) if square else 2 * (k % 2), (-2, -1))
-            turned[mine] = part.flip(-1) if k >= 4 else part
+        chosen = choice == k
+        if chosen.any():
+            part = torch.rot90(images[chosen], (k % 4) if square else 2 * (k % 2), (-2, -1))
+            turned[chosen] = part.flip(-1) if k >= 4 else part
     return turned
 
 

@@ -1,20 +1,23 @@
-"""Training state on disk: a work folder beside the output, checkpoints in safetensors, the final name by rename."""
+"""Training state on disk: a work folder next to the output, checkpoints in safetensors, the final name by rename."""
 
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from advdiff_cli.data.atomic_files import share, writing
+from advdiff_cli.data.atomic_files import name_write_errors, set_default_mode
+from advdiff_cli.data.journal import complete_lines
 from advdiff_cli.data.locks import OutputLock
-from advdiff_cli.data.provenance import Provenance, canonical, difference, same_recipe, whole_lines
+from advdiff_cli.data.patch_writer import OutputSpec
+from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json
+from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -23,57 +26,49 @@ _RECIPE = "recipe.json"
 _STATE = "state"
 
 
-def begun(out: Path, recorded: Provenance | None) -> Mapping[str, Any]:
-    """Return the parameters of the unfinished work at `out`, else of the model there; empty where there is neither.
+def training_resume_params(out: Path, recorded: Provenance | None) -> Mapping[str, object]:
+    """Return the parameters of the unfinished work at `out`, or of the model there; empty if there is neither.
 
-    The same command takes its precision from it, so that it goes on where another machine began.
+    The same command takes its precision from them, so that it resumes work begun on another machine.
     """
-    known = out.with_name(out.name + ".part") / _RECIPE
-    recipe = json.loads(known.read_text()) if known.is_file() else recorded
-    parameters: Mapping[str, Any] = (recipe or {}).get("parameters", {})
+    recipe = _read_recipe(_work_folder(out)) or recorded
+    parameters: Mapping[str, object] = (recipe or {}).get("parameters", {})
     return parameters
 
 
 class WorkFolder:
-    """OUT.part: where a model is made; `publish` gives it the name OUT. Of several processes, the first one writes."""
+    """OUT.part, where a model is trained; `publish` renames it to OUT. Only the main process writes."""
 
-    def __init__(
-        self, out: Path, recipe: Provenance, recorded: Provenance | None, *, overwrite: bool, first: bool = True
-    ) -> None:
-        """Decide whether `out` is up to date, and open or resume the work folder.
+    def __init__(self, output: OutputSpec, recorded: Provenance | None, *, is_main: bool = True) -> None:
+        """Decide whether the output is up to date, and open or resume the work folder.
 
         Args:
-            out: the folder to be made.
-            recipe: what is to be made.
-            recorded: the recipe of what stands at `out`, or None where it is no model folder.
-            overwrite: whether another model or another recipe's unfinished work may be replaced.
-            first: whether this process is the one that writes; on the others nothing is written.
+            output: The folder to be made.
+            recorded: The recipe of the model folder at the path, or None if there is no model.
+            is_main: Whether this process writes.
 
         Raises:
-            AdvdiffError: something else stands at `out`, or in the work folder, or another command is at work there.
+            AdvdiffError: Something else is at the path or in the work folder, or another command works there.
         """
-        self.out = out
-        self._first = first
+        self.out = out = output.path
+        self._is_main = is_main
         self._lock: OutputLock | None = None
-        self.part = out.with_name(out.name + ".part")
+        self.part = _work_folder(out)
         self.final = self.part / "final"
         self.up_to_date = False
         if out.exists():
             if recorded is None and not (out.is_dir() and not any(out.iterdir())):
-                raise AdvdiffError(f"{out} exists and is no model folder of advdiff; choose another --out")
-            self.up_to_date = recorded is not None and same_recipe(recorded, recipe) and not overwrite
-            if recorded is not None and not self.up_to_date and not overwrite:
-                raise AdvdiffError(
-                    f"{out} was made otherwise ({difference(recorded, recipe)}); give --overwrite or another --out"
-                )
-        if first and self.up_to_date and self._begun() == recipe:  # a process died before it had tidied up
+                raise AdvdiffError(f"{out} exists and is not a model folder of advdiff; choose another --out")
+            same = matches_recipe(out, recorded, output.recipe, overwrite=output.overwrite)
+            self.up_to_date = same and not output.overwrite
+        if is_main and self.up_to_date and _read_recipe(self.part) == output.recipe:  # a process died while tidying up
             with OutputLock(out):
                 shutil.rmtree(self.part)
-        elif first and not self.up_to_date:
+        elif is_main and not self.up_to_date:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = OutputLock(out)
             try:
-                self._open(recipe, overwrite)
+                self._open(output)
             except BaseException:
                 self._lock.release()
                 raise
@@ -83,78 +78,65 @@ class WorkFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let another process have it."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
 
-    def _open(self, recipe: Provenance, overwrite: bool) -> None:
+    def _open(self, output: OutputSpec) -> None:
         if self.part.is_symlink():
-            raise AdvdiffError(f"{self.part} is a symbolic link, which is not written through; remove it")
-        begun = self._begun()
-        if begun is not None:
-            if same_recipe(begun, recipe):
-                return
-            if not overwrite:
-                raise AdvdiffError(
-                    f"{self.part} holds unfinished work of another recipe ({difference(begun, recipe)}); "
-                    "give --overwrite or another --out"
-                )
-        elif self.part.exists() and any(self.part.iterdir()) and not overwrite:
-            raise AdvdiffError(
-                f"{self.part} is in the way and holds no unfinished work of advdiff; move it, or give --overwrite"
-            )
+            raise AdvdiffError(f"{self.part} is a symbolic link, which advdiff does not write through; remove it")
+        begun = _read_recipe(self.part)
+        if matches_recipe(self.part, begun, output.recipe, overwrite=output.overwrite, unfinished=True):
+            return
+        if begun is None and self.part.exists() and any(self.part.iterdir()) and not output.overwrite:
+            raise AdvdiffError(f"{self.part} holds no unfinished work of advdiff; move it, or give --overwrite")
         if self.part.exists():
             shutil.rmtree(self.part)
         self.part.mkdir()
-        _replace(self.part / _RECIPE, canonical(recipe))
+        _replace(self.part / _RECIPE, canonical_json(output.recipe))
 
-    def _begun(self) -> Provenance | None:
-        known = self.part / _RECIPE
-        recipe: Provenance | None = json.loads(known.read_text()) if known.is_file() else None
-        return recipe
-
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Mapping[str, object]) -> None:
         """Append a record to training.jsonl."""
-        if not self._first:
+        if not self._is_main:
             return
         with (self.part / LOG).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], name: str = CHECKPOINT) -> None:
-        """Write a checkpoint: tensors, and a state that JSON can hold; the old one stays until the new one is whole."""
-        if not self._first:
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, object], name: str = CHECKPOINT) -> None:
+        """Write a checkpoint of tensors and a JSON state; it replaces the old one when it is complete."""
+        if not self._is_main:
             return
         target = self.part / name
-        fresh = target.with_name(name + ".new")
+        temporary = target.with_name(name + ".new")
         copies = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        with writing(target):
-            save_file(copies, fresh, {_STATE: canonical(dict(state))})
-        os.replace(fresh, target)
+        with name_write_errors(target):
+            save_file(copies, temporary, {_STATE: canonical_json(dict(state))})
+        os.replace(temporary, target)
 
-    def load(self, name: str = CHECKPOINT) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and state of the last checkpoint, or None before the first; the log is cut back to it."""
+    def load(self, name: str = CHECKPOINT) -> tuple[dict[str, Tensor], JsonObject] | None:
+        """Return the tensors and the state of the last checkpoint, or None before the first one."""
         path = self.part / name
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            state: dict[str, Any] = json.loads(file.metadata()[_STATE])
+            state: JsonObject = json.loads(file.metadata()[_STATE])
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         return tensors, state
 
-    def cut_log(self, step: int) -> None:
-        """Drop the log records after `step`, and of publishing, which are about to be made again."""
+    def truncate_log(self, step: int) -> None:
+        """Remove the log records after `step`, and that of publishing, which will be written again."""
         path = self.part / LOG
-        if self._first and path.is_file():
-            lines = [(line, json.loads(line)) for line in whole_lines(path)]
+        if self._is_main and path.is_file():
+            lines = [(line, json.loads(line)) for line in complete_lines(path)]
             kept = [line for line, record in lines if record["step"] <= step and "published" not in record]
             _replace(path, "".join(f"{line}\n" for line in kept))
 
     def publish(self, *kept: str) -> None:
-        """Give what was saved in `final` the output's name, with the files called `kept`; the rest is removed."""
+        """Rename `final` to the output, together with the log and the files called `kept`; remove everything else."""
         for name in (LOG, *kept):
             if (self.part / name).is_file():
                 shutil.copyfile(self.part / name, self.final / name)
-        share(self.final)
+        set_default_mode(self.final)
         old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
             if old.exists():
@@ -166,10 +148,20 @@ class WorkFolder:
                 shutil.rmtree(folder)
 
 
+def _work_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".part")
+
+
+def _read_recipe(part: Path) -> Provenance | None:
+    path = part / _RECIPE
+    recipe: Provenance | None = json.loads(path.read_text()) if path.is_file() else None
+    return recipe
+
+
 def _replace(file: Path, text: str) -> None:
-    fresh = file.with_name(file.name + ".new")
-    fresh.write_text(text)
-    os.replace(fresh, file)
+    temporary = file.with_name(file.name + ".new")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -179,7 +171,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Restore a state of `optimizer_tensors`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
@@ -188,6 +180,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the entries under `prefix.`, without it."""
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries under `prefix.`, without the prefix."""
     return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}

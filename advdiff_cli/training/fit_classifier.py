@@ -1,13 +1,12 @@
-"""Fit a classifier: AdamW, one cosine cycle; the best epoch on valid is kept, then calibrated there.
+"""Train a classifier: AdamW with one cosine cycle; the best epoch on validation rows is kept and calibrated.
 
-What it is shown, as it is, behind a defence or attacked, is its regime's.
+`TrainingInput` decides whether batches are clean, purified or attacked.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,41 +15,89 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from advdiff_cli.data.patch_source import Rows
-from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.rng import drawing, stream
+from advdiff_cli.data.patches import PatchSet, row_batches
+from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.data.rng import stream, torch_seeded
 from advdiff_cli.models.classifiers import Classifier
-from advdiff_cli.training.adversarial import Regime
-from advdiff_cli.training.augmentation import turn, vary_stain
-from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, prefixed
+from advdiff_cli.models.device import Precision
+from advdiff_cli.training.adversarial import TrainingInput
+from advdiff_cli.training.augmentation import random_symmetry, vary_stain
+from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, with_prefix
 from advdiff_cli.training.loader import TrainingRows
-from advdiff_cli.training.optim import accelerator_at, cosine, descend, restore_scaler, scaler_state
-from advdiff_cli.training.platt import platt
+from advdiff_cli.training.optim import build_accelerator, cosine, optimizer_step, restore_scaler, scaler_state
+from advdiff_cli.training.platt import fit_platt
 
 Channels = tuple[float, float, float]
 
 BEST = "best.safetensors"
-PLAIN = Regime()
+CLEAN = TrainingInput()
 
 
 @dataclass(frozen=True)
-class ClassifierPlan:
-    """How to fit: what enters the recipe."""
+class ClassifierRecipe:
+    """The settings of a fit that enter the recipe.
+
+    Args:
+        epochs: Passes over the data.
+        batch_size: Patches in a step, over all processes.
+        learning_rate: Peak of the cosine cycle.
+        weight_decay: Of AdamW.
+        stain: Strength of stain variation; 0 for none.
+        seed: Of weights, order and augmentation.
+        precision: fp32, bf16 or fp16.
+    """
 
     epochs: int
     batch_size: int
     learning_rate: float
     weight_decay: float
-    stain: float  # strength of stain variation; 0 for none
+    stain: float
     seed: int
-    precision: str
+    precision: Precision
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> JsonObject:
         """Return the parameters that enter a recipe."""
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Evaluates a classifier on validation rows, which are purified and attacked as in training."""
+
+    model: Classifier
+    rows: PatchSet
+    batch_size: int
+    inputs: TrainingInput
+    device: torch.device
+
+    def logits(self, *, attacked: bool = False) -> tuple[Tensor, Tensor]:
+        """Return logits (N, 2) and labels (N,)."""
+        self.model.eval()
+        batches = row_batches(len(self.rows), self.batch_size)
+        logits = torch.cat([self._batch(rows, attacked=attacked) for rows in batches])
+        return logits, torch.from_numpy(self.rows.require_labels())
+
+    def _batch(self, rows: Rows, *, attacked: bool) -> Tensor:
+        names = [f"valid {i}" for i in rows]
+        batch = self.rows.batch(rows, self.device)
+        images = _channels_last(batch.images)
+        if attacked:
+            images = self.inputs.perturb(self.model, images, batch.labels, names)
+        with torch.inference_mode():
+            logits: Tensor = self.model(_channels_last(self.inputs.purify(images, names)))
+        return logits.float().cpu()
+
+    def metrics(self) -> dict[str, float]:
+        """Return loss and accuracy on validation rows, and accuracy on attacked ones if training has an adversary."""
+        logits, labels = self.logits()
+        found = {"valid_loss": cross_entropy(logits, labels).item(), "valid_accuracy": _accuracy(logits, labels)}
+        if self.inputs.adversary is not None:
+            found["valid_robust_accuracy"] = _accuracy(*self.logits(attacked=True))
+        return found
+
+
 def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Channels, Channels]:
-    """Return mean and deviation of each channel over n random rows."""
+    """Return mean and standard deviation of each channel over n random rows."""
     chosen = stream(seed, "statistics").permutation(len(rows))[:n]
     images, _ = rows.read(np.sort(chosen))
     mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
@@ -61,144 +108,125 @@ def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Ch
     return rounded(mean), rounded(std)
 
 
-def fit_classifier(
-    model: Classifier, train: TrainingRows, valid: PatchSet | None, plan: ClassifierPlan, work: WorkFolder,
-    device: torch.device, regime: Regime = PLAIN, *, checkpoint_seconds: float = 120,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Fit `model` in place, yielding a record after each step; it holds the best epoch's weights at the end,
-    in the first of several processes.
+@dataclass
+class ClassifierFit:
+    """A fit of a classifier, resumed from the last checkpoint of its work folder.
 
     Args:
-        model: Classifier; trained on `device`, back in eval mode at the end.
-        train: Rows to learn from.
-        valid: Labelled rows that choose the epoch; without them the last epoch's weights are kept.
-        plan: Recipe of the fit.
-        work: Where checkpoints are written and found again.
+        model: Trained in place on `device`.
+        train: Rows to train on.
+        valid: Labelled rows that choose the epoch; without them, the last epoch is kept.
+        settings: What enters the recipe.
+        work: Where checkpoints are written and found.
         device: Where to compute; processes of torch.distributed share each batch.
-        regime: What the classifier is shown of a batch, and its loss.
+        inputs: How batches are purified and attacked.
         checkpoint_seconds: Seconds between checkpoints within an epoch.
-
-    Yields:
-        {"step", "of", "loss"} after each step; an epoch's record has "epoch" and the valid figures too, the accuracy
-        on attacked patches among them where the regime has an adversary. That accuracy then chooses the epoch.
     """
-    accelerator = accelerator_at(plan.precision, device)
-    optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
-    for purifier in filter(None, regime.purifiers):
-        purifier.to(accelerator.device)
-    per_epoch = train.steps(plan.batch_size)
-    model.to(memory_format=torch.channels_last)
-    step, best, before = _resume(model, optimizer, work, accelerator)
-    total, losses = plan.epochs * per_epoch, deque(before, per_epoch)
-    network, optimizer = accelerator.prepare(model, optimizer)
-    part = (accelerator.process_index, accelerator.num_processes)
-
-    def save() -> None:
-        if accelerator.is_main_process:
-            tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | optimizer_tensors(optimizer)
-            state = {"step": step, "best": best, "losses": list(losses), "scaler": scaler_state(accelerator)}
-            work.save(tensors, state)
-
-    last = time.monotonic()
-    for images, labels in train.batches(step, total, plan.batch_size, plan.seed, part):
-        network.train()
-        rng = stream(plan.seed, "augment", step, part[0])
-        images = _varied(images.to(accelerator.device, non_blocking=True), plan.stain, rng)
-        first = step * plan.batch_size + part[0] * len(images)
-        truth, names = labels.to(accelerator.device), range(first, first + len(images))
-        with drawing(accelerator.device, plan.seed, "dropout", step, part[0]):
-            loss = regime.loss(network, model, _channels_last(images), truth, names)
-        losses.append(descend(accelerator, optimizer, loss, cosine(step, total, plan.learning_rate)))
-        step += 1
-        record: dict[str, Any] = {"step": step, "of": total, "loss": losses[-1]}
-        if step % per_epoch == 0 and accelerator.is_main_process:
-            record |= {"epoch": step // per_epoch, "loss": float(np.mean(losses))}
-            if valid is not None:
-                record |= _figures(OnValid(model, valid, plan.batch_size, regime, accelerator.device))
-                best = _keep_best(model, record, best, work)
-            work.log(record)
-        if step % per_epoch == 0 or time.monotonic() - last > checkpoint_seconds:
-            save()
-            last = time.monotonic()
-        yield record
-    if accelerator.is_main_process:
-        judge = None if valid is None else OnValid(model, valid, plan.batch_size, regime, accelerator.device)
-        _finish(model, work, judge)
-    model.eval()
-    accelerator.wait_for_everyone()
-    accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # mixed precision was the training's alone
-
-
-def _resume(
-    model: Classifier, optimizer: torch.optim.Optimizer, work: WorkFolder, accelerator: Accelerator
-) -> tuple[int, float, list[float]]:  # fmt: skip
-    """Put back the last checkpoint; return its step (0: there is none), the best accuracy and the losses."""
-    tensors, state = work.load() or ({}, {"step": 0, "best": -1.0})
-    if tensors:
-        model.load_state_dict(prefixed(tensors, "model"))
-        load_optimizer(optimizer, tensors)
-        restore_scaler(accelerator, state.get("scaler", {}))
-    work.cut_log(state["step"])
-    return state["step"], state["best"], state.get("losses", [])
-
-
-def _varied(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:
-    turned = turn(images, rng)
-    return vary_stain(turned, stain, rng) if stain else turned
-
-
-def _finish(model: Classifier, work: WorkFolder, on_valid: "OnValid | None") -> None:
-    """Put back the weights of the best epoch and calibrate their log-odds on valid."""
-    if (kept := work.load(BEST)) is not None:
-        model.load_state_dict(kept[0])
-    if on_valid is not None:
-        model.config = replace(model.config, slope=1.0, bias=0.0)
-        slope, bias = platt(*on_valid.logits())
-        model.config = replace(model.config, slope=slope, bias=bias)
-
-
-def _keep_best(model: Classifier, record: dict[str, Any], best: float, work: WorkFolder) -> float:
-    """Keep the weights of an epoch that does better on valid than all before; return the best accuracy."""
-    accuracy = float(record.get("valid_robust_accuracy", record["valid_accuracy"]))
-    if accuracy > best:
-        work.save(model.state_dict(), {"epoch": record["epoch"]}, BEST)
-    return max(best, accuracy)
-
-
-@dataclass(frozen=True)
-class OnValid:
-    """A classifier on the valid rows, which it is shown as in training."""
 
     model: Classifier
-    valid: PatchSet
-    batch_size: int
-    regime: Regime
+    train: TrainingRows
+    valid: PatchSet | None
+    settings: ClassifierRecipe
+    work: WorkFolder
     device: torch.device
+    inputs: TrainingInput = CLEAN
+    checkpoint_seconds: float = 120
+    _best: float = field(default=-1.0, init=False)
 
-    def logits(self, *, attacked: bool = False) -> tuple[Tensor, Tensor]:
-        """Return logits (N, 2) and labels (N,)."""
-        self.model.eval()
-        labels = torch.from_numpy(self.valid.require_labels())
-        starts = range(0, len(self.valid), self.batch_size)
-        batches = [np.arange(i, min(i + self.batch_size, len(self.valid))) for i in starts]
-        return torch.cat([self._batch(rows, labels[rows], attacked) for rows in batches]), labels
+    def run(self) -> Iterator[JsonObject]:
+        """Train, yielding a record after each step.
 
-    def _batch(self, rows: Rows, labels: Tensor, attacked: bool) -> Tensor:
-        names = [f"valid {i}" for i in rows]
-        images = _channels_last(self.valid.read(rows).to(self.device))
-        if attacked:
-            images = self.regime.attacked(self.model, images, labels.to(self.device), names)
-        with torch.inference_mode():
-            logits: Tensor = self.model(_channels_last(self.regime.shown(images, names)))
-        return logits.float().cpu()
+        At the end the model of the main process has the weights of the best epoch, is calibrated, and is in eval mode.
+
+        Yields:
+            {"step", "of", "loss"} after each step. The record of an epoch adds "epoch" and the validation metrics. With
+            an adversary these include the accuracy on attacked patches, which then chooses the epoch.
+        """
+        s, model = self.settings, self.model
+        accelerator = build_accelerator(s.precision, self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay)
+        for purifier in filter(None, self.inputs.purifiers):
+            purifier.to(accelerator.device)
+        per_epoch = self.train.steps(s.batch_size)
+        model.to(memory_format=torch.channels_last)
+        step, earlier = self._resume(optimizer, accelerator)
+        total, losses = s.epochs * per_epoch, deque(earlier, per_epoch)
+        network, optimizer = accelerator.prepare(model, optimizer)
+        part = (accelerator.process_index, accelerator.num_processes)
+        saved = time.monotonic()
+        for images, labels in self.train.batches(step, total, s.batch_size, s.seed, part):
+            network.train()
+            rng = stream(s.seed, "augment", step, part[0])
+            augmented = _augment(images.to(accelerator.device, non_blocking=True), s.stain, rng)
+            first = step * s.batch_size + part[0] * len(images)
+            names = range(first, first + len(images))
+            with torch_seeded(accelerator.device, s.seed, "dropout", step, part[0]):
+                truth = labels.to(accelerator.device)
+                loss = self.inputs.loss(network, model, _channels_last(augmented), truth, names)
+            losses.append(optimizer_step(accelerator, optimizer, loss, cosine(step, total, s.learning_rate)))
+            step += 1
+            record: JsonObject = {"step": step, "of": total, "loss": losses[-1]}
+            if step % per_epoch == 0 and accelerator.is_main_process:
+                record |= {"epoch": step // per_epoch, "loss": float(np.mean(losses))}
+                self._end_epoch(record, accelerator)
+            if step % per_epoch == 0 or time.monotonic() - saved > self.checkpoint_seconds:
+                self._save(optimizer, step, list(losses), accelerator)
+                saved = time.monotonic()
+            yield record
+        if accelerator.is_main_process:
+            self._keep_and_calibrate_best(accelerator)
+        model.eval()
+        accelerator.wait_for_everyone()
+        accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # removes mixed precision
+
+    def _validation(self, accelerator: Accelerator) -> Validation | None:
+        if self.valid is None:
+            return None
+        return Validation(self.model, self.valid, self.settings.batch_size, self.inputs, accelerator.device)
+
+    def _end_epoch(self, record: JsonObject, accelerator: Accelerator) -> None:
+        """Validate, store the weights if they are the best so far, and log the record."""
+        validation = self._validation(accelerator)
+        if validation is not None:
+            record |= validation.metrics()
+            chooses = "valid_robust_accuracy" if self.inputs.adversary else "valid_accuracy"
+            accuracy = float(record[chooses])
+            if accuracy > self._best:
+                self.work.save(self.model.state_dict(), {"epoch": record["epoch"]}, BEST)
+            self._best = max(self._best, accuracy)
+        self.work.log(record)
+
+    def _save(self, optimizer: torch.optim.Optimizer, step: int, losses: list[float], accelerator: Accelerator) -> None:
+        if accelerator.is_main_process:
+            weights = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+            state = {"step": step, "best": self._best, "losses": losses, "scaler": scaler_state(accelerator)}
+            self.work.save(weights | optimizer_tensors(optimizer), state)
+
+    def _resume(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[int, list[float]]:
+        """Restore the last checkpoint; return its step (0 without one) and the losses before it."""
+        tensors, state = self.work.load() or ({}, {"step": 0, "best": -1.0})
+        if tensors:
+            self.model.load_state_dict(with_prefix(tensors, "model"))
+            load_optimizer(optimizer, tensors)
+            restore_scaler(accelerator, state.get("scaler", {}))
+        self.work.truncate_log(state["step"])
+        self._best = state["best"]
+        return state["step"], state.get("losses", [])
+
+    def _keep_and_calibrate_best(self, accelerator: Accelerator) -> None:
+        """Restore the weights of the best epoch, and calibrate the log-odds on validation rows."""
+        if (kept := self.work.load(BEST)) is not None:
+            self.model.load_state_dict(kept[0])
+        validation = self._validation(accelerator)
+        if validation is not None:
+            self.model.config = replace(self.model.config, slope=1.0, bias=0.0)
+            slope, bias = fit_platt(*validation.logits())
+            self.model.config = replace(self.model.config, slope=slope, bias=bias)
 
 
-def _figures(judge: OnValid) -> dict[str, float]:
-    logits, labels = judge.logits()
-    found = {"valid_loss": cross_entropy(logits, labels).item(), "valid_accuracy": _accuracy(logits, labels)}
-    if judge.regime.adversary is not None:
-        found["valid_robust_accuracy"] = _accuracy(*judge.logits(attacked=True))
-    return found
+def _augment(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:
+    turned = random_symmetry(images, rng)
+    return vary_stain(turned, stain, rng) if stain else turned
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""Calibration of a classifier's log-odds on valid rows: a slope and a bias.
+"""Platt scaling: a slope and a bias that calibrate a classifier's log-odds on validation rows.
 
-Source: Platt 1999, Probabilistic outputs for support vector machines, with its smoothed targets, which keep the slope
-finite where the rows can be told apart without error.
+Source: Platt 1999, Probabilistic outputs for support vector machines. Its smoothed targets keep the slope finite when
+the classes are perfectly separated.
 """
 
 import torch
@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 
-def platt(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the slope and bias of the log-odds that give the labels their greatest likelihood.
+def fit_platt(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the slope and bias of the log-odds that maximize the likelihood of the labels.
 
     Args:
         logits: (N, 2).
         labels: (N,) 0 or 1.
 
     Returns:
-        (1, 0), which changes nothing, where a class is missing or the log-odds point the wrong way.
+        (slope, bias); (1, 0), which changes nothing, if a class is missing or the slope would not be positive.
     """
     odds = (logits[:, 1] - logits[:, 0]).double()
     positive, negative = int(labels.sum()), int((1 - labels).sum())
