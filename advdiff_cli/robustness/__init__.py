@@ -1,1 +1,1 @@
-"""The suite of attacks: what it runs, how it is run, the checks of it, and its summary; and sweeps over settings."""
+"""The suite of attacks: specification, runner, checks of the attacks, summary; and sweeps over a defense's settings."""

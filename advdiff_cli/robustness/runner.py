@@ -1,87 +1,82 @@
-"""Climb the ladder: make each rung's patch set and judge it, and look at what the attacks are made of."""
+"""Run a suite: attack and judge each row, and check the gradients and the attacks themselves."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from advdiff_cli.attacks.cost import Cost, attack_cost
-from advdiff_cli.attacks.eot import Objective
-from advdiff_cli.attacks.spec import aim
-from advdiff_cli.data.patch_writer import PatchWriter, is_made, shard_rows
+from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
+from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.data.patch_writer import OutputSpec, PatchWriter, is_complete, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import Provenance, recipe
+from advdiff_cli.data.provenance import JsonObject, Provenance, recipe
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.jobs.attack import attack_recipe, attack_rows
-from advdiff_cli.jobs.result_cache import keep_result, kept_predictions, kept_result, predict_and_keep
+from advdiff_cli.jobs.attack import AttackJob
+from advdiff_cli.jobs.predict import predict
+from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, store_predictions, store_result
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
-from advdiff_cli.purification.purifier import NoisePurifier, Purifier, linear_alpha_bar
-from advdiff_cli.robustness.binarization_test import PROBES
-from advdiff_cli.robustness.gradient_checks import look_at_gradients, unit_test
-from advdiff_cli.robustness.sanity_checks import Gradients, UnitTest
-from advdiff_cli.robustness.suite import Preset, Rung
-from advdiff_cli.robustness.timing_log import Stopwatch
+from advdiff_cli.purification.defense import Defense, DefenseSpec, EvaluatedModel
+from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
+from advdiff_cli.robustness.binarization_test import PROBE_PASSES, BinarizationResult, run_binarization_test
+from advdiff_cli.robustness.gradient_checks import GradientFindings, check_gradients
+from advdiff_cli.robustness.suite import Budget, SuiteRow
+from advdiff_cli.robustness.timing_log import TimingLog
 
 Advance = Callable[[int], None]
-LOOKED_AT = 64  # patches whose gradients are looked at, and that the attack's unit test is made of
+
+CHECKED_PATCHES = 64
+"""Patches whose gradients are checked, and with which attacks are tested."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated: a classifier, alone or behind a purifier, and what names each in a recipe."""
+class RowCost:
+    """The estimated cost of a row: U-Net evaluations for each of n patches, and seconds for all of them."""
 
-    classifier: nn.Module
-    fingerprint: str
-    purifier: Purifier | None = None
-    defence: Mapping[str, Any] | None = None
-    ddpm: str | None = None
-    precision: str = "fp32"
-    compiled: bool = False
+    name: str
+    n: int
+    unet_forward: int
+    unet_backward: int
+    seconds: float
 
-    @cached_property
-    def model(self) -> nn.Module:
-        """The classifier, or the defended one."""
-        if self.purifier is None:
-            return self.classifier
-        return DefendedClassifier(self.purifier, self.classifier, self.precision).eval()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What of the defence enters a recipe; nothing where there is none."""
-        return {} if self.defence is None else {**self.defence, "precision": self.precision}
-
-    @property
-    def sampler_steps(self) -> int:
-        """U-Net evaluations of one purification; 0 without a U-Net."""
-        return len(getattr(self.purifier, "indices", ()))
+    def as_dict(self) -> JsonObject:
+        """Return the fields."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
-class Climb:
-    """One run over a ladder.
+class PassSeconds:
+    """Measured seconds for each patch: of a forward pass and a gradient of the model, and of the classifier alone."""
+
+    forward: float
+    gradient: float
+    classifier: float
+
+
+@dataclass(frozen=True)
+class SuiteRunner:
+    """Runs rows of a suite on one model.
 
     Args:
-        subject: What is evaluated.
+        model: What is evaluated.
         patches: The rows, with labels, of one size.
-        spend: The preset: what attacks may spend, and how many draws judge.
-        out: Folder of the rungs, NAME.safetensors and NAME.predictions.safetensors each, of checks, NAME.json, and
-            of the seconds all that took.
+        budget: What attacks may spend, and how many draws judge.
+        out: The folder of results: NAME.safetensors and NAME.predictions.safetensors for each row, NAME.json for each
+            check, and seconds.jsonl.
         seed: Of attacks and judging draws.
-        batch_size: Patches attacked at once.
+        batch_size: Patches attacked together.
         device: Where to compute.
-        overwrite: Whether what another recipe made may be replaced.
-        label: What the names of predictions begin with, where several subjects share the folder.
+        overwrite: Whether results of another recipe may be replaced.
+        label: Prefix of prediction files, where several models share the folder.
     """
 
-    subject: Subject
+    model: EvaluatedModel
     patches: PatchSet
-    spend: Preset
+    budget: Budget
     out: Path
     seed: int
     batch_size: int
@@ -89,171 +84,164 @@ class Climb:
     overwrite: bool = False
     label: str = ""
 
+    def _job(self, row: SuiteRow, attack: AttackSpec) -> AttackJob:
+        return AttackJob(self._attacked_model(row), attack, self.patches, self.seed, self.batch_size, self.device)
+
+    def _attacked_model(self, row: SuiteRow) -> EvaluatedModel:
+        """Return the model that a row's attack is made against."""
+        if row.against == "defense":
+            return self.model
+        if row.against == "nothing" or self.model.defense is None:
+            return replace(self.model, defense=None)
+        spec = DefenseSpec("noise", self.model.defense.spec.t_star)
+        purifier = NoisePurifier(linear_alpha_bar(), spec.t_star).to(self.device)
+        return replace(self.model, defense=Defense(purifier, spec, None))
+
+    def attack(self, row: SuiteRow) -> Iterator[int]:
+        """Make the patch set of a row, yielding the number of rows after each batch, those of an earlier run first."""
+        if row.attack is None:
+            return
+        job, out = self._job(row, row.attack), self.out / f"{row.name}.safetensors"
+        overwrite = self.overwrite and not is_complete(out, job.recipe)
+        output = OutputSpec(out, job.recipe, self.device.type, overwrite)
+        writer = PatchWriter(output, self.patches, shard_rows(len(self.patches), self.batch_size, None))
+        if writer.up_to_date:
+            yield len(self.patches)
+            return
+        yield int(writer.finished.sum())
+        with self._timing(job.recipe, restart=not writer.finished.any()) as timing:
+            for count in job.run(writer):
+                timing.lap()
+                yield count
+
+    def _draws(self, row: SuiteRow) -> int:
+        return self.budget.draws if row.judged_on == "all" else 1
+
+    @property
+    def _is_random(self) -> bool:
+        return isinstance(self.model.module, DefendedClassifier)
+
+    def _judging_recipe(self, row: SuiteRow) -> Provenance:
+        judging = {"draws": self._draws(row), "seed": self.seed} if self._is_random else {}
+        return recipe(
+            "judge",
+            {**judging, **self.model.parameters},
+            data=self._job(row, row.attack).recipe if row.attack else self._data,
+            classifier=self.model.fingerprint,
+            ddpm=self.model.ddpm_fingerprint,
+        )
+
     @cached_property
     def _data(self) -> Provenance:
         return self.patches.recipe_input()
 
-    def recipe(self, rung: Rung) -> Provenance:
-        """Return the recipe of a rung's attack: that of the attack command where the defence itself is attacked."""
-        s = self.subject
-        defence, ddpm = s.defence, s.ddpm
-        if rung.before != "defence":
-            defence, ddpm = self._taken_for(rung)[1], None
-        return attack_recipe(
-            rung.settings, self.seed, self.batch_size, self._data, s.fingerprint, defence, ddpm, s.precision,
-            compiled=s.compiled,
-        )  # fmt: skip
-
-    def _taken_for(self, rung: Rung) -> tuple[Purifier | None, Mapping[str, Any] | None]:
-        """Return what a rung's attack takes for the defence, with its parameters.
-
-        `noise` is NoiseDefense at the defence's t*: a model like it that has no diffusion model in it.
-        """
-        if rung.before == "defence":
-            return self.subject.purifier, self.subject.defence
-        if rung.before == "nothing":
-            return None, None
-        t_star = (self.subject.defence or {})["t_star"]
-        return NoisePurifier(linear_alpha_bar(), t_star).to(self.device), {"defense": "noise", "t_star": t_star}
-
-    def attack(self, rung: Rung) -> Iterator[int]:
-        """Make the patch set of a rung, yielding rows as they are done; those of an earlier run come first."""
-        made_by, out = self.recipe(rung), self.out / f"{rung.name}.safetensors"
-        sink = PatchWriter(
-            out, made_by, self.patches, shard_rows(len(self.patches), self.batch_size, None),
-            shape=self.patches.require_shape(), device=self.device.type,
-            overwrite=self.overwrite and not is_made(out, made_by),
-        )  # fmt: skip
-        if sink.up_to_date:
-            yield len(self.patches)
-            return
-        yield int(sink.finished.sum())
-        target = aim(self.subject.classifier, self._taken_for(rung)[0], rung.settings, self.subject.precision)
-        with self._watch(made_by, anew=not sink.finished.any()) as watch:
-            for count in attack_rows(target, made_by["parameters"], self.patches, sink, self.device):
-                watch.lap()
-                yield count
-
-    def _judging(self, rung: Rung) -> tuple[dict[str, Any], Provenance]:
-        """Return how a rung is judged, and the recipe of that."""
-        defended = isinstance(self.subject.model, DefendedClassifier)
-        judging: dict[str, Any] = {}
-        if defended:
-            draws = self.spend.draws if rung.judged == "all" else 1
-            judging = {"draws": draws, "seed": self.seed}
-        made_by = recipe(
-            "judge", {**judging, **self.subject.settings},
-            data=self.recipe(rung) if rung.settings else self._data,
-            classifier=self.subject.fingerprint, ddpm=self.subject.ddpm,
-        )  # fmt: skip
-        return judging, made_by
-
-    def judge(self, rung: Rung, advance: Advance) -> Predictions:
-        """Return the predictions on a rung, over the draws that judge every rung alike."""
-        judging, made_by = self._judging(rung)
-        kept = self.out / f"{self.label}{rung.name}.predictions.safetensors"
-        if found := kept_predictions(kept, made_by, overwrite=self.overwrite):
+    def judge(self, row: SuiteRow, advance: Advance) -> Predictions:
+        """Return the predictions on a row, over the draws that judge every row."""
+        made_by = self._judging_recipe(row)
+        path = self.out / f"{self.label}{row.name}.predictions.safetensors"
+        if found := cached_predictions(path, made_by, overwrite=self.overwrite):
             advance(len(found.labels))
             return found
-        patches = open_patches(self.out / f"{rung.name}.safetensors") if rung.settings else self.patches
-        with self._watch(made_by, anew=True):
-            return predict_and_keep(self.subject.model, patches, kept, made_by, self.device, advance, **judging)
+        patches = open_patches(self.out / f"{row.name}.safetensors") if row.attack else self.patches
+        draws = range(self._draws(row) if self._is_random else 1)
+        batches = []
+        with self._timing(made_by, restart=True):
+            for p1 in predict(self.model.module, patches, self.device, draws=draws, seed=self.seed):
+                batches.append(p1)
+                advance(len(p1))
+        predictions = Predictions(patches.require_labels(), np.concatenate(batches))
+        store_predictions(path, made_by, predictions, patches.index)
+        return predictions
 
-    def gradients(self, advance: Advance) -> Gradients:
-        """Return what the gradients at the first clean patches look like."""
-        settings = {"eot": self.spend.eot, "seed": self.seed, "rows": LOOKED_AT}
+    def check_gradients(self, advance: Advance) -> GradientFindings:
+        """Return findings about the gradients at the first clean patches."""
+        settings = {"eot": self.budget.eot, "seed": self.seed, "rows": CHECKED_PATCHES}
 
-        def look() -> dict[str, Any]:
-            few = self.patches.first(LOOKED_AT)
-            found = look_at_gradients(
-                self.subject.model, few, self.device, eot=self.spend.eot, seed=self.seed, batch_size=self.batch_size,
-                advance=advance,
-            )  # fmt: skip
-            return found.as_dict()
+        def check() -> JsonObject:
+            spec = ObjectiveSpec("margin", max(self.budget.eot // 2, 1), seed=self.seed)
+            few = self.patches.first(CHECKED_PATCHES)
+            return check_gradients(self.model.module, few, spec, self.batch_size, self.device, advance).as_dict()
 
-        return Gradients.of(self._check("gradients", settings, look))
+        return GradientFindings.from_dict(self._cached_check("gradients", settings, check))
 
-    def unit_test(self, settings: Mapping[str, Any], advance: Advance) -> UnitTest | None:
-        """Return what an attack of `settings` finds of examples known to exist; None where none can be planted."""
+    def binarization_test(self, attack: AttackSpec, advance: Advance) -> BinarizationResult | None:
+        """Return how many planted adversarial examples an attack finds; None if none can be planted."""
 
-        def test() -> dict[str, Any]:
-            few, s = self.patches.first(LOOKED_AT), self.subject
-            found = unit_test(s.model, s.classifier, few, self.device, settings, self.seed, self.batch_size, advance)
+        def test() -> JsonObject:
+            few = self.patches.first(CHECKED_PATCHES)
+            job = AttackJob(self.model, attack, few, self.seed, self.batch_size, self.device)
+            found = run_binarization_test(job, advance)
             return {} if found is None else found.as_dict()
 
-        made = self._check("unit-test", {**settings, "seed": self.seed, "rows": LOOKED_AT}, test)
-        return UnitTest.of(made) if made else None
+        settings = {**attack.parameters(), "seed": self.seed, "rows": CHECKED_PATCHES}
+        found = self._cached_check("unit-test", settings, test)
+        return BinarizationResult.from_dict(found) if found else None
 
-    def _check(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        s, kept = self.subject, self.out / f"{name}.json"
-        made_by = recipe(name, {**settings, **s.settings}, data=self._data, classifier=s.fingerprint, ddpm=s.ddpm)
-        found = kept_result(kept, made_by, overwrite=self.overwrite)
+    def _cached_check(self, name: str, settings: JsonObject, compute: Callable[[], JsonObject]) -> JsonObject:
+        m, path = self.model, self.out / f"{name}.json"
+        parameters = {**settings, **m.parameters}
+        made_by = recipe(name, parameters, data=self._data, classifier=m.fingerprint, ddpm=m.ddpm_fingerprint)
+        found = cached_result(path, made_by, overwrite=self.overwrite)
         if found is None:
-            found = make()
-            keep_result(kept, made_by, found)
+            found = compute()
+            store_result(path, made_by, found)
         return found
 
-    def seconds(self, rung: Rung) -> float:
-        """Return how long a rung took to make and to judge, over every run it took."""
-        watches = [self._watch(self._judging(rung)[1])] + ([self._watch(self.recipe(rung))] if rung.settings else [])
-        return round(sum(w.spent() for w in watches), 1)
+    def seconds(self, row: SuiteRow) -> float:
+        """Return how long a row took to make and to judge, over all runs."""
+        recipes = [self._judging_recipe(row), *([self._job(row, row.attack).recipe] if row.attack else [])]
+        return round(sum(self._timing(made_by).total() for made_by in recipes), 1)
 
-    def _watch(self, made_by: Provenance, *, anew: bool = False) -> Stopwatch:
-        return Stopwatch(self.out / "seconds.jsonl", made_by, anew=anew)
+    def _timing(self, made_by: Provenance, *, restart: bool = False) -> TimingLog:
+        return TimingLog(self.out / "seconds.jsonl", made_by, restart=restart)
 
-    def costs(self, rungs: Sequence[Rung], tested: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Return what making and judging each rung costs, and the checks after them where an attack is `tested`.
+    def costs(self, rows: Sequence[SuiteRow], tested: AttackSpec | None = None) -> list[RowCost]:
+        """Return the cost of making and judging each row and, with an attack to be `tested`, of both checks.
 
-        Each is its U-Net evaluations a patch, on how many patches n, and the seconds for all of them, measured here.
+        The seconds are estimated from passes measured here.
         """
-        measured, n = self._measure(), len(self.patches)
-        found = [_cost(r.name, n, self._passes(r), self.subject.sampler_steps, measured) for r in rungs]
+        measured, n = self._measure_passes(), len(self.patches)
+        found = [self._row_cost(r.name, n, self._passes(r), measured) for r in rows]
         if tested is None:
             return found
-        few, halves = min(LOOKED_AT, n), max(self.spend.eot // 2, 1)
-        checks = {
-            "gradients": Cost(forward=1, gradient=2 * halves + 1 if self.subject.purifier else 2),
-            "unit-test": Cost(forward=PROBES, gradient=tested["steps"] + 1),
-        }
-        return found + [_cost(k, few, v, self.subject.sampler_steps, measured) for k, v in checks.items()]
+        few, half = min(CHECKED_PATCHES, n), max(self.budget.eot // 2, 1)
+        gradients = Cost(forward=1, gradient=2 * half + 1 if self.model.defense else 2)
+        unit_test = Cost(forward=PROBE_PASSES, gradient=(tested.steps or 0) + 1)
+        checks = {"gradients": gradients, "unit-test": unit_test}
+        return found + [self._row_cost(name, few, cost, measured) for name, cost in checks.items()]
 
-    def _passes(self, rung: Rung) -> Cost:
-        defended = self.subject.purifier is not None and rung.before != "nothing"
-        cost = attack_cost(rung.settings, defended=defended) if rung.settings else Cost()
-        if self.subject.purifier is not None and rung.before != "defence":  # noise costs nothing beside the classifier
+    def _row_cost(self, name: str, n: int, passes: Cost, measured: PassSeconds) -> RowCost:
+        forward, backward = passes.unet_evaluations(self.model.sampler_steps)
+        seconds = passes.forward * measured.forward + passes.gradient * measured.gradient
+        seconds += passes.classifier * measured.classifier
+        return RowCost(name, n, forward, backward, round(seconds * n, 1))
+
+    def _passes(self, row: SuiteRow) -> Cost:
+        has_defense = self.model.defense is not None
+        cost = Cost()
+        if row.attack:
+            cost = attack_cost(row.attack, defended=has_defense and row.against != "nothing")
+        if has_defense and row.against != "defense":  # noise costs nothing compared with the classifier
             cost = Cost(classifier=cost.classifier + cost.gradient + cost.forward)
-        draws = self.spend.draws if self.subject.purifier is not None and rung.judged == "all" else 1
-        return cost + Cost(forward=draws)
+        return cost + Cost(forward=self._draws(row) if has_defense else 1)
 
-    def _measure(self) -> tuple[float, float, float]:
-        """Return the seconds a patch of a forward and a gradient of the subject, and a gradient of the classifier."""
+    def _measure_passes(self) -> PassSeconds:
         rows = np.arange(min(self.batch_size, len(self.patches)))
-        images = self.patches.read(rows).to(self.device)
-        labels = torch.from_numpy(self.patches.require_labels()[rows]).to(self.device)
-        keys = [self.patches.keys[i] for i in rows]
-        whole = Objective(self.subject.model, labels, seed=self.seed, rows=keys)
-        alone = Objective(self.subject.classifier, labels, seed=self.seed, rows=keys)
-        return (
-            _fastest(lambda: whole.at(images, 0), self.device) / len(rows),
-            _fastest(lambda: whole.gradient(images, 0), self.device) / len(rows),
-            _fastest(lambda: alone.gradient(images, 0), self.device) / len(rows),
+        batch, spec = self.patches.batch(rows, self.device), ObjectiveSpec(seed=self.seed)
+        model = Objective(self.model.module, batch.labels, batch.keys, spec)
+        classifier = Objective(self.model.classifier, batch.labels, batch.keys, spec)
+        return PassSeconds(
+            self._fastest(lambda: model.value(batch.images, 0)) / len(rows),
+            self._fastest(lambda: model.gradient(batch.images, 0)) / len(rows),
+            self._fastest(lambda: classifier.gradient(batch.images, 0)) / len(rows),
         )
 
-
-def _cost(
-    name: str, n: int, passes: Cost, sampler_steps: int, measured: tuple[float, float, float]
-) -> dict[str, Any]:  # fmt: skip
-    forward, backward = passes.unet(sampler_steps)
-    each = passes.forward * measured[0] + passes.gradient * measured[1] + passes.classifier * measured[2]
-    return {"name": name, "n": n, "unet_forward": forward, "unet_backward": backward, "seconds": round(each * n, 1)}
-
-
-def _fastest(task: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(2):  # the first warms up
-        started = time.perf_counter()
-        task()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    def _fastest(self, task: Callable[[], object]) -> float:
+        times = []
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            task()
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+            times.append(time.perf_counter() - started)
+        return min(times)

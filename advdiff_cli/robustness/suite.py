@@ -1,21 +1,29 @@
-"""The ladder: from what a defence meets by chance to attacks that know all of it, and how each rung is made."""
+"""The suite of attacks: from controls and attacks that do not know the defense to attacks that know all of it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from advdiff_cli.attacks.fab import fab_installed
-from advdiff_cli.attacks.spec import resolve
+from advdiff_cli.attacks.fab import fab_is_installed
+from advdiff_cli.attacks.spec import NO_REQUEST, AttackRequest, AttackSpec, Method, resolve
 
 Kind = Literal["control", "black-box", "white-box", "curve", "check"]
+Against = Literal["defense", "noise", "nothing"]
 
 EPS_CURVE = (0.5, 1.0, 4.0, 8.0, 64.0)
-"""Multiples of 1/255 beside the main eps; the last is to break anything."""
+"""Multiples of 1/255 beside the main eps; the last one should break any model."""
 
 
 @dataclass(frozen=True)
-class Preset:
-    """How much an attack may spend: patches, iterations, draws a gradient averages, Square's queries, judging draws."""
+class Budget:
+    """What the attacks of a suite may spend.
+
+    Args:
+        patches: Patches that are attacked.
+        steps: Attack iterations.
+        eot: Draws that each gradient averages.
+        queries: Proposals of Square.
+        draws: Draws on which every attack is judged.
+    """
 
     patches: int
     steps: int
@@ -25,71 +33,83 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(64, 10, 2, 100, 5),
-    "standard": Preset(256, 50, 8, 500, 11),
-    "strong": Preset(512, 100, 16, 5000, 21),
+    "quick": Budget(64, 10, 2, 100, 5),
+    "standard": Budget(256, 50, 8, 500, 11),
+    "strong": Budget(512, 100, 16, 5000, 21),
 }
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One row of the ladder.
+class SuiteRow:
+    """One row of a suite: a control, an attack or a check.
 
-    `settings` are an attack's; none is the clean rung. `before` is what the attack takes for the defence: the defence,
-    `noise`, another model whose examples are transferred, or `nothing`, which makes the same examples whatever the
-    defence. `judged` is the draws it is judged on: all, or the one it knows.
+    Args:
+        name: Of the row and of its files.
+        kind: What the row is for.
+        attack: None for the clean control.
+        against: What the attack is made against: the defense; `noise`, NoiseDefense, whose examples are transferred;
+            or `nothing`, the classifier alone, which gives the same examples for every defense.
+        judged_on: All judging draws, or the first one, which the attack knows.
     """
 
     name: str
     kind: Kind
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    before: Literal["defence", "noise", "nothing"] = "defence"
-    judged: Literal["all", "first"] = "all"
+    attack: AttackSpec | None = None
+    against: Against = "defense"
+    judged_on: Literal["all", "first"] = "all"
+
+    @property
+    def eps(self) -> float:
+        """The radius of the attack's ball in [0, 1] pixels; 0 without an attack."""
+        return 0.0 if self.attack is None else self.attack.eps
 
 
-def ladder(preset: Preset, eps: float, *, defended: bool, substitute: bool = True) -> list[Rung]:
-    """Return the rungs of the ladder, l-inf.
+CLEAN = SuiteRow("clean", "control")
+
+
+def build_suite(budget: Budget, eps: float, *, defended: bool, transfer: bool = True) -> list[SuiteRow]:
+    """Return the rows of the suite, for the l-inf norm.
 
     Args:
-        preset: What attacks may spend.
-        eps: Budget in [0, 1] pixels.
-        defended: Whether there is a defence, whose noise and gradient have rungs of their own.
-        substitute: Whether NoiseDefense is another model than the defence, from which examples can be transferred.
+        budget: What attacks may spend.
+        eps: Radius of the ball in [0, 1] pixels.
+        defended: Whether there is a defense; its noise and its gradient have rows of their own.
+        transfer: Whether the defense is not NoiseDefense itself, so that examples can be transferred from it.
     """
-    transfer = defended and substitute
-    s, k = preset.steps, preset.eot
-    short = min(s, max(s // 4, 8))  # eight steps of eps/4 reach any point of the ball
-    through: dict[str, Any] = {"gradient": "full", "eot": k} if defended else {}
+    steps, queries = budget.steps, budget.queries
+    short = min(steps, max(steps // 4, 8))  # eight steps of eps / 4 reach any point of the ball
 
-    def rung(name: str, kind: Kind, method: str, at: float = eps, **more: Any) -> Rung:
-        options = {name: more.pop(name) for name in ("before", "judged") if name in more}
-        return Rung(name, kind, resolve(method, "linf", at, more, defended=defended), **options)
+    def spec(method: Method, asked: AttackRequest = NO_REQUEST, at: float = eps) -> AttackSpec:
+        return resolve(method, "linf", at, asked, defended=defended)
 
-    def point(multiple: float) -> Rung:
-        return rung(f"eps-{multiple:g}", "curve", "pgd", multiple / 255, steps=short, **through)
+    def through(steps: int | None, loss: Literal["margin"] | None = None) -> AttackRequest:
+        exact = {"gradient": "full", "eot": budget.eot} if defended else {}
+        return AttackRequest(steps=steps, loss=loss, **exact)  # type: ignore[arg-type]
 
-    draws: dict[str, Any] = {"eot": max(k // 4, 1)} if defended else {}  # two points a query, on the same draws
-    rungs = [Rung("clean", "control"), rung("random", "control", "random")]
+    square = AttackRequest(queries=queries, eot=max(budget.eot // 4, 1) if defended else None)  # two points a query
+    rows = [CLEAN, SuiteRow("random", "control", spec("random"))]
     if defended:
-        rungs += [
-            rung("blind", "black-box", "pgd", steps=max(s, 40), gradient="blind"),
-            rung("bpda", "white-box", "pgd", steps=s, gradient="bpda", eot=k),
-        ]
-    if transfer:
-        rungs.append(rung("transfer", "black-box", "apgd", steps=s, before="noise", **through))
-    rungs += [
-        rung("square", "black-box", "square", queries=preset.queries, **draws),
-        rung("fgsm", "white-box", "fgsm", **through),
-        rung("pgd-short", "white-box", "pgd", steps=short, **through),
-        rung("pgd", "white-box", "pgd", steps=s, **through),
-        rung("apgd-ce", "white-box", "apgd", steps=s, **through),
-        rung("apgd-margin", "white-box", "apgd", steps=s, loss="margin", **through),
+        blind = AttackRequest(steps=max(steps, 40), gradient="blind")
+        bpda = AttackRequest(steps=steps, gradient="bpda", eot=budget.eot)
+        rows += [SuiteRow("blind", "black-box", spec("pgd", blind)), SuiteRow("bpda", "white-box", spec("pgd", bpda))]
+    if defended and transfer:
+        rows.append(SuiteRow("transfer", "black-box", spec("apgd", through(steps)), against="noise"))
+    rows += [
+        SuiteRow("square", "black-box", spec("square", square)),
+        SuiteRow("fgsm", "white-box", spec("fgsm", through(None))),
+        SuiteRow("pgd-short", "white-box", spec("pgd", through(short))),
+        SuiteRow("pgd", "white-box", spec("pgd", through(steps))),
+        SuiteRow("apgd-ce", "white-box", spec("apgd", through(steps))),
+        SuiteRow("apgd-margin", "white-box", spec("apgd", through(steps, "margin"))),
     ]
     if defended:
-        rungs += [
-            rung("pgd-one-draw", "check", "pgd", steps=short, gradient="full", eot=1),
-            rung("fixed-noise", "check", "pgd", steps=s, gradient="full", fixed_draw=True, judged="first"),
+        one_draw = AttackRequest(steps=short, gradient="full", eot=1)
+        fixed = AttackRequest(steps=steps, gradient="full", fixed_draw=True)
+        rows += [
+            SuiteRow("pgd-one-draw", "check", spec("pgd", one_draw)),
+            SuiteRow("fixed-noise", "check", spec("pgd", fixed), judged_on="first"),
         ]
-    elif fab_installed():
-        rungs.append(rung("fab", "white-box", "fab", steps=s))
-    return rungs + [point(m) for m in EPS_CURVE if abs(m / 255 - eps) > 1e-9]
+    elif fab_is_installed():
+        rows.append(SuiteRow("fab", "white-box", spec("fab", AttackRequest(steps=steps))))
+    curve = [m for m in EPS_CURVE if abs(m / 255 - eps) > 1e-9]
+    return rows + [SuiteRow(f"eps-{m:g}", "curve", spec("pgd", through(short), m / 255)) for m in curve]

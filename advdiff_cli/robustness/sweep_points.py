@@ -1,21 +1,21 @@
-"""The points of a sweep, from its flags: a defence at each value, and how it is attacked."""
+"""The points of a sweep: a defense for each value, and the attack on it."""
 
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
-from advdiff_cli import options
+from advdiff_cli.attacks.projections import Norm
+from advdiff_cli.attacks.spec import AttackRequest, Method, resolve
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defense import Defence, build_defence, load_model
+from advdiff_cli.models import registry
+from advdiff_cli.models.device import Precision
+from advdiff_cli.purification.defense import DdpmLoader, Defense, DefenseRequest, build_defense, load_named_ddpm
+from advdiff_cli.purification.equations import noise_levels
+from advdiff_cli.robustness.runner import SuiteRunner
+from advdiff_cli.robustness.suite import Against, SuiteRow
+from advdiff_cli.robustness.sweep import Over, SweepPoint
 
-if TYPE_CHECKING:
-    from advdiff_cli.robustness.runner import Climb
-    from advdiff_cli.robustness.sweep import Point
-
-_DEFAULTS = {
+DEFAULT_VALUES = {
     "t-star": "0.001,0.005,0.01,0.02,0.03,0.04,0.06,0.085,0.1,0.15,0.2,0.25,0.3",
     "eps": "0.5/255,1/255,2/255,4/255,8/255",
     "eps-l2": "0.125,0.25,0.5,1,2",
@@ -24,100 +24,127 @@ _DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What every point has in common: the defence's flags and the attack's."""
+class SweepRequest:
+    """What a sweep varies, and what all of its points share.
 
-    defense: Literal["noise", "ddpm"]
-    ddpm: str | None
-    t_star: float | None
-    sampler: str | None
-    sampler_steps: int | None
-    allow_pickle: bool
-    method: str
-    norm: str
+    Args:
+        over: The setting that is varied.
+        values: Its values, separated by commas; None takes the default ones.
+        defense: The defense, without the setting that is varied.
+        method: Of the attack.
+        norm: Of the ball.
+        eps: Radius of the ball in [0, 1] pixels, unless it is varied.
+        attack: Further settings of the attack, its gradient among them.
+    """
+
+    over: Over
+    values: str | None
+    defense: DefenseRequest
+    method: Method
+    norm: Norm
     eps: float
-    attack: dict[str, Any]
+    attack: AttackRequest
 
     @property
     def blind(self) -> bool:
-        """Whether the attack does not know the defence, so that every point is judged on the same examples."""
-        return bool(self.attack["gradient"] == "blind")
+        """Whether the attack does not know the defense, so that all points are judged on the same examples."""
+        return self.attack.gradient == "blind"
+
+    @property
+    def unit(self) -> int:
+        """The factor of the axis: eps in the l-inf norm is shown as a multiple of 1/255."""
+        return 255 if self.over == "eps" and self.norm == "linf" else 1
+
+    def value_list(self) -> list[str]:
+        """Return the values as text.
+
+        Raises:
+            AdvdiffError: There are none.
+        """
+        l2 = self.over == "eps" and self.norm == "l2"
+        text = self.values or DEFAULT_VALUES.get("eps-l2" if l2 else self.over)
+        if text is None:
+            raise AdvdiffError("--over ddpm needs --values: the models, separated by commas")
+        return [one.strip() for one in text.split(",")]
 
 
-def refuse_ignored(over: str, gradient: str, settings: dict[str, Any], defense: str, eot: int | None) -> None:
-    """Refuse what would be ignored: a setting beside the values that are swept, draws of a blind attack."""
-    if over == "ddpm" and defense == "noise":
-        raise AdvdiffError("--over ddpm sweeps diffusion models; --defense noise has none")
-    if settings.get(over) is not None:
-        flag = "-m" if over == "ddpm" else f"--{over}"
-        raise AdvdiffError(f"--over {over} takes its values from --values; leave out {flag}")
-    if gradient == "blind" and eot is not None:
-        raise AdvdiffError("--eot is of an attack through the defence: give --gradient full or bpda")
+def build_points(request: SweepRequest, undefended: SuiteRunner, precision: Precision) -> list[SweepPoint]:
+    """Return the points in ascending order of value.
 
+    Args:
+        request: What is varied.
+        undefended: Runs the classifier without a defense.
+        precision: Of the purifiers.
 
-def build_points(
-    over: str, values: str | None, asked: Asked, bare: "Climb", precision: str
-) -> "list[Point]":  # fmt: skip
-    """Return the points in ascending order of value; `bare` is of the classifier without a defence."""
-    from advdiff_cli.attacks.spec import resolve
-    from advdiff_cli.robustness.suite import Rung
-    from advdiff_cli.robustness.sweep import Point
-
-    l2 = over == "eps" and asked.norm == "l2"
-    unit = 255 if over == "eps" and not l2 else 1  # the axis of linf is in 1/255
-    text = values or _DEFAULTS.get("eps-l2" if l2 else over)
-    if text is None:
-        raise AdvdiffError("--over ddpm needs --values: the models, separated by commas")
-    points, load = [], cache(load_model)
-    for one in text.split(","):
-        value, defence = _setting(over, one.strip(), asked, load)
-        budget = value if over == "eps" else asked.eps
-        value *= unit
-        ignored = {"eot", "gradient"} if asked.blind else {"gradient"} if asked.method == "square" else set()
-        through = {k: v for k, v in asked.attack.items() if k not in ignored}
-        settings = resolve(asked.method, asked.norm, budget, through, defended=not asked.blind)
-        name = f"{over}-{value:g}" if over != "ddpm" else Path(one.strip()).name
-        shared = asked.blind and over != "eps"
-        rung = Rung("adv" if shared else f"adv-{name}", "white-box", settings, "nothing" if asked.blind else "defence")
-        purifier = defence.before(bare.subject.classifier, bare.device, precision).purifier
-        subject = replace(
-            bare.subject, purifier=purifier, defence=defence.parameters, ddpm=defence.model, precision=precision
-        )
-        told = f"{value:g}/255" if unit == 255 else one.strip() if over == "ddpm" else f"{value:g}"
-        points.append(Point(value, name, told, replace(bare, subject=subject, label=f"{name}-"), rung))
+    Raises:
+        AdvdiffError: A value is invalid or repeated, or does not fit the model.
+    """
+    load = cache(load_named_ddpm)
+    points = [_point(request, text, undefended, precision, load) for text in request.value_list()]
     names = [p.name for p in points]
     if len(set(names)) < len(names):
-        raise AdvdiffError(f"--values {text}: {next(n for n in names if names.count(n) > 1)} is there twice")
+        repeated = next(n for n in names if names.count(n) > 1)
+        raise AdvdiffError(f"--values: {repeated} is repeated")
     return sorted(points, key=lambda p: p.value)
 
 
-def _setting(over: str, text: str, asked: Asked, load: Any) -> tuple[float, Defence]:
-    """Return a point's value on the axis, and its defence."""
-    a = asked
-    settings: list[Any] = [a.defense, a.ddpm, a.t_star, a.sampler, a.sampler_steps]
-    if over == "ddpm":
-        defence = build_defence("ddpm", text, *settings[2:], allow_pickle=a.allow_pickle, load=load)
-        return _training_steps(text), defence
-    try:
-        value = options.fraction(text)
-    except typer.BadParameter:
-        raise AdvdiffError(f"--values: {text!r} is no number") from None
-    if not 0 < value < float("inf") or (over == "sampler-steps" and value != int(value)):
-        raise AdvdiffError(f"--values: {text} is no value of {over}")
-    if over == "t-star":
-        settings[2] = value
-        if a.sampler_steps is not None:  # a low noise level has fewer
-            settings[4] = min(a.sampler_steps, max(1, round(value * 1000)))
-    elif over == "sampler-steps":
-        settings[4] = int(value)
-    return value, build_defence(*settings, allow_pickle=a.allow_pickle, load=load)
+def _point(
+    request: SweepRequest, text: str, undefended: SuiteRunner, precision: Precision, load: DdpmLoader
+) -> SweepPoint:
+    over = request.over
+    value, defense = (_model_point if over == "ddpm" else _number_point)(request, text, load)
+    eps = value if over == "eps" else request.eps
+    value *= request.unit
+    asked = request.attack
+    if request.blind:
+        asked = replace(asked, gradient=None, eot=None)
+    elif request.method == "square":
+        asked = replace(asked, gradient=None)
+    spec = resolve(request.method, request.norm, eps, asked, defended=not request.blind)
+    name = Path(text).name if over == "ddpm" else f"{over}-{value:g}"
+    shared = request.blind and over != "eps"
+    against: Against = "nothing" if request.blind else "defense"
+    row = SuiteRow("adv" if shared else f"adv-{name}", "white-box", spec, against)
+    defense.purifier.to(undefended.device)
+    model = replace(undefended.model, defense=defense, precision=precision)
+    flag_value = f"{value:g}/255" if request.unit == 255 else text if over == "ddpm" else f"{value:g}"
+    return SweepPoint(value, name, flag_value, replace(undefended, model=model, label=f"{name}-"), row)
 
 
-def _training_steps(name: str) -> float:
-    from advdiff_cli.models import registry
-
-    recorded = registry.recorded_recipe(registry.find_ddpm(name)) or {}
+def _model_point(request: SweepRequest, text: str, load: DdpmLoader) -> tuple[float, Defense]:
+    """Return the training steps of the diffusion model called `text`, and the defense with it."""
+    defense = build_defense(replace(request.defense, defense="ddpm", ddpm=text), load)
+    recorded = registry.recorded_recipe(registry.find_ddpm(text)) or {}
     steps = recorded.get("parameters", {}).get("steps")
     if steps is None:
-        raise AdvdiffError(f"{name} does not say how many steps it was trained; --over ddpm takes models of train-ddpm")
-    return float(steps)
+        raise AdvdiffError(f"{text} does not record its training steps; --over ddpm takes models of train-ddpm")
+    return float(steps), defense
+
+
+def _number_point(request: SweepRequest, text: str, load: DdpmLoader) -> tuple[float, Defense]:
+    """Return the value that `text` gives, and the defense with it."""
+    over, defense = request.over, request.defense
+    value = parse_value(text)
+    if not 0 < value < float("inf") or (over == "sampler-steps" and value != int(value)):
+        raise AdvdiffError(f"--values: {text} is not a valid {over}")
+    if over == "t-star":
+        defense = replace(defense, t_star=value)
+        if defense.sampler_steps is not None and defense.defense == "ddpm":  # a low noise level has fewer levels
+            levels = noise_levels(value, load(defense.model_name, defense.allow_pickle)[0].timesteps)
+            defense = replace(defense, sampler_steps=min(defense.sampler_steps, levels))
+    elif over == "sampler-steps":
+        defense = replace(defense, sampler_steps=int(value))
+    return value, build_defense(defense, load)
+
+
+def parse_value(text: str) -> float:
+    """Return a number, or a fraction such as 2/255.
+
+    Raises:
+        AdvdiffError: The text is neither.
+    """
+    top, _, bottom = text.partition("/")
+    try:
+        return float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        raise AdvdiffError(f"--values: {text!r} is not a number") from None

@@ -1,4 +1,4 @@
-"""How long work took, over every run of it."""
+"""How long work took, summed over all runs of it."""
 
 import json
 import time
@@ -6,18 +6,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from advdiff_cli.data.provenance import Provenance, canonical, digest, mend, whole_lines
+from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
+from advdiff_cli.data.provenance import Provenance, canonical_json, digest
 
 
-class Stopwatch:
-    """The seconds spent on a recipe, kept in a journal that outlives a killed run."""
+class TimingLog:
+    """The seconds spent on a recipe, in a journal that survives a killed run."""
 
-    def __init__(self, journal: Path, recipe: Provenance, *, anew: bool = False) -> None:
-        """Time work on `recipe`; `anew` when nothing of it is there yet, so that earlier seconds do not count."""
-        self._journal, self._of, self._anew = journal, digest([canonical(recipe).encode()]), anew
+    def __init__(self, journal: Path, recipe: Provenance, *, restart: bool = False) -> None:
+        """Time work on `recipe`; `restart` if nothing of it exists, so that earlier seconds do not count."""
+        self._journal, self._key, self._restart = journal, digest([canonical_json(recipe).encode()]), restart
         self._since = time.monotonic()
         if journal.is_file():
-            mend(journal)  # half a line at its end would spoil the next
+            drop_incomplete_line(journal)
 
     def __enter__(self) -> Self:
         """Start."""
@@ -27,25 +28,25 @@ class Stopwatch:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Count what followed the last lap."""
+        """Record the time since the last lap."""
         self.lap()
 
     def lap(self) -> None:
-        """Count the seconds since the start or the last lap."""
+        """Record the seconds since the start or the last lap."""
         now = time.monotonic()
-        line = {"of": self._of, "seconds": round(now - self._since, 3), "anew": self._anew}
+        line = {"of": self._key, "seconds": round(now - self._since, 3), "anew": self._restart}
         with self._journal.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        self._since, self._anew = now, False
+        self._since, self._restart = now, False
 
-    def spent(self) -> float:
-        """Return the seconds spent since the work was last begun anew."""
+    def total(self) -> float:
+        """Return the seconds since the work was last started from nothing."""
         total = 0.0
-        for line in whole_lines(self._journal) if self._journal.is_file() else []:
+        for line in complete_lines(self._journal) if self._journal.is_file() else []:
             try:
                 lap = json.loads(line)
-                if lap["of"] == self._of:
+                if lap["of"] == self._key:
                     total = float(lap["seconds"]) + (0.0 if lap["anew"] else total)
-            except (ValueError, TypeError, KeyError):  # no line of ours
+            except (ValueError, TypeError, KeyError):  # not a line of this log
                 continue
         return total
