@@ -1,1 +1,1 @@
-"""The report: its page, the gallery of patches and the plots."""
+"""The HTML report: page, gallery of patches, and plots."""

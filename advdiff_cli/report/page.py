@@ -1,4 +1,4 @@
-"""The report: one HTML page that asks nothing of the network, and its figures as files beside it."""
+"""The report: one HTML page that loads nothing from the network, and its plots as files next to it."""
 
 import json
 import re
@@ -10,147 +10,169 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from advdiff_cli import __version__
-from advdiff_cli.attacks.spec import describe, knows_the_defence
-from advdiff_cli.data.atomic_files import replacing
+from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.data.atomic_files import atomic_write
+from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.statistics import Estimate
-from advdiff_cli.report.plots import ROBUST, STANDARD, bars, ladder_bars, sweep_curves
-from advdiff_cli.robustness.sweep import axis
+from advdiff_cli.report.plots import ROBUST, STANDARD, accuracy_bars, suite_bars, sweep_curves
+from advdiff_cli.robustness.sweep import axis_label
 
 PAGE = "report.html"
 
 
 @dataclass
 class Report:
-    """What a page is made of: results of `evaluate --json` by name, sweeps, a ladder, a gallery."""
+    """The content of a page.
+
+    Args:
+        title: Of the page.
+        results: Results of `evaluate --json`, by name.
+        sweeps: Contents of sweep.json, by name.
+        suite: The content of robustness.json.
+        gallery: Of `advdiff_cli.report.gallery`.
+    """
 
     title: str
-    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    sweeps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    ladder: Mapping[str, Any] | None = None
-    gallery: Mapping[str, Any] | None = None
+    results: Mapping[str, JsonObject] = field(default_factory=dict)
+    sweeps: Mapping[str, JsonObject] = field(default_factory=dict)
+    suite: JsonObject | None = None
+    gallery: JsonObject | None = None
 
     def write(self, out: Path) -> list[str]:
-        """Write the page and its figures (svg and png) to the folder `out`; return the names of the files."""
-        context: dict[str, Any] = {"title": self.title, "version": __version__, "bars": None, "ladder": None}
-        made: list[str] = []
+        """Write the page and its plots (svg and png) to the folder `out`; return the file names."""
+        plots: list[str] = []
 
-        def drawn(name: str) -> list[Path]:
-            made.extend(f"{name}{end}" for end in (".svg", ".png"))
+        def paths(name: str) -> list[Path]:
+            plots.extend(f"{name}{suffix}" for suffix in (".svg", ".png"))
             return [out / f"{name}.svg", out / f"{name}.png"]
 
-        if self.results:
-            rows = [bar(name, result) for name, result in self.results.items()]
-            attacks = sorted({row["attack"] for row in rows})
-            bars(rows, attacks[0] if len(attacks) == 1 else "each under the attack told in the table", drawn("bars"))
-            context["bars"] = {"rows": rows, "svg": inline(out / "bars.svg", "bars", "standard and robust accuracy")}
-        context["sweeps"] = []
-        for k, (name, sweep) in enumerate(self.sweeps.items(), 1):
-            sweep_curves(sweep, axis(sweep), drawn(f"sweep-{k}"))
-            svg = inline(out / f"sweep-{k}.svg", f"sweep-{k}", f"accuracy over {axis(sweep)}")
-            context["sweeps"].append({**sweep, "name": name, "axis": axis(sweep), "svg": svg})
-        if self.ladder:
-            ladder_bars(self.ladder, drawn("ladder"))
-            context["ladder"] = {
-                **self.ladder,
-                "svg": inline(out / "ladder.svg", "ladder", "accuracy under each attack"),
-            }
-        page = _environment().get_template("page.html.j2")
-        text = page.render(context | {"gallery": self.gallery, "sources": self._sources()})
-        with replacing(out / PAGE) as fresh:
-            fresh.write_text(text)
-        return [PAGE, *made]
+        context = {
+            "title": self.title,
+            "version": __version__,
+            "bars": self._bars(paths("bars")) if self.results else None,
+            "sweeps": [self._sweep(name, paths(f"sweep-{k}")) for k, name in enumerate(self.sweeps, 1)],
+            "ladder": self._suite(self.suite, paths("ladder")) if self.suite else None,
+            "gallery": self.gallery,
+            "sources": self._sources(),
+        }
+        text = _environment().get_template("page.html.j2").render(context)
+        with atomic_write(out / PAGE) as temporary:
+            temporary.write_text(text)
+        return [PAGE, *plots]
+
+    def _bars(self, paths: Sequence[Path]) -> JsonObject:
+        rows = [accuracy_bar(name, result) for name, result in self.results.items()]
+        attacks = sorted({row["attack"] for row in rows})
+        accuracy_bars(rows, attacks[0] if len(attacks) == 1 else "attacks as in the table", paths)
+        return {"rows": rows, "svg": inline_svg(paths[0], "standard and robust accuracy")}
+
+    def _sweep(self, name: str, paths: Sequence[Path]) -> JsonObject:
+        sweep = self.sweeps[name]
+        axis = axis_label(sweep)
+        sweep_curves(sweep, axis, paths)
+        return {**sweep, "name": name, "axis": axis, "svg": inline_svg(paths[0], f"accuracy over {axis}")}
+
+    def _suite(self, suite: JsonObject, paths: Sequence[Path]) -> JsonObject:
+        suite_bars(suite, paths)
+        return {**suite, "svg": inline_svg(paths[0], "accuracy under each attack")}
 
     def _sources(self) -> list[dict[str, str]]:
-        """Return how each number was made: the recipes, without the figures themselves."""
-        told: list[tuple[str, Any]] = []
+        """Return how each number was made: recipes, without the figures."""
+        found: list[tuple[str, JsonObject]] = []
         for name, result in self.results.items():
-            made = {k: result.get(k) for k in ("classifier", "defence")}
+            defense = result.get("defense", result.get("defence"))  # spelled so by version 0.1.0
             sets = [{k: s.get(k) for k in ("data", "n", "draws", "history")} for s in result["sets"][:2]]
-            told.append((f"{name}: advdiff evaluate", made | {"sets": sets}))
-        told += [(f"{name}: advdiff sweep", sweep["recipe"]) for name, sweep in self.sweeps.items()]
-        if self.ladder:
-            told.append(("the ladder: advdiff robustness", self.ladder["recipe"]))
+            made = {"classifier": result.get("classifier"), "defense": defense, "sets": sets}
+            found.append((f"{name}: advdiff evaluate", made))
+        found += [(f"{name}: advdiff sweep", sweep["recipe"]) for name, sweep in self.sweeps.items()]
+        if self.suite:
+            found.append(("the suite of attacks: advdiff robustness", self.suite["recipe"]))
         if self.gallery:
-            told.append(("the patches: advdiff report", self.gallery["recipe"]))
-        return [{"name": name, "told": json.dumps(value, indent=2)} for name, value in told]
+            found.append(("the patches: advdiff report", self.gallery["recipe"]))
+        return [{"name": name, "recipe": json.dumps(value, indent=2)} for name, value in found]
 
 
-def bar(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a bar of Figure 3 from a result of `evaluate --json`: its first set is clean, its second attacked.
+def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
+    """Return a bar of the paper's Figure 3 from a result of `evaluate --json` on a clean and an attacked set.
 
     Raises:
-        AdvdiffError: they are not.
+        AdvdiffError: The first two sets are not a clean and an attacked set of the same rows.
     """
     sets = result.get("sets", [])
-    if len(sets) < 2 or _attack(sets[0]) or not _attack(sets[1]):
+    attack = _attack(sets[1]) if len(sets) > 1 else None
+    if attack is None or _attack(sets[0]):
         raise AdvdiffError(
-            f"the result called {name} is not of a clean and an attacked set, in that order: "
+            f"the result called {name} needs a clean and an attacked set, in this order: "
             "advdiff evaluate CLEAN ATTACKED -c ... --json"
         )
-    n, draws, made = sets[1]["n"], sets[1]["draws"], _attack(sets[1])
+    n, draws = sets[1]["n"], sets[1]["draws"]
     pair = (sets[0]["data"], sets[1]["data"])
     compared = [c["n"] for c in result.get("comparisons", []) if (c["first"], c["second"]) == pair]
     if compared[:1] != [n] or sets[0]["n"] != n:
         raise AdvdiffError(
-            f"the sets of the result called {name} do not hold the same rows; evaluate them with one selection"
+            f"the sets of the result called {name} do not hold the same rows; evaluate them with the same selection"
         )
-    knows = "knows the defence" if knows_the_defence(made) else "knows the classifier alone"
-    told = [
-        describe(made),
-        *([] if made["method"] == "random" else [knows]),
-        *([f"{draws} draws"] if draws > 1 else []),
-    ]
-    figures = {"standard": sets[0]["accuracy"], "robust": sets[1]["accuracy"]}
-    return {"name": name, "n": n, **figures, "attack": "; ".join(told)}
+    knowledge = "knows the defense" if attack.knows_defense else "knows the classifier alone"
+    notes = [attack.describe()]
+    notes += [] if attack.method == "random" else [knowledge]
+    notes += [f"{draws} draws"] if draws > 1 else []
+    accuracies = {"standard": sets[0]["accuracy"], "robust": sets[1]["accuracy"]}
+    return {"name": name, "n": n, **accuracies, "attack": "; ".join(notes)}
 
 
-def _attack(judged: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of the attack that led to a set; empty where there is none."""
-    made = [step["parameters"] for step in judged.get("history", []) if step["command"] == "attack"]
-    return dict(made[-1]) if made else {}
+def _attack(evaluated: Mapping[str, Any]) -> AttackSpec | None:
+    """Return the last attack in the history of a set, or None."""
+    made = [step["parameters"] for step in evaluated.get("history", []) if step["command"] == "attack"]
+    return AttackSpec.from_parameters(made[-1]) if made else None
 
 
-def inline(path: Path, prefix: str, label: str) -> str:
-    """Return an SVG of matplotlib's as part of a page: ids of its own, the page's ink, no background, a label."""
-    text = path.read_text()
+def inline_svg(path: Path, label: str) -> str:
+    """Return an SVG of matplotlib for use inside the page: with unique ids, the page's colors, and a label."""
+    prefix, text = path.stem, path.read_text()
     text = text[text.index("<svg") :]
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    inks = {
+    colors = {
         "#000000": "currentColor",
         STANDARD: "var(--standard)",
         ROBUST: "var(--robust)",
         "fill: #ffffff": "fill: none",
     }
-    for ink, of_page in inks.items():
-        text = text.replace(ink, of_page)
+    for color, replacement in colors.items():
+        text = text.replace(color, replacement)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("advdiff_cli.report", "."), autoescape=select_autoescape(["html", "j2"]),
+        loader=PackageLoader("advdiff_cli.report", "."),
+        autoescape=select_autoescape(["html", "j2"]),
         undefined=StrictUndefined,
-    )  # fmt: skip
+    )
     environment.filters["estimate"] = lambda value: str(Estimate(**value))
-    environment.filters["attack"] = describe
+    environment.filters["attack"] = lambda p: AttackSpec.from_parameters(p).describe() if p else ""
     return environment
 
 
-def read_results(paths: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """Read named JSON results; AdvdiffError when a file is not there or no JSON object."""
-    found: dict[str, Any] = {}
+def read_results(paths: Sequence[tuple[str, Path]]) -> dict[str, JsonObject]:
+    """Read named JSON results.
+
+    Raises:
+        AdvdiffError: A name is repeated, or a file is missing or not a JSON object.
+    """
+    found: dict[str, JsonObject] = {}
     for name, path in paths:
         if name in found:
             raise AdvdiffError(f"two results are called {name}; give each its own name")
         try:
-            found[name] = json.loads(path.read_text())
+            result = json.loads(path.read_text())
         except OSError as e:
             raise AdvdiffError(f"{path}: {e.strerror}") from None
         except ValueError:
-            found[name] = None
-        if not isinstance(found[name], dict):
-            raise AdvdiffError(f"{path} is not a JSON object that an advdiff command made")
+            result = None
+        if not isinstance(result, dict):
+            raise AdvdiffError(f"{path} is not a JSON object made by an advdiff command")
+        found[name] = result
     return found

@@ -1,4 +1,4 @@
-"""Pictures for people: what attack and purification do to a patch."""
+"""Plots: patches in stages, sweeps, accuracies, and suites of attacks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ import matplotlib as mpl
 import numpy as np
 from torch import Tensor
 
-mpl.use("Agg")  # files only: no display is asked for
+mpl.use("Agg")  # without a display
 from matplotlib import pyplot as plt
 
-from advdiff_cli.data.atomic_files import replacing
+from advdiff_cli.data.atomic_files import atomic_write
 
-mpl.rcParams["svg.fonttype"] = "none"  # text stays text: searched, read aloud, coloured by the page
-mpl.rcParams["svg.hashsalt"] = "advdiff"  # the ids in an SVG, which are random otherwise
+mpl.rcParams["svg.fonttype"] = "none"  # keep text as text, for search, screen readers and the page's colors
+mpl.rcParams["svg.hashsalt"] = "advdiff"  # makes ids in SVG files deterministic
 
 
 @dataclass(frozen=True)
 class Column:
-    """One image of each patch: (B, 3, H, W) in [0, 1], with the probability of its true class where it is judged."""
+    """One stage of each patch: images (B, 3, H, W) in [0, 1] and, if judged, the probabilities of the true class."""
 
     title: str
     images: Tensor
@@ -29,14 +29,14 @@ class Column:
 
 
 def amplified(images: Tensor, reference: Tensor, eps: float) -> Tensor:
-    """Return the difference (B, 3, H, W), grey for none, at full contrast for eps in [0, 1] pixels."""
+    """Return the difference (B, 3, H, W): grey is no difference, eps in [0, 1] pixels is full contrast."""
     return ((images - reference) / (2 * eps) + 0.5).clamp(0, 1)
 
 
 def panel(columns: Sequence[Column], row_names: Sequence[str], path: Path) -> None:
-    """Draw patches as rows and their stages as columns; the classifier's belief in the true class stands below each.
+    """Draw patches as rows and stages as columns, with the probability of the true class below each image.
 
-    A belief under one half, a wrong answer, is set in red.
+    A probability below one half, a wrong decision, is red.
     """
     rows, side = len(row_names), 1.45
     figure, axes = plt.subplots(
@@ -49,9 +49,9 @@ def panel(columns: Sequence[Column], row_names: Sequence[str], path: Path) -> No
             axis.imshow(np.asarray(column.images[i].permute(1, 2, 0)), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if column.confidence is not None:
-                belief = column.confidence[i]
-                colour = "#b2182b" if belief < 0.5 else "#1b6e3c"
-                axis.set_xlabel(f"p(true) {belief:.2f}", fontsize=7, color=colour, labelpad=2)
+                confidence = column.confidence[i]
+                color = "#b2182b" if confidence < 0.5 else "#1b6e3c"
+                axis.set_xlabel(f"p(true) {confidence:.2f}", fontsize=7, color=color, labelpad=2)
     for i, name in enumerate(row_names):
         axes[i, 0].set_ylabel(name, fontsize=7)
     figure.tight_layout(pad=0.4, h_pad=0.6, w_pad=0.3)
@@ -62,20 +62,20 @@ STANDARD, ROBUST, PLAIN = "#2166ac", "#b2182b", "#666666"
 
 
 def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) -> None:
-    """Draw a sweep (of `advdiff sweep`): both accuracies over its values, intervals as bands, the chosen value marked.
+    """Draw both accuracies of a sweep over its values, with intervals as bands and the chosen value marked.
 
     Args:
-        result: Its JSON.
-        axis: What the values are.
+        result: The content of sweep.json.
+        axis: Label of the value axis.
         paths: Files, png or svg.
     """
     rows = result["rows"]
     x = [row["value"] for row in rows]
     figure, axes = plt.subplots(figsize=(6.4, 3.9), dpi=150, layout="constrained")
-    for name, colour in (("standard", STANDARD), ("robust", ROBUST)):
+    for name, color in (("standard", STANDARD), ("robust", ROBUST)):
         low, value, high = ([100 * row[name][k] for row in rows] for k in ("low", "value", "high"))
-        axes.plot(x, value, color=colour, marker="o", markersize=3.5, label=f"{name} accuracy")
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, value, color=color, marker="o", markersize=3.5, label=f"{name} accuracy")
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     axes.axhline(100 * result["undefended"]["value"], color=STANDARD, linestyle=":", label="undefended, standard")
     if all(row["undefended_robust"] for row in rows):
         plain = [100 * row["undefended_robust"]["value"] for row in rows]
@@ -94,20 +94,20 @@ def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) ->
     _save(figure, paths)
 
 
-def bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[Path]) -> None:
-    """Draw standard and robust accuracy side by side with their intervals (the paper's Figure 3).
+def accuracy_bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[Path]) -> None:
+    """Draw standard and robust accuracies side by side, with their intervals (the paper's Figure 3).
 
     Args:
-        rows: `name`, `n`, `standard` and `robust` of each, estimates as JSON has them.
-        note: What the attack was, for the title.
+        rows: Each with name, n, standard and robust; estimates as in JSON.
+        note: The attack, for the title.
         paths: Files, png or svg.
     """
     figure, axes = plt.subplots(figsize=(min(1.5 + 1.35 * len(rows), 10), 3.9), dpi=150, layout="constrained")
-    for shift, (name, colour) in zip((-0.2, 0.2), (("standard", STANDARD), ("robust", ROBUST)), strict=True):
+    for shift, (name, color) in zip((-0.2, 0.2), (("standard", STANDARD), ("robust", ROBUST)), strict=True):
         value = np.array([100 * row[name]["value"] for row in rows])
         low, high = (np.array([100 * row[name][k] for row in rows]) for k in ("low", "high"))
         places = np.arange(len(rows)) + shift
-        axes.bar(places, value, 0.38, color=colour, label=f"{name} accuracy")
+        axes.bar(places, value, 0.38, color=color, label=f"{name} accuracy")
         axes.errorbar(places, value, [value - low, high - value], fmt="none", ecolor="black", capsize=3, linewidth=0.9)
         for x, v, top in zip(places, value, high, strict=True):
             axes.text(x, top + 1.5, f"{v:.1f}", ha="center", fontsize=7)
@@ -120,15 +120,15 @@ def bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[Path]) ->
     _save(figure, paths)
 
 
-def ladder_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Draw the accuracy each rung of a ladder (of `advdiff robustness`) leaves, the worst case last."""
+def suite_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Draw the accuracy under each row of a suite (robustness.json), and the worst case last."""
     rows = [*result["rungs"], result["worst"]]
-    colours = {"control": STANDARD, "black-box": "#67a9cf", "white-box": ROBUST, "curve": "#ef8a62", "check": PLAIN}
+    colors = {"control": STANDARD, "black-box": "#67a9cf", "white-box": ROBUST, "curve": "#ef8a62", "check": PLAIN}
     figure, axes = plt.subplots(figsize=(6.4, 0.6 + 0.27 * len(rows)), dpi=150, layout="constrained")
     for i, row in enumerate(rows):
-        estimate, colour = row["accuracy"], "black" if row is rows[-1] else colours[row["kind"]]
+        estimate, color = row["accuracy"], "black" if row is rows[-1] else colors[row["kind"]]
         value, low, high = (100 * estimate[k] for k in ("value", "low", "high"))
-        axes.barh(i, value, 0.7, color=colour, alpha=0.85)
+        axes.barh(i, value, 0.7, color=color, alpha=0.85)
         axes.errorbar(
             value, i, xerr=[[value - low], [high - value]], fmt="none", ecolor="grey", capsize=2, linewidth=0.9
         )
@@ -142,9 +142,9 @@ def ladder_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 
 def _save(figure: Any, paths: Sequence[Path]) -> None:
-    """Write a figure to each path by atomic rename; without dates, so that the same figure is the same file."""
+    """Write a figure to each path by atomic rename; without dates, so that files are deterministic."""
     for path in paths:
         dated = {"Date": None} if path.suffix == ".svg" else {}
-        with replacing(path) as fresh:
-            figure.savefig(fresh, metadata=dated)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, metadata=dated)
     plt.close(figure)
