@@ -1,1 +1,1 @@
-"""Speed: what is measured, and how."""
+"""Speed benchmarks: the workloads that are compared, and how they are timed."""
