@@ -1,1 +1,1 @@
-"""What commands share on the command line: option groups and output tables."""
+"""What commands share on the command line: option groups, progress and output tables."""

@@ -1,45 +1,45 @@
-"""How many patches are computed at once, as --batch-size asks for it."""
+"""The number of patches computed together, from --batch-size, resumed work, or the machine."""
 
-import os
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from advdiff_cli import console
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.cli.parsers import BatchSize
 
 if TYPE_CHECKING:
-    from torch import device as Chip
+    import torch
     from torch import nn
 
 
-def batch_size(
-    asked: object | None, begun: Mapping[str, Any], default: int, module: "nn.Module", shape: tuple[int, int],
-    n: int | None, chip: "Chip", *, shard: object | None = None, graph: bool = False,
-) -> int:  # fmt: skip
-    """Return the number of patches to compute at once.
+def resolve_batch_size(
+    asked: BatchSize | None,
+    resume: Mapping[str, object],
+    module: nn.Module,
+    shape: tuple[int, int],
+    device: torch.device,
+    *,
+    graph: bool,
+    n: int | None = None,
+) -> int:
+    """Return the number of patches to compute together.
 
     Args:
-        asked: The option: a number, `auto`, or None.
-        begun: Parameters of what stands at the output, which goes on in batches of the size it was begun with.
-        default: What is taken when nothing is asked for.
-        module: What computes, from images; `auto` looks at what its layers put out.
+        asked: The option; None if it was not given.
+        resume: Parameters of the work at the output, which is resumed with the batch size it was begun with.
+        module: What computes images, and is measured for `auto`.
         shape: (H, W) of the images.
-        n: How many images there are, where that is known.
-        chip: Where it computes.
-        shard: The part of the rows that is asked for.
-        graph: Whether gradients are taken.
-
-    Raises:
-        AdvdiffError: `auto` is asked of one part of many, which would not agree.
+        device: Where it computes.
+        graph: Whether gradients are computed. The default is then 32, else 16.
+        n: The number of images, if known.
     """
-    from advdiff_cli.jobs.memory import batch_that_fits
+    from advdiff_cli.jobs.memory import auto_batch_size
 
-    if isinstance(asked, int):
-        return asked
-    if asked == "auto" and (shard is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
-        raise AdvdiffError("--batch-size auto: the parts of a work must agree on it; give each the same number")
-    if "batch_size" in begun or asked is None:
-        return int(begun.get("batch_size", default))
-    size = batch_that_fits(module, *shape, chip, n=n, graph=graph)
-    console.log(f"batches of {size}, by cores and free memory")
+    if asked is not None and asked.size is not None:
+        return asked.size
+    if asked is None or "batch_size" in resume:
+        return cast("int", resume.get("batch_size", 32 if graph else 16))
+    size = auto_batch_size(module, shape, device, n=n, graph=graph)
+    console.log(f"batch size {size}, by cores and free memory")
     return size

@@ -1,4 +1,4 @@
-"""Tables of figures with their intervals, as commands print them."""
+"""Tables of estimates with their intervals."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from advdiff_cli import console
 
 
-def cell(figure: Mapping[str, Any]) -> str:
-    """Return a figure with its interval in percent, or - where it could not be had."""
+def cell(estimate: Mapping[str, Any] | None) -> str:
+    """Return an estimate and its interval in percent, or - where there is none."""
     from advdiff_cli.evaluation.statistics import Estimate
 
-    return "-" if figure["value"] is None else str(Estimate(**figure))
+    return "-" if estimate is None or estimate["value"] is None else str(Estimate(**estimate))
 
 
-def accuracies(head: str, sets: Iterable[tuple[str, Mapping[str, Any]]], columns: tuple[str, ...]) -> str:
-    """Return a table of named sets, a column a figure, under `head`."""
+def accuracy_table(title: str, sets: Iterable[tuple[str, Mapping[str, Any]]], columns: tuple[str, ...]) -> str:
+    """Return a table with one row for each named set, under `title`."""
     rows = [(name, s["n"], *(cell(s[k]) for k in columns)) for name, s in sets]
-    return console.table((head, "n", *(k.replace("_", " ") for k in columns)), rows)
+    return console.table((title, "n", *(k.replace("_", " ") for k in columns)), rows)
 
 
-def pairs(comparisons: Iterable[Mapping[str, Any]]) -> str:
+def comparison_table(comparisons: Iterable[Mapping[str, Any]]) -> str:
     """Return a table of paired comparisons."""
     rows = [
         (f"{c['second']} - {c['first']}", c["n"], cell(c["difference"]), f"{c['p']:.2g}", f"{c['p_holm']:.2g}")

@@ -1,66 +1,137 @@
-"""What the two commands that train have in common: their data, their precision, and progress on the terminal."""
+"""What the two training commands share: their options, data, precision and progress."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from advdiff_cli import console
+from advdiff_cli.cli import options
+from advdiff_cli.cli.groups import OutputOptions, SeededComputeOptions
+from advdiff_cli.data.distributed import world_size
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defense import Defence, build_defence
 
 if TYPE_CHECKING:
-    from torch import device as Chip
+    import torch
 
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.training.adversarial import Adversary, Regime
+    from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.models.device import Precision
+    from advdiff_cli.purification.defense import Defense
+    from advdiff_cli.training.adversarial import Adversary, TrainingInput
+    from advdiff_cli.training.checkpoints import WorkFolder
 
 
-def open_sets(data: list[str], valid: str | None, split: str | None) -> "tuple[list[PatchSet], PatchSet | None]":
-    """Open the sets to train on and the one to validate on; --split names the split of PCam's folders to train on."""
-    from advdiff_cli.data.patches import open_patches
+@dataclass(frozen=True, kw_only=True)
+class TrainingDataOptions:
+    """Which patches are trained on."""
 
-    sets = [open_patches(path, split=split) for path in data]
-    valid_set = None if valid is None else open_patches(valid, split=None if split is None else "valid")
-    if valid_set is not None:
-        valid_set.require_shape()
-    return sets, valid_set
+    valid: Annotated[str | None, typer.Option(help="Patch set for validation.")] = None
+    split: options.Split = None
+
+    def open(self, data: Sequence[str]) -> TrainingSets:
+        """Open the sets to train on and the one to validate on; --split names the split of PCam's folders to train on.
+
+        Raises:
+            AdvdiffError: A set is missing, or the validation set has several sizes.
+        """
+        from advdiff_cli.data.patches import open_patches
+
+        sets = [open_patches(path, split=self.split) for path in data]
+        valid_split = None if self.split is None else "valid"
+        valid = None if self.valid is None else open_patches(self.valid, split=valid_split)
+        if valid is not None:
+            valid.require_shape()
+        return TrainingSets(sets, valid)
 
 
-def fit_precision(asked: str, out: Path, recorded: dict[str, Any] | None, chip: "Chip") -> str:
-    """Return the precision asked for; `auto` is that of the work begun at `out`, else what the device has."""
-    from advdiff_cli.models.device import resolve_precision
-    from advdiff_cli.training.checkpoints import begun
+@dataclass(frozen=True)
+class TrainingSets:
+    """The sets to train on, and the one to validate on."""
 
-    return resolve_precision(begun(out, recorded).get("precision", "auto") if asked == "auto" else asked, chip)
+    train: list[PatchSet]
+    valid: PatchSet | None
+
+    def recipe_inputs(self) -> JsonObject:
+        """Return the fingerprints that enter the recipe."""
+        return {
+            "data": [s.recipe_input() for s in self.train],
+            "valid": self.valid and self.valid.recipe_input(),
+        }
+
+    @property
+    def provenances(self) -> list[Provenance]:
+        """The provenance of the sets to train on."""
+        return [s.provenance for s in self.train if s.provenance]
 
 
-def shared(batch_size: int) -> dict[str, int]:
-    """Return the number of processes that share each batch, as a recipe's parameter; nothing where there is one.
+def training_precision(
+    compute: SeededComputeOptions, out: Path, recorded: Provenance | None, device: torch.device
+) -> Precision:
+    """Return the precision; `auto` is that of the work that is resumed, if any, else the device's best."""
+    from advdiff_cli.training.checkpoints import training_resume_params
 
-    Each draws from streams of its own and normalises batches over its share, so another number trains another model.
+    return compute.resolve_precision(device, training_resume_params(out, recorded))
+
+
+def process_parameters(batch_size: int) -> dict[str, int]:
+    """Return the number of processes, as a parameter of the recipe; empty if there is only one.
+
+    Each process has its own streams and its own batch statistics, so that another number trains another model.
 
     Raises:
-        AdvdiffError: they cannot share a batch evenly.
+        AdvdiffError: The processes cannot share a batch evenly.
     """
-    from advdiff_cli.data.distributed import process_count
-
-    count = process_count()
+    count = world_size()
     if batch_size % count:
         raise AdvdiffError(f"--batch-size {batch_size} cannot be shared evenly by {count} processes; give a multiple")
     return {"processes": count} if count > 1 else {}
 
 
-def follow(records: Iterable[Mapping[str, Any]], total: int, what: str, *, quiet: bool) -> None:
-    """Run a fit to its end: a bar over its steps, a line for each epoch or validation."""
+def train(
+    output: OutputOptions,
+    made_by: Provenance,
+    recorded: Provenance | None,
+    device: torch.device,
+    fit: Callable[[WorkFolder, bool], None],
+) -> bool:
+    """Train unless the output is up to date; return whether this is the main process.
+
+    Args:
+        output: The model folder to be made.
+        made_by: Its recipe.
+        recorded: The recipe of the existing model folder, or None.
+        device: Where to compute.
+        fit: Trains in the work folder; in the main process, it also publishes the model.
+    """
+    from advdiff_cli.data.distributed import process_group
+    from advdiff_cli.data.patch_writer import OutputSpec
+    from advdiff_cli.training.checkpoints import WorkFolder
+
+    spec = OutputSpec(output.out, made_by, device.type, output.overwrite)
+    with process_group(device) as group, WorkFolder(spec, recorded, is_main=group.is_main) as work:
+        group.wait()  # until the main process has opened the work folder
+        if work.up_to_date:
+            console.log(f"{output.out} is up to date")
+        else:
+            fit(work, group.is_main)
+    return group.is_main
+
+
+def follow_training(records: Iterable[Mapping[str, Any]], total: int, label: str, *, quiet: bool) -> None:
+    """Run a fit, with a progress bar over its steps and a line for each epoch or validation."""
     steps = iter(records)
     first = next(steps, None)
     if first is None:  # an earlier run ended after its last checkpoint
         return
     if first["step"] > 1:
-        console.log(f"{what}: going on after step {first['step'] - 1} of {total}")
-    with console.progress(total, what, done=first["step"] - 1, quiet=quiet) as advance:
+        console.log(f"{label}: resuming after step {first['step'] - 1} of {total}")
+    with console.progress(total, label, done=first["step"] - 1, quiet=quiet) as advance:
         for record in chain([first], steps):
             advance(1, f"loss {record['loss']:.4f}")
             if len(record) > 3 and not quiet:
@@ -74,37 +145,42 @@ def _short(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class AskedRegime:
-    """What --augment and --adversarial ask for: the regime, and what of it enters the recipe."""
+class InputRequest:
+    """What --augment and --adversarial ask for."""
 
-    augment: list[Defence | None]
-    adversary: "Adversary | None"
+    augment: list[Defense | None]
+    adversary: Adversary | None
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters that are not a plain training's."""
-        plain = self.augment == [None]
-        found = {} if plain else {"augment": [d and {**d.parameters, "ddpm": d.model} for d in self.augment]}
+    def parameters(self) -> JsonObject:
+        """Return the parameters that enter the recipe; empty for training on clean patches."""
+        from dataclasses import asdict
+
+        found: JsonObject = {}
+        if self.augment != [None]:
+            found["augment"] = [d and {**d.spec.parameters(), "ddpm": d.fingerprint} for d in self.augment]
         return found | ({} if self.adversary is None else {"adversary": asdict(self.adversary)})
 
-    def build(self, precision: str, seed: int, chip: "Chip") -> "Regime":
-        """Return the regime, its purifiers frozen on the device."""
-        from advdiff_cli.training.adversarial import Regime
+    def build(self, precision: Precision, seed: int, device: torch.device) -> TrainingInput:
+        """Return the training input, with frozen purifiers on the device."""
+        from advdiff_cli.training.adversarial import TrainingInput
 
-        purifiers = [None if d is None else d.purifier.to(chip).requires_grad_(False).eval() for d in self.augment]
-        return Regime(purifiers, self.adversary, precision, seed)
-
-
-def asked_regime(augment: list[str] | None, adversary: "Adversary | None", *, allow_pickle: bool) -> AskedRegime:
-    """Read the specifications of --augment: none, noise:T, or purify:MODEL, its t* and sampler steps after it."""
-    return AskedRegime([_augmentation(text, allow_pickle) for text in augment or ["none"]], adversary)
+        purifiers = [None if d is None else d.purifier.to(device).requires_grad_(False).eval() for d in self.augment]
+        return TrainingInput(purifiers, self.adversary, precision, seed)
 
 
-def _augmentation(text: str, allow_pickle: bool) -> Defence | None:
+def parse_augmentation(text: str, *, allow_pickle: bool) -> Defense | None:
+    """Parse one --augment: none, noise:T, or purify:MODEL with an optional t* and sampler steps after it.
+
+    Raises:
+        AdvdiffError: The text has another form, or there is no such model.
+    """
+    from advdiff_cli.purification.defense import DefenseRequest, build_defense
+
     kind, _, rest = text.partition(":")
     if text == "none":
         return None
     if kind == "noise" and _is_number(rest):
-        return build_defence("noise", None, float(rest), None, None)
+        return build_defense(DefenseRequest("noise", t_star=float(rest)))
     model = rest
     numbers: list[str] = []
     while model and len(numbers) < 2 and _is_number(model.rpartition(":")[2]):
@@ -113,10 +189,12 @@ def _augmentation(text: str, allow_pickle: bool) -> Defence | None:
     if kind != "purify" or not model or not all(n.isdigit() for n in numbers[1:]):
         raise AdvdiffError(
             f"--augment {text}: give none, noise:T, purify:MODEL, purify:MODEL:T or purify:MODEL:T:STEPS, "
-            "T a noise level in (0, 1]"
+            "where T is a noise level in (0, 1]"
         )
+    t_star = float(numbers[0]) if numbers else None
     steps = int(numbers[1]) if len(numbers) == 2 else None
-    return build_defence("ddpm", model, float(numbers[0]) if numbers else None, None, steps, allow_pickle=allow_pickle)
+    request = DefenseRequest("ddpm", model, t_star, None, steps, allow_pickle)
+    return build_defense(request)
 
 
 def _is_number(text: str) -> bool:
