@@ -1,4 +1,4 @@
-"""`python -m advdiff_cli`, for torchrun and accelerate launch."""
+"""Support `python -m advdiff_cli`, as torchrun and accelerate launch need it."""
 
 from advdiff_cli.main import main
 

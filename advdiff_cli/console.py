@@ -1,58 +1,47 @@
-"""The only module that prints: results to stdout; log lines, warnings and progress to stderr."""
+"""The only module that prints: results to stdout; log lines, warnings, errors and progress to stderr."""
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
-PLAIN_INTERVAL = 30.0  # seconds between progress lines where stderr is no terminal
+from advdiff_cli.data.distributed import is_main_process
 
-Advance = Callable[..., None]
+PLAIN_INTERVAL = 30.0  # seconds between progress lines where stderr is not a terminal
 
 
-_heard = True
-_first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-"""Whether this process speaks for those that torchrun started with it; warnings and errors come from each."""
+class Advance(Protocol):
+    """Reports progress: `n` more pieces of work are done, and a note about them."""
+
+    def __call__(self, n: int = 1, note: str = "") -> None:
+        """Report progress."""
 
 
 def log(message: str) -> None:
-    """Print one line to stderr."""
-    if _first:
-        _say(message)
-
-
-def _say(message: str) -> None:
-    if _heard:
-        print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Print nothing to stderr meanwhile: for commands that a command runs over and over."""
-    global _heard
-    before, _heard = _heard, False
-    try:
-        yield
-    finally:
-        _heard = before
+    """Print a line to stderr, in the main process."""
+    if is_main_process():
+        _print(message)
 
 
 def warn(message: str) -> None:
-    """Print one warning line to stderr."""
-    _say(f"advdiff: warning: {message}")
+    """Print a warning to stderr, in every process."""
+    _print(f"advdiff: warning: {message}")
 
 
 def error(message: str) -> None:
-    """Print one error line to stderr."""
-    _say(f"advdiff: error: {' '.join(message.split())}")
+    """Print an error to stderr, as one line, in every process."""
+    _print(f"advdiff: error: {' '.join(message.split())}")
 
 
-def emit(data: Mapping[str, Any], text: str, brief: object, *, as_json: bool, quiet: bool) -> None:
-    """Print a command's result to stdout: one JSON object, the `brief` value alone, or `text`."""
-    if not _first:
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit(data: Mapping[str, object], text: str, brief: object, *, as_json: bool, quiet: bool) -> None:
+    """Print the result of a command to stdout: one JSON object, the `brief` value alone, or `text`."""
+    if not is_main_process():
         return
     if as_json:
         print(json.dumps(data))
@@ -61,7 +50,7 @@ def emit(data: Mapping[str, Any], text: str, brief: object, *, as_json: bool, qu
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out plain aligned columns: the first to the left, the others to the right."""
+    """Return aligned columns, the first one to the left and the others to the right."""
     cells = [[str(c) for c in row] for row in [headers, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
 
@@ -73,29 +62,39 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 @contextmanager
-def progress(total: int, what: str, *, done: int = 0, quiet: bool = False) -> Iterator[Advance]:
-    """Show progress on stderr: a live bar on a terminal, a plain line now and then elsewhere.
+def progress(total: int, label: str, *, done: int = 0, quiet: bool = False) -> Iterator[Advance]:
+    """Show progress on stderr: a live bar on a terminal, and a line every 30 seconds elsewhere.
 
-    `done` of the `total` were finished by an earlier run. Yields `advance(n=1, note="")`, to be called after each
-    finished piece of work.
+    Args:
+        total: Pieces of work.
+        label: What is done.
+        done: Pieces that an earlier run finished.
+        quiet: Show nothing.
+
+    Yields:
+        A function to call after each piece of work.
     """
-    if quiet or not (_heard and _first):
-        yield lambda n=1, note="": None
+    if quiet or not is_main_process():
+        yield _no_progress
     elif sys.stderr.isatty():
-        with _bar(total, what, done) as advance:
+        with _bar(total, label, done) as advance:
             yield advance
     else:
-        yield _plain(total, what, done)
+        yield _lines(total, label, done)
+
+
+def _no_progress(n: int = 1, note: str = "") -> None:
+    return
 
 
 @contextmanager
-def _bar(total: int, what: str, done: int) -> Iterator[Advance]:
+def _bar(total: int, label: str, done: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total, completed=done, note="")
+        task = bar.add_task(label, total=total, completed=done, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
             bar.update(task, advance=n)
@@ -105,7 +104,7 @@ def _bar(total: int, what: str, done: int) -> Iterator[Advance]:
         yield advance
 
 
-def _plain(total: int, what: str, done: int) -> Advance:
+def _lines(total: int, label: str, done: int) -> Advance:
     started = last = time.monotonic()
     before = done
 
@@ -117,6 +116,6 @@ def _plain(total: int, what: str, done: int) -> Advance:
             last = now
             rate = (done - before) / (now - started)
             left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-            log(f"{what}: {done}/{total}, {rate:.3g}/s{left}{'  ' + note if note else ''}")
+            log(f"{label}: {done}/{total}, {rate:.3g}/s{left}{'  ' + note if note else ''}")
 
     return advance

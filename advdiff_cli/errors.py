@@ -1,25 +1,25 @@
-"""What a user can fix, and how a process may end."""
+"""Errors that a user can fix, and exit codes."""
 
 EXIT_ERROR = 1
 EXIT_PARTIAL = 3
 
 
 class AdvdiffError(Exception):
-    """A problem a user can fix; the message says what, which file, and what to do."""
+    """A problem that a user can fix; the message says what is wrong, in which file, and what to do."""
 
     exit_code = EXIT_ERROR
 
 
 class SomeInputsFailed(AdvdiffError):
-    """Some inputs of a folder failed; each was named and the rest are done."""
+    """Some inputs of a folder failed; each was named, and the others are done."""
 
     exit_code = EXIT_PARTIAL
 
 
 class Stopped(BaseException):
-    """A signal asked the process to stop; work in progress stays resumable."""
+    """A signal asked the process to stop; unfinished work can be resumed."""
 
     def __init__(self, signum: int) -> None:
-        """Remember `signum`: the exit code is 128 + signum."""
+        """Set the exit code to 128 + signum."""
         super().__init__(signum)
         self.exit_code = 128 + signum

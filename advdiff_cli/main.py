@@ -1,8 +1,9 @@
-"""The Typer app: one line per command; main() turns an AdvdiffError into one line and an exit code."""
+"""The Typer app, one line for each command; main() turns an AdvdiffError into one line and an exit code."""
 
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 
 import typer
@@ -33,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Purify histopathology patches of adversarial perturbations, and measure honestly how much that helps.",
+    help="Purify histopathology patches of adversarial perturbations, and measure how much that helps.",
 )
 app.command("download-pcam")(download_pcam.download_pcam)
 app.command("synthesize")(synthesize.synthesize)
@@ -53,8 +54,8 @@ app.command("models")(models.models)
 app.command("demo")(demo.demo)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -63,7 +64,7 @@ def _version(asked: bool) -> None:
 def options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Options of every command."""
+    """Options of the program."""
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -71,7 +72,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; a problem the user can fix is one line on stderr, a bug keeps its traceback."""
+    """Run the command line; an error that a user can fix is one line on stderr, and a bug keeps its traceback."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of image sizes and metadata, which advdiff checks itself
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     debug = os.environ.get("ADVDIFF_DEBUG") == "1"
@@ -80,7 +83,7 @@ def main() -> None:
             app()
         except SystemExit:
             if sys.stdout:
-                sys.stdout.flush()  # a closed pipe shows here, not while the interpreter ends
+                sys.stdout.flush()  # raises BrokenPipeError here rather than at exit
             raise
     except AdvdiffError as e:
         if debug:
@@ -88,7 +91,7 @@ def main() -> None:
         console.error(str(e))
         sys.exit(e.exit_code)
     except Stopped as e:
-        console.error("stopped by a signal; the same command goes on where this one ended")
+        console.error("stopped by a signal; run the same command again to resume")
         sys.exit(e.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

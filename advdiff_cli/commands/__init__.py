@@ -1,1 +1,1 @@
-"""One thin module per subcommand: parse, load, call, write, report."""
+"""One module for each subcommand: parse, call the library, print."""

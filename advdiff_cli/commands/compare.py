@@ -2,70 +2,68 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advdiff_cli import console, options
+from advdiff_cli.cli.groups import ResultOptions, with_option_groups
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.evaluation.comparison import Evaluated
+    from advdiff_cli.data.provenance import JsonObject
+    from advdiff_cli.evaluation.comparison import EvaluatedSet
 
 _COLUMNS = ("accuracy", "sensitivity", "specificity")
 
 
+@with_option_groups
 def compare(
     predictions: Annotated[
-        list[Path], typer.Argument(help="Files that evaluate --predictions wrote, one a model or defence.")
+        list[Path], typer.Argument(help="Files of evaluate --predictions, one for each model or defense.")
     ],
-    as_json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print each paired difference alone.")] = False,
+    output: ResultOptions,
 ) -> None:
-    """Compare models or defences in pairs, on the patches they share: the first sets of all files, the second ones, ...
+    """Compare models or defenses in pairs, on the patches that they share.
 
-    Each comparison has the difference of accuracies with its 95 % interval, McNemar's exact p, and p Holm-adjusted.
-    Sets are paired by place, since each defence may have been attacked on its own: name them in one order.
+    Each comparison has the difference of accuracies with its 95 % interval, the p-value of McNemar's exact test, and
+    the p-value adjusted by Holm's method. Sets are paired by position: the first sets of all files, the second ones,
+    and so on. With -q, print the difference of each pair.
 
     Example: advdiff compare noise.csv robust.csv ddpm.csv
     """
-    from advdiff_cli.evaluation.comparison import compare as paired
+    from advdiff_cli.cli.tables import accuracy_table, comparison_table
+    from advdiff_cli.evaluation.comparison import compare as compare_sets
     from advdiff_cli.evaluation.predictions_csv import read_predictions
 
     if len(set(predictions)) < max(len(predictions), 2):
-        raise AdvdiffError("compare takes two different files of predictions or more: one a model or defence")
-    places = _by_place({str(path): read_predictions(path) for path in predictions})
-    comparisons = paired(*places)
+        raise AdvdiffError("compare needs at least two different files of predictions, one for each model or defense")
+    groups = _by_position({str(path): read_predictions(path) for path in predictions})
+    comparisons = compare_sets(*groups)
     if not comparisons:
-        raise AdvdiffError(f"{predictions[0]} and the others share no patches: judge the same rows with each")
-    sets = [{"place": k + 1, **_figures(e)} for k, place in enumerate(places) for e in place]
-    text = _tables(sets, comparisons)
+        raise AdvdiffError(
+            f"{predictions[0]} shares no patches with the others: evaluate the same rows with each model"
+        )
+    sets = [{"place": k + 1, **_summary(e)} for k, group in enumerate(groups) for e in group]
+    accuracies = accuracy_table("% [95 % interval]", ((s["data"], s) for s in sets), _COLUMNS)
     brief = "\n".join(str(c["difference"]["value"]) for c in comparisons)
-    console.emit({"sets": sets, "comparisons": comparisons}, text, brief, as_json=as_json, quiet=quiet)
+    text = f"{accuracies}\n\n{comparison_table(comparisons)}"
+    output.emit({"sets": sets, "comparisons": comparisons}, text, brief)
 
 
-def _tables(sets: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> str:
-    """Return the table of sets above that of comparisons."""
-    from advdiff_cli.cli.tables import accuracies, pairs
-
-    head = accuracies("% [95 % interval]", ((s["data"], s) for s in sets), _COLUMNS)
-    return f"{head}\n\n{pairs(comparisons)}"
+def _summary(evaluated: "EvaluatedSet") -> "JsonObject":
+    everything = evaluated.as_dict()
+    return {k: everything[k] for k in ("data", "n", "draws", *_COLUMNS)}
 
 
-def _figures(one: "Evaluated") -> dict[str, Any]:
-    told = one.as_dict()
-    return {k: told[k] for k in ("data", "n", "draws", *_COLUMNS)}
-
-
-def _by_place(files: "dict[str, list[Evaluated]]") -> "list[list[Evaluated]]":
-    """Return the first sets of all files, the second sets, and so on, each named by its file and itself."""
+def _by_position(files: "dict[str, list[EvaluatedSet]]") -> "list[list[EvaluatedSet]]":
+    """Return the first sets of all files, the second sets, and so on, with the file in each name."""
     (first, sets), *others = files.items()
-    for path, mine in others:
-        if len(mine) != len(sets):
-            raise AdvdiffError(f"{path} holds {len(mine)} sets and {first} {len(sets)}: sets are paired by place")
+    for path, own in others:
+        if len(own) != len(sets):
+            raise AdvdiffError(f"{path} holds {len(own)} sets and {first} {len(sets)}: sets are paired by position")
     stems = [Path(path).stem for path in files]
-    shown = stems if len(set(stems)) == len(stems) else list(files)
+    names = stems if len(set(stems)) == len(stems) else list(files)
     return [
-        [replace(e, name=f"{name}: {e.name}") for name, e in zip(shown, place, strict=True)]
-        for place in zip(*files.values(), strict=True)
+        [replace(e, name=f"{name}: {e.name}") for name, e in zip(names, group, strict=True)]
+        for group in zip(*files.values(), strict=True)
     ]

@@ -1,123 +1,178 @@
 """`advdiff demo`."""
 
+import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advdiff_cli import console, options
-from advdiff_cli.commands.running import run_command
+from advdiff_cli import console
+from advdiff_cli.cli.groups import OutputOptions, RowOptions, SeededComputeOptions, with_option_groups
+from advdiff_cli.cli.progress import follow_rows
+from advdiff_cli.errors import AdvdiffError
 
-CLASSIFIER, DDPM = "synthetic-classifier", "synthetic-ddpm"
-EPS = "2/255"
-PICTURE = "pipeline.png"
-_SHOWN = 4
+if TYPE_CHECKING:
+    import torch
+
+    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.provenance import JsonObject
+    from advdiff_cli.models.device import Precision
+    from advdiff_cli.purification.defense import Defense, EvaluatedModel
+
+EXAMPLE_PATCHES = Path(__file__).resolve().parents[2] / "examples" / "patches"
+CLASSIFIER, DDPM = "pcam-resnet18", "pcam-ddpm"
+NOISE_T_STAR = 0.085
+"""The noise level of NoiseDefense, chosen on valid (docs/results.md)."""
+EPS, EPS_TEXT = 2 / 255, "2/255"
+_SHOWN = 12
 
 
-def demo(
-    ctx: typer.Context,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the files and the picture.")] = Path(
+@dataclass(frozen=True, kw_only=True)
+class DemoOutputOptions(OutputOptions):
+    """Where the demo writes."""
+
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for files, picture and report.")] = Path(
         "advdiff-demo"
-    ),
-    number: Annotated[int, typer.Option("-n", "--number", min=16, help="Number of synthetic patches.")] = 256,
-    seed: options.Seed = 7,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Attack, purify and evaluate synthetic tissue with the bundled models: the paper's table and pipeline picture.
+    )
 
-    Each step is a command of its own, printed as it runs, and is kept in the folder: run again, nothing is done twice.
+
+@with_option_groups
+def demo(
+    rows: RowOptions,
+    compute: SeededComputeOptions,
+    output: DemoOutputOptions,
+    data: Annotated[str | None, typer.Argument(help="Patches with labels.", show_default="examples/patches")] = None,
+) -> None:
+    """Attack, purify and evaluate real patches with the bundled models, and write a report.
+
+    Each step is printed as the command that does the same. Its result is kept in the folder, so that nothing is done
+    twice. With -q, print the folder.
 
     Example: advdiff demo
     """
-    out.mkdir(parents=True, exist_ok=True)
-    where = ["--device", device]
-    files = {
-        k: str(out / f"{k}.safetensors") for k in ("clean", "adv", "clean-noise", "adv-noise", "clean-ddpm", "adv-ddpm")
+    from advdiff_cli.purification.defense import DefenseRequest, build_defense
+
+    if data is None and not EXAMPLE_PATCHES.is_dir():
+        raise AdvdiffError("the example patches are only in a clone of the repository; give patches of your own")
+    data = data or os.path.relpath(EXAMPLE_PATCHES)
+    clean = rows.open(data)
+    device = compute.resolve_device()
+    output.out.mkdir(parents=True, exist_ok=True)
+    model = compute.load_classifier(CLASSIFIER, device)
+    pipeline = _Pipeline(model, compute.seed, compute.resolve_precision(device), device, output)
+    adv = pipeline.attack(clean)
+    ddpm = build_defense(DefenseRequest("ddpm", DDPM))
+    sets = {"undefended": (clean, adv)}
+    for name, defense in (
+        ("NoiseDefense", build_defense(DefenseRequest("noise", t_star=NOISE_T_STAR))),
+        ("DDPM", ddpm),
+    ):
+        sets[name] = (
+            pipeline.purify(clean, defense, f"clean-{defense.spec.defense}"),
+            pipeline.purify(adv, defense, f"adv-{defense.spec.defense}"),
+        )
+    results = {name: pipeline.evaluate(*pair) for name, pair in sets.items()}
+    page = pipeline.report(results, clean, adv, ddpm)
+    accuracies = {
+        name: {"standard": result["sets"][0]["accuracy"], "robust": result["sets"][1]["accuracy"]}
+        for name, result in results.items()
     }
-    _run(ctx, ["synthesize", "-n", str(number), "--seed", str(seed), "-o", files["clean"]], quiet)
-    _run(ctx, ["attack", files["clean"], "-c", CLASSIFIER, "--eps", EPS, "-o", files["adv"], *where], quiet)
-    for kind in ("clean", "adv"):
-        level = str(_recommended_level())
-        noise = ["--defense", "noise", "--t-star", level]
-        _run(ctx, ["purify", files[kind], *noise, "-o", files[f"{kind}-noise"], *where], quiet)
-        _run(ctx, ["purify", files[kind], "-m", DDPM, "-o", files[f"{kind}-ddpm"], *where], quiet)
-    sets = _run(ctx, ["evaluate", *files.values(), "-c", CLASSIFIER, *where], quiet)["sets"]
-    accuracy = {kind: s["accuracy"] for kind, s in zip(files, sets, strict=True)}
-    _picture({k: Path(v) for k, v in files.items()}, out / PICTURE, device)
-    rows = {
-        "undefended": ("clean", "adv"),
-        "NoiseDefense": ("clean-noise", "adv-noise"),
-        "DDPM": ("clean-ddpm", "adv-ddpm"),
+    summary = {
+        "out": str(output.out),
+        "picture": str(output.out / "panel.png"),
+        "report": str(page),
+        "n": len(clean),
+        "eps": EPS_TEXT,
+        "rows": accuracies,
     }
-    result = {
-        "out": str(out),
-        "picture": str(out / PICTURE),
-        "n": number,
-        "eps": EPS,
-        "rows": {name: {"standard": accuracy[a], "robust": accuracy[b]} for name, (a, b) in rows.items()},
-    }
-    console.emit(result, _text(result), out, as_json=as_json, quiet=quiet)
+    output.emit(summary, _text(summary), output.out)
 
 
-def _run(ctx: typer.Context, arguments: list[str], quiet: bool) -> dict[str, Any]:
-    """Run a command of this program in this process and return its JSON."""
-    if not quiet:
-        console.log("$ advdiff " + " ".join(arguments))
-    return run_command(ctx, arguments)
+@dataclass(frozen=True)
+class _Pipeline:
+    """The steps of the demo, each of which prints the command that does the same."""
+
+    model: "EvaluatedModel"
+    seed: int
+    precision: "Precision"
+    device: "torch.device"
+    output: DemoOutputOptions
+
+    def _log(self, command: str) -> None:
+        if not self.output.quiet:
+            console.log(f"$ advdiff {command}")
+
+    def attack(self, clean: "PatchSet") -> "PatchSet":
+        from advdiff_cli.attacks.spec import resolve
+        from advdiff_cli.data.distributed import ProcessGroup
+        from advdiff_cli.data.patch_writer import OutputSpec
+        from advdiff_cli.data.patches import open_patches
+        from advdiff_cli.jobs.attack import AttackJob
+        from advdiff_cli.jobs.sharding import ShardedOutput
+
+        out = self.output.out / "adv.safetensors"
+        self._log(f"attack {clean.path} -c {CLASSIFIER} --eps {EPS_TEXT} -o {out}")
+        job = AttackJob(self.model, resolve("pgd", "linf", EPS, defended=False), clean, self.seed, 32, self.device)
+        spec = OutputSpec(out, job.recipe, self.device.type, self.output.overwrite)
+        work = follow_rows(job.run, "attack", quiet=self.output.quiet)
+        ShardedOutput(spec, clean, job.batch_size, work).make(None, ProcessGroup())
+        return open_patches(out)
+
+    def purify(self, patches: "PatchSet", defense: "Defense", name: str) -> "PatchSet":
+        from advdiff_cli.data.distributed import ProcessGroup
+        from advdiff_cli.data.patch_writer import OutputSpec
+        from advdiff_cli.data.patches import open_patches
+        from advdiff_cli.jobs.purify_rows import PurifyJob, purify_rows
+        from advdiff_cli.jobs.sharding import ShardedOutput
+
+        out = self.output.out / f"{name}.safetensors"
+        noise = f"--defense noise --t-star {defense.spec.t_star:g}"
+        options = noise if defense.spec.defense == "noise" else f"-m {DDPM}"
+        self._log(f"purify {patches.path} {options} -o {out}")
+        defense.purifier.to(self.device)
+        job = PurifyJob(defense, self.seed, 16, self.precision, self.device)
+        spec = OutputSpec(out, job.recipe(patches), self.device.type, self.output.overwrite)
+        work = follow_rows(partial(purify_rows, job, patches), "purify", quiet=self.output.quiet)
+        ShardedOutput(spec, patches, job.batch_size, work).make(None, ProcessGroup())
+        return open_patches(out)
+
+    def evaluate(self, clean: "PatchSet", attacked: "PatchSet") -> "JsonObject":
+        from advdiff_cli.evaluation.comparison import compare
+        from advdiff_cli.jobs.evaluate import evaluate_set
+
+        self._log(f"evaluate {clean.path} {attacked.path} -c {CLASSIFIER} --json")
+        with console.progress(len(clean) + len(attacked), "evaluate", quiet=self.output.quiet) as advance:
+            sets = [
+                evaluate_set(str(s.path), s, self.model, self.device, draws=range(1), seed=self.seed, advance=advance)
+                for s in (clean, attacked)
+            ]
+        classifier = {"name": CLASSIFIER, "fingerprint": self.model.fingerprint}
+        judged = [s.as_dict() for s in sets]
+        return {"classifier": classifier, "defense": None, "sets": judged, "comparisons": compare(sets)}
+
+    def report(self, results: "dict[str, JsonObject]", clean: "PatchSet", adv: "PatchSet", defense: "Defense") -> Path:
+        from advdiff_cli.report.gallery import GalleryModel, PairedSets, build_gallery, judge_pairs
+        from advdiff_cli.report.page import PAGE, Report
+
+        out = self.output.out
+        self._log(f"report --clean {clean.path} --attacked {adv.path} -c {CLASSIFIER} --result ... -o {out}")
+        by = GalleryModel(self.model.behind(defense, self.device, self.precision), self.device, self.seed)
+        pairs = PairedSets.match(clean, adv)
+        with console.progress(len(pairs), "report: judge", quiet=self.output.quiet) as advance:
+            judged = judge_pairs(pairs, by, advance)
+        count = min(_SHOWN, len(pairs))
+        gallery = build_gallery(pairs, judged, by, EPS, count, out / "panel.png")
+        Report("advdiff demo", results, gallery=gallery).write(out)
+        return out / PAGE
 
 
-def _recommended_level() -> float:
-    from advdiff_cli.models import registry
-    from advdiff_cli.models.ddpm import load_card
+def _text(summary: "JsonObject") -> str:
+    from advdiff_cli.cli.tables import cell
 
-    return load_card(registry.find_ddpm(DDPM)).recommended.t_star
-
-
-def _picture(files: dict[str, Path], path: Path, device: str) -> None:
-    """Draw the patches that the attack turned: clean, adversarial, their difference, noised, purified."""
-    import numpy as np
-    import torch
-
-    from advdiff_cli.cli.options import fraction
-    from advdiff_cli.data.patches import open_patches
-    from advdiff_cli.models import registry
-    from advdiff_cli.models.device import resolve_device
-    from advdiff_cli.report.plots import Column, amplified, panel
-
-    model = registry.frozen_classifier(CLASSIFIER, resolve_device(device))[0].cpu()
-    sets = {k: open_patches(v) for k, v in files.items()}
-    labels = torch.from_numpy(sets["clean"].require_labels())
-    everything = np.arange(len(labels))
-
-    def belief(kind: str) -> torch.Tensor:
-        with torch.inference_mode():
-            logits: torch.Tensor = model(sets[kind].read(everything))
-        return logits.softmax(1)[everything, labels]
-
-    believed = {k: belief(k) for k in ("clean", "adv", "adv-noise", "adv-ddpm")}
-    fall = believed["clean"] - believed["adv"]
-    rows = torch.cat([torch.where(labels == k, fall, -1).topk(_SHOWN // 2).indices for k in (1, 0)]).numpy()
-    shown = {k: sets[k].read(rows) for k in believed}
-    judged = {k: [float(believed[k][row]) for row in rows] for k in believed}
-    eps = fraction(EPS)
-    columns = [
-        Column("clean", shown["clean"], judged["clean"]),
-        Column(f"adversarial, {EPS}", shown["adv"], judged["adv"]),
-        Column(f"difference, {1 / (2 * eps):.0f}x", amplified(shown["adv"], shown["clean"], eps)),
-        Column("noised", shown["adv-noise"], judged["adv-noise"]),
-        Column("purified", shown["adv-ddpm"], judged["adv-ddpm"]),
-    ]
-    panel(columns, ["tumour in centre" if labels[row] else "no tumour in centre" for row in rows], path)
-
-
-def _text(result: dict[str, Any]) -> str:
-    from advdiff_cli.evaluation.statistics import Estimate
-
-    rows = [
-        (name, str(Estimate(**row["standard"])), str(Estimate(**row["robust"]))) for name, row in result["rows"].items()
-    ]
-    head = (f"synthetic, n = {result['n']}", "standard % [95 %]", f"robust, PGD-40 {EPS} % [95 %]")
-    note = "robust: the attack knows the classifier and not the defence"
-    return f"{console.table(head, rows)}\n{note}\npicture: {result['picture']}"
+    rows = [(name, cell(row["standard"]), cell(row["robust"])) for name, row in summary["rows"].items()]
+    columns = (f"n = {summary['n']}", "standard % [95 %]", f"robust, PGD-40 {EPS_TEXT} % [95 %]")
+    note = "the attack knows the classifier, and not the defense"
+    files = f"picture: {summary['picture']}\nreport: {summary['report']}"
+    return f"{console.table(columns, rows)}\n{note}\n{files}"

@@ -1,68 +1,80 @@
 """`advdiff download-pcam`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from advdiff_cli import console, options
+from advdiff_cli import console
+from advdiff_cli.cli import options
+from advdiff_cli.cli.groups import ResultOptions, with_option_groups
 from advdiff_cli.errors import AdvdiffError
 
 
-def download_pcam(
-    split: Annotated[Literal["train", "valid", "val", "test", "all"], typer.Option(help="Which split.")],
-    data_dir: Annotated[Path, typer.Option(help="The files go to DATA_DIR/pcam, where torchvision looks for them.")],
-    mirror: Annotated[
-        str | None, typer.Option(help="URL of the folder that holds the files; Zenodo's by default.")
-    ] = None,
-    keep_gz: Annotated[bool, typer.Option("--keep-gz", help="Keep the packed files too.")] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Fetch nothing: check hashes, shapes, labels, duplicates and slides.")
-    ] = False,
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Download PatchCamelyon from Zenodo (CC0), resumed where it ended, verified by SHA-256, in torchvision's layout.
+@dataclass(frozen=True, kw_only=True)
+class DownloadOptions:
+    """What is downloaded, and from where."""
 
-    What is there already, torchvision's own download too, is not fetched again; a file that another process fetches is
-    waited for. All splits are 8.0 GB to fetch, 9.1 GB unpacked. --check exits 1 where a check fails.
+    split: Annotated[Literal["train", "valid", "val", "test", "all"], typer.Option(help="Which split.")]
+    data_dir: Annotated[Path, typer.Option(help="The files go to DATA_DIR/pcam, where torchvision looks for them.")]
+    mirror: Annotated[str | None, typer.Option(help="URL of the folder that holds the files; Zenodo by default.")] = (
+        None
+    )
+    keep_gz: Annotated[bool, typer.Option("--keep-gz", help="Also keep the gzipped files.")] = False
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Download nothing; verify hashes, shapes, labels, duplicates and slides."),
+    ] = False
+    dry_run: options.DryRun = False
+
+
+@with_option_groups
+def download_pcam(settings: DownloadOptions, output: ResultOptions) -> None:
+    """Download PatchCamelyon from Zenodo (CC0), verified by SHA-256, in torchvision's layout.
+
+    A stopped download resumes when the command is run again. Existing files, such as torchvision's own download, are
+    not fetched again, and a file that another process fetches is waited for. All splits take 8.0 GB to download and 9.1
+    GB unpacked. --check exits with 1 if a check fails. With -q, print the folder.
 
     Example: advdiff download-pcam --split test --data-dir data
     """
+    from advdiff_cli.data.pcam_files import pcam_folder
     from advdiff_cli.datasets import download
-    from advdiff_cli.datasets.pcam import MIRROR, folder
+    from advdiff_cli.datasets.pcam import MIRROR
 
-    if check:
-        _check(split, data_dir, as_json, quiet)
+    if settings.check:
+        _verify(settings, output)
         return
-    steps = download.plan(split, data_dir)
-    download.check_space(steps, data_dir)
+    steps = download.plan(settings.split, settings.data_dir)
+    download.check_space(steps, settings.data_dir)
     files = [{"file": str(s.target), "action": s.action, "bytes": s.to_fetch} for s in steps]
-    if not dry_run:
-        with console.progress(sum(s.to_fetch for s in steps), "download (bytes)", quiet=quiet) as advance:
+    if not settings.dry_run:
+        total = sum(s.to_fetch for s in steps)
+        with console.progress(total, "download (bytes)", quiet=output.quiet) as advance:
             for step in steps:
-                for got in download.run(step, mirror or MIRROR, keep_gz=keep_gz):
-                    advance(got)
+                for count in download.run(step, settings.mirror or MIRROR, keep_gz=settings.keep_gz):
+                    advance(count)
     table = console.table(("file", "action", "MB"), [(s.target, s.action, f"{s.to_fetch / 1e6:.1f}") for s in steps])
-    result = {"out": str(folder(data_dir)), "status": "would download" if dry_run else "done", "files": files}
-    console.emit(result, table, folder(data_dir), as_json=as_json, quiet=quiet)
+    folder = pcam_folder(settings.data_dir)
+    status = "would download" if settings.dry_run else "done"
+    output.emit({"out": str(folder), "status": status, "files": files}, table, folder)
 
 
-def _check(split: str, data_dir: Path, as_json: bool, quiet: bool) -> None:
-    from advdiff_cli.datasets import verify
-    from advdiff_cli.datasets.pcam import SPLITS, folder, split_name
+def _verify(settings: DownloadOptions, output: ResultOptions) -> None:
+    from advdiff_cli.data.pcam_files import SPLITS, pcam_folder, split_name
+    from advdiff_cli.datasets.verify import verify
 
-    wanted = SPLITS if split == "all" else (split_name(split),)
+    splits = SPLITS if settings.split == "all" else (split_name(settings.split),)
     found = []
-    for finding in verify.check(wanted, data_dir):
+    for finding in verify(splits, settings.data_dir):
         found.append(finding)
-        if not quiet:
+        if not output.quiet:
             console.log(f"{finding.file}: {finding.what} {finding.status}")
     failed = sum(f.status == "fail" for f in found)
     status = "failed" if failed else "passed"
     table = console.table(("file", "check", "", "found"), [(f.file, f.what, f.status, f.found) for f in found])
-    result = {"out": str(folder(data_dir)), "status": status, "checks": [f.as_dict() for f in found]}
-    console.emit(result, table, status, as_json=as_json, quiet=quiet)
+    folder = pcam_folder(settings.data_dir)
+    output.emit({"out": str(folder), "status": status, "checks": [f.as_dict() for f in found]}, table, status)
     if failed:
-        raise AdvdiffError(f"{failed} of {len(found)} checks of {folder(data_dir)} failed; fetch what failed again")
+        raise AdvdiffError(f"{failed} of {len(found)} checks of {folder} failed; download the failed files again")

@@ -1,115 +1,121 @@
 """`advdiff evaluate`."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advdiff_cli import console, options
-from advdiff_cli.commands.opening import open_selected
+from advdiff_cli import console
+from advdiff_cli.cli import options
+from advdiff_cli.cli.groups import (
+    DefenseOptions,
+    ResultOptions,
+    RowOptions,
+    SeededComputeOptions,
+    with_option_groups,
+)
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defense import asked_defence
 
 if TYPE_CHECKING:
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.evaluation.comparison import Evaluated
+    from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.evaluation.comparison import EvaluatedSet
 
 _COLUMNS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc")
 _DRAWS = 11
 
 
-def evaluate(
-    data: Annotated[
-        list[str], typer.Argument(help="Patch sets, a row of the table each; what selects rows does so in each.")
-    ],
-    classifier: options.ClassifierName,
-    ddpm: options.DdpmName = None,
-    defense: options.Defense = None,
-    t_star: options.TStar = None,
-    sampler: options.Sampler = None,
-    sampler_steps: options.SamplerSteps = None,
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What is evaluated, and what is written beside the table."""
+
     draws: Annotated[
-        int | None, typer.Option(min=1, help="Draws of the defence's noise a patch.", show_default=str(_DRAWS))
-    ] = None,
-    seed: options.Seed = 0,
+        int | None, typer.Option(min=1, help="Draws of the defense's noise for each patch.", show_default=str(_DRAWS))
+    ] = None
     fidelity: Annotated[
         bool,
-        typer.Option(
-            "--fidelity", help="Also tell how faithful the other sets are to the first, which they are made of."
-        ),
-    ] = False,
+        typer.Option("--fidelity", help="Also measure the fidelity of the other sets to the first one."),
+    ] = False
     predictions: Annotated[
-        Path | None, typer.Option(help="Write every patch's and draw's prediction here (CSV).")
-    ] = None,
-    split: options.Split = None,
-    labels: options.Labels = None,
-    limit: options.Limit = None,
-    rows: options.Range = None,
-    shuffle_seed: options.ShuffleSeed = None,
-    allow_pickle: options.AllowPickle = False,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    as_json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print each set's accuracy alone.")] = False,
-) -> None:
-    """Evaluate a classifier, or a defended one (-m, --defense): a row a set, every figure with its 95 % interval.
+        Path | None, typer.Option(help="Write the prediction for every patch and draw to this CSV file.")
+    ] = None
 
-    A defence is judged over draws of its noise that no attack has seen: the mean over draws, majority votes, all
-    draws right. Name the clean set beside an attacked one, as its control. Sets of the same rows are compared in pairs.
-    Patches of one slide resemble each other, so intervals over patches are too narrow where slides are not known.
+
+@with_option_groups
+def evaluate(
+    data: Annotated[list[str], typer.Argument(help="Patch sets, one row of the table for each.")],
+    classifier: options.ClassifierName,
+    settings: EvaluateOptions,
+    defense: DefenseOptions,
+    rows: RowOptions,
+    compute: SeededComputeOptions,
+    output: ResultOptions,
+) -> None:
+    """Evaluate a classifier, or a defended one (-m, --defense): one row for each set, with 95 % intervals.
+
+    A defense is judged on draws of its noise that no attack used: the mean over draws, majority votes, and all draws
+    correct. Name the clean set beside an attacked one, as its control. Sets with the same rows are compared in pairs,
+    and the row options select rows of each set. Patches of one slide resemble each other, so intervals are too narrow
+    where slides are not known. With -q, print the accuracy of each set.
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
     from advdiff_cli.evaluation.comparison import compare
     from advdiff_cli.evaluation.predictions_csv import write_predictions
-    from advdiff_cli.evaluation.provenance_checks import cautions
-    from advdiff_cli.models import registry
-    from advdiff_cli.models.device import resolve_device, resolve_precision
+    from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
+    from advdiff_cli.jobs.evaluate import evaluate_set
 
-    if predictions is not None and not predictions.parent.is_dir():
-        raise AdvdiffError(f"--predictions {predictions}: there is no folder {predictions.parent}")
-    if predictions is not None and len(set(data)) < len(data):
-        raise AdvdiffError("--predictions tells sets apart by their names: name each set once")
-    chip = resolve_device(device)
-    sets = [open_selected(path, split, labels, limit, rows, shuffle_seed) for path in data]
+    _check_predictions_path(settings.predictions, data)
+    device = compute.resolve_device()
+    sets = [rows.open(path) for path in data]
     for patches in sets:
         patches.require_labels()
         patches.require_shape()
-    alone, mark = registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
-    model: Any = alone
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
-    if defence is None and draws is not None:
-        raise AdvdiffError("--draws is of a defence's noise: give -m, or --defense noise")
-    judging: dict[str, Any] = {}
-    if defence is not None:
-        judging = {"draws": draws or _DRAWS, "seed": seed}
-        exact = resolve_precision(precision, chip)
-        model = defence.before(alone, chip, exact)
-    evaluated = []
-    with console.progress(sum(map(len, sets)), "evaluate", quiet=quiet) as advance:
-        for name, patches in zip(data, sets, strict=True):
-            evaluated.append(_predict(name, patches, model, chip, judging, advance))
-    if predictions is not None:
-        write_predictions(predictions, [(e, patches.keys) for e, patches in zip(evaluated, sets, strict=True)])
-    result: dict[str, Any] = {
-        "classifier": {"name": Path(classifier).name, "fingerprint": mark},
-        "defence": None if defence is None else {**defence.parameters, **judging, "precision": exact},
+    undefended = compute.load_classifier(classifier, device)
+    protection = defense.build(compute)
+    if protection is None and settings.draws is not None:
+        raise AdvdiffError("--draws is about a defense's noise: give -m, or --defense noise")
+    precision = "fp32" if protection is None else compute.resolve_precision(device)
+    model = undefended.behind(protection, device, precision)
+    draws = range(1 if protection is None else settings.draws or _DRAWS)
+    with console.progress(sum(map(len, sets)), "evaluate", quiet=output.quiet) as advance:
+        evaluated = [
+            evaluate_set(name, patches, model, device, draws=draws, seed=compute.seed, advance=advance)
+            for name, patches in zip(data, sets, strict=True)
+        ]
+    if settings.predictions is not None:
+        write_predictions(settings.predictions, [(e, s.keys) for e, s in zip(evaluated, sets, strict=True)])
+    judging = {"draws": len(draws), "seed": compute.seed, "precision": precision}
+    result: JsonObject = {
+        "classifier": {"name": Path(classifier).name, "fingerprint": model.fingerprint},
+        "defense": None if protection is None else {**protection.spec.parameters(), **judging},
         "sets": [e.as_dict() for e in evaluated],
         "comparisons": compare(evaluated),
-        **({"fidelity": _fidelity(sets, evaluated)} if fidelity else {}),
+        **({"fidelity": _fidelity(sets, evaluated)} if settings.fidelity else {}),
     }
-    for line in cautions(evaluated, mark, result["defence"], None if defence is None else defence.model):
+    spec = None if protection is None else protection.spec
+    judge = Judge(model.fingerprint, spec, model.ddpm_fingerprint, precision, compute.seed)
+    for line in provenance_warnings(evaluated, judge):
         console.warn(line)
     brief = "\n".join(str(s["accuracy"]["value"]) for s in result["sets"])
-    console.emit(result, _text(result), brief, as_json=as_json, quiet=quiet)
+    output.emit(result, _text(result), brief)
 
 
-def _fidelity(sets: "list[PatchSet]", evaluated: "list[Evaluated]") -> list[dict[str, Any]]:
-    """Return how faithful each set but the first is to the first."""
+def _check_predictions_path(path: Path | None, data: list[str]) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise AdvdiffError(f"--predictions {path}: there is no folder {path.parent}")
+    if path is not None and len(set(data)) < len(data):
+        raise AdvdiffError("--predictions: the file tells sets apart by their names; name each set once")
+
+
+def _fidelity(sets: "Sequence[PatchSet]", evaluated: "Sequence[EvaluatedSet]") -> "list[JsonObject]":
+    """Return the fidelity of each other set to the first one."""
     from advdiff_cli.evaluation.fidelity import fidelity
 
     if len(sets) < 2:
-        raise AdvdiffError("--fidelity compares sets with the first: name the clean set, then what was made of it")
+        raise AdvdiffError("--fidelity compares sets with the first one: name the clean set, then what was made of it")
     first, judged = sets[0], evaluated[0].predictions
     return [
         {"data": e.name, "reference": evaluated[0].name, **fidelity(first, judged, patches, e.predictions)}
@@ -117,37 +123,22 @@ def _fidelity(sets: "list[PatchSet]", evaluated: "list[Evaluated]") -> list[dict
     ]
 
 
-def _predict(
-    name: str, patches: "PatchSet", model: Any, chip: Any, judging: dict[str, Any], advance: console.Advance
-) -> "Evaluated":
-    import numpy as np
-
-    from advdiff_cli.data.provenance import history
-    from advdiff_cli.evaluation.comparison import Evaluated
-    from advdiff_cli.evaluation.metrics import Predictions, predict
-
-    p1 = []
-    for batch in predict(model, patches, chip, **judging):
-        p1.append(batch)
-        advance(len(batch))
-    predictions = Predictions(patches.require_labels(), np.concatenate(p1))
-    return Evaluated(name, patches.origin(), patches.index, predictions, history(patches.provenance))
-
-
-def _made(history: list[dict[str, Any]]) -> str:
-    """Tell in one line the settings that led to a set."""
-    from advdiff_cli.attacks.spec import describe
-    from advdiff_cli.jobs.attack import goes_through
+def _how_made(history: "list[Provenance]") -> str:
+    """Describe in one line how a set was made."""
+    from advdiff_cli.attacks.spec import AttackSpec
+    from advdiff_cli.purification.defense import DefenseSpec
 
     steps = []
     for recipe in history:
-        p, what = recipe["parameters"], recipe["command"]
+        p, step = recipe["parameters"], recipe["command"]
         shown: tuple[str, ...] = ("defense", "t_star", "sampler", "sampler_steps", "seed", "n")
-        if what == "attack":
-            what += f" ({describe(p)}) {'through' if goes_through(p) else 'on the classifier alone'}"
-            shown = ("defense", "t_star", "sampler", "sampler_steps") if goes_through(p) else ()
+        if step == "attack":
+            attack = AttackSpec.from_parameters(p)
+            through = attack.computes_defense and DefenseSpec.from_parameters(p) is not None
+            step += f" ({attack.describe()}) {'through' if through else 'on the classifier alone'}"
+            shown = ("defense", "t_star", "sampler", "sampler_steps") if through else ()
         settings = ", ".join(f"{k} {_short(p[k])}" for k in shown if p.get(k) is not None)
-        steps.append(f"{what} ({settings})" if settings else what)
+        steps.append(f"{step} ({settings})" if settings else step)
     return ", then ".join(steps)
 
 
@@ -155,39 +146,36 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _fidelity_text(found: list[dict[str, Any]]) -> str:
-    from advdiff_cli.evaluation.statistics import Estimate
+def _fidelity_text(found: "list[JsonObject]") -> str:
+    from advdiff_cli.cli.tables import cell
 
-    def plain(value: dict[str, float] | None, places: int) -> str:
+    def plain(value: dict[str, float] | None, digits: int) -> str:
         if value is None:
             return "-"
-        return f"{value['value']:.{places}f} [{value['low']:.{places}f}, {value['high']:.{places}f}]"
+        return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
-    rows = [
-        (
-            f["data"], f["n"], plain(f["psnr"], 1), plain(f["ssim"], 3), plain(f["nuclear_mass"], 2),
-            *(str(Estimate(**e)) if (e := f["flipped"][k]) else "-" for k in ("0", "1")),
-        )
-        for f in found
-    ]  # fmt: skip
-    head = (
-        f"faithful to {found[0]['reference']} [95 %]", "n", "PSNR dB", "SSIM", "nuclear mass, ratio",
-        "decisions changed, label 0 %", "label 1 %",
-    )  # fmt: skip
-    return console.table(head, rows)
+    rows = []
+    for f in found:
+        values = (plain(f["psnr"], 1), plain(f["ssim"], 3), plain(f["nuclear_mass"], 2))
+        rows.append((f["data"], f["n"], *values, *(cell(f["flipped"][k]) for k in ("0", "1"))))
+    measures = ("PSNR dB", "SSIM", "nuclear mass, ratio", "decisions changed, label 0 %", "label 1 %")
+    return console.table((f"fidelity to {found[0]['reference']} [95 %]", "n", *measures), rows)
 
 
-def _text(result: dict[str, Any]) -> str:
-    from advdiff_cli.cli.tables import accuracies, cell, pairs
+def _text(result: "JsonObject") -> str:
+    from advdiff_cli.cli.tables import accuracy_table, cell, comparison_table
 
-    text = accuracies("% [95 % interval]", ((s["data"], s) for s in result["sets"]), _COLUMNS)
-    voted = [k for k in result["sets"][0] if k.startswith("vote_") or k == "all_correct"]
-    if voted:
-        rows = [(s["data"], s["draws"], *(cell(s[k]) for k in voted)) for s in result["sets"]]
-        names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws right") for k in voted]
-        text += "\n\n" + console.table(("accuracy, by draws", "draws", *names), rows)
+    blocks = [accuracy_table("% [95 % interval]", ((s["data"], s) for s in result["sets"]), _COLUMNS)]
+    votes = [k for k in result["sets"][0] if k.startswith("vote_") or k == "all_correct"]
+    if votes:
+        rows = [(s["data"], s["draws"], *(cell(s[k]) for k in votes)) for s in result["sets"]]
+        names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws correct") for k in votes]
+        blocks.append(console.table(("accuracy, by draws", "draws", *names), rows))
     if "fidelity" in result:
-        text += "\n\n" + _fidelity_text(result["fidelity"])
-    made = [f"{s['data']}: {_made(s['history'])}" for s in result["sets"] if s["history"]]
-    text += "".join(f"\n{line}" for line in ["", *made]) if made else ""
-    return f"{text}\n\n{pairs(result['comparisons'])}" if result["comparisons"] else text
+        blocks.append(_fidelity_text(result["fidelity"]))
+    made = [f"{s['data']}: {_how_made(s['history'])}" for s in result["sets"] if s["history"]]
+    if made:
+        blocks.append("\n".join(made))
+    if result["comparisons"]:
+        blocks.append(comparison_table(result["comparisons"]))
+    return "\n\n".join(blocks)

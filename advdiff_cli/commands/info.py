@@ -1,54 +1,59 @@
 """`advdiff info`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advdiff_cli import console, options
+from advdiff_cli.cli.groups import ResultOptions, with_option_groups
 from advdiff_cli.errors import AdvdiffError
 
+if TYPE_CHECKING:
+    from advdiff_cli.data.provenance import JsonObject, Provenance
 
+
+@with_option_groups
 def info(
     file: Annotated[Path, typer.Argument(help="A patch set, a purified folder or a model folder.")],
-    as_json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the content fingerprint alone.")] = False,
+    output: ResultOptions,
 ) -> None:
-    """Tell what a file is and the whole chain of how it was made.
+    """Show what a file is and how it was made, with the whole chain of its inputs.
+
+    With -q, print the content fingerprint.
 
     Example: advdiff info purified.safetensors
     """
     from advdiff_cli.data.folder_writer import JOURNAL
-    from advdiff_cli.data.provenance import parse
+    from advdiff_cli.data.provenance import parse_provenance
     from advdiff_cli.models import registry
+    from advdiff_cli.models.fingerprint import folder_fingerprint
 
     if not file.exists():
         raise AdvdiffError(f"no such file or folder: {file}")
     if file.is_dir() and registry.is_model(file):
-        facts: dict[str, Any] = {"kind": "model", "fingerprint": registry.fingerprint(file)}
+        facts: JsonObject = {"kind": "model", "fingerprint": folder_fingerprint(file)}
         made = registry.recorded_provenance(file)
     else:
         facts, made = _patch_set(file)
         if (journal := file / JOURNAL).is_file():
-            made = parse(journal.read_text().partition("\n")[0], journal)
-    result = {"file": str(file), **facts, "provenance": made}
+            made = parse_provenance(journal.read_text().partition("\n")[0], journal)
     lines = [f"{file}: " + ", ".join(f"{k} {v}" for k, v in facts.items())]
     lines += _chain(made, "") if made else ["no provenance recorded"]
-    console.emit(result, "\n".join(lines), facts["fingerprint"], as_json=as_json, quiet=quiet)
+    output.emit({"file": str(file), **facts, "provenance": made}, "\n".join(lines), facts["fingerprint"])
 
 
-def _patch_set(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _patch_set(file: Path) -> "tuple[JsonObject, Provenance | None]":
     from advdiff_cli.data.patches import open_patches
 
     patches = open_patches(file)
-    facts: dict[str, Any] = {"kind": "patch set", "n": len(patches)}
-    facts["size"] = "mixed" if patches.shape is None else f"{patches.shape[0]}x{patches.shape[1]}"
-    facts["positive"] = None if patches.labels is None else int(patches.labels.sum())
+    size = "mixed" if patches.shape is None else f"{patches.shape[0]}x{patches.shape[1]}"
+    positive = None if patches.labels is None else int(patches.labels.sum())
+    facts = {"kind": "patch set", "n": len(patches), "size": size, "positive": positive}
     return {**facts, "fingerprint": patches.fingerprint()}, patches.provenance
 
 
-def _chain(made: dict[str, Any], indent: str) -> list[str]:
-    """Return the lines that tell how a thing was made, then how its inputs were."""
+def _chain(made: "Provenance", indent: str) -> list[str]:
+    """Return lines about how something was made, then about how its inputs were made."""
     if "recipe" not in made:
         return []
     recipe = made["recipe"]
@@ -60,6 +65,6 @@ def _chain(made: dict[str, Any], indent: str) -> list[str]:
     for name, value in recipe.items():
         if name not in ("command", "format", "parameters") and value is not None:
             lines.append(f"{indent}  {name}: {value}")
-    for below in made.get("inputs", []):
-        lines += _chain(below, indent + "    ")
+    for inner in made.get("inputs", []):
+        lines += _chain(inner, indent + "    ")
     return lines

@@ -5,28 +5,27 @@ from typing import Annotated
 
 import typer
 
-from advdiff_cli import console, options
+from advdiff_cli import console
+from advdiff_cli.cli.groups import OutputOptions, with_option_groups
 
 
+@with_option_groups
 def merge(
     parts: Annotated[
         list[Path], typer.Argument(help="Patch sets: the shards of one recipe, or sets of different rows.")
     ],
-    out: options.Out,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    output: OutputOptions,
 ) -> None:
-    """Join patch sets: shards of one recipe into the file that one run would have made, other sets one after another.
+    """Merge patch sets: shards into the file that a single run would have made, other sets one after another.
 
     Example: advdiff merge part0.h5 part1.h5 -o adv.h5
     """
     from advdiff_cli.data.merge import merge_sets
 
-    done = merge_sets(parts, out, overwrite=overwrite)
-    if done.up_to_date:
-        console.log(f"{out} is up to date")
-    status = "up to date" if done.up_to_date else "done"
-    n = len(done.finished)
-    result = {"out": str(out), "status": status, "patches": n, "parts": len(parts)}
-    console.emit(result, f"{out}: {n} patches of {len(parts)} parts", out, as_json=as_json, quiet=quiet)
+    merged = merge_sets(parts, output.out, overwrite=output.overwrite)
+    if merged.up_to_date:
+        console.log(f"{output.out} is up to date")
+    status = "up to date" if merged.up_to_date else "done"
+    n = len(merged.finished)
+    result = {"out": str(output.out), "status": status, "patches": n, "parts": len(parts)}
+    output.emit(result, f"{output.out}: {n} patches of {len(parts)} parts", output.out)

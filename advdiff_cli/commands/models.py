@@ -1,19 +1,18 @@
 """`advdiff models`."""
 
-from advdiff_cli import console, options
+from advdiff_cli import console
+from advdiff_cli.cli.groups import ResultOptions, with_option_groups
 
 
-def models(
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """List the bundled models.
+@with_option_groups
+def models(output: ResultOptions) -> None:
+    """List the bundled models. With -q, print their names.
 
     Example: advdiff models
     """
-    from advdiff_cli.models import registry
+    from advdiff_cli.models.registry import list_bundled
 
-    known = registry.list_bundled()
-    rows = [(m["name"], m["kind"], m["arch"], f"{m['bytes'] / 1e6:.1f} MB") for m in known]
+    bundled = list_bundled()
+    rows = [(m.name, m.kind, m.arch, f"{m.bytes / 1e6:.1f} MB") for m in bundled]
     text = console.table(("name", "kind", "architecture", "size"), rows)
-    console.emit({"models": known}, text, "\n".join(m["name"] for m in known), as_json=as_json, quiet=quiet)
+    output.emit({"models": [m.as_dict() for m in bundled]}, text, "\n".join(m.name for m in bundled))

@@ -2,201 +2,225 @@
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advdiff_cli import console, options
-from advdiff_cli.cli.batch_size import batch_size as sized
-from advdiff_cli.commands.opening import open_selected
+from advdiff_cli import console
+from advdiff_cli.cli import options
+from advdiff_cli.cli.groups import (
+    PlannedOutputOptions,
+    PurifierOptions,
+    RowOptions,
+    ShardedComputeOptions,
+    with_option_groups,
+)
 from advdiff_cli.errors import AdvdiffError, SomeInputsFailed
-from advdiff_cli.jobs.sharding import fill
-from advdiff_cli.purification.defense import Defence, build_defence
 
 if TYPE_CHECKING:
-    from torch import device as Chip
+    import torch
 
-    from advdiff_cli.data.distributed import Processes
+    from advdiff_cli.data.distributed import ProcessGroup
+    from advdiff_cli.data.folder_writer import FolderWriter
     from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.provenance import JsonObject
+    from advdiff_cli.jobs.purify_rows import PurifyJob
 
-_BATCH = 16
 
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """Options for a folder of images."""
 
-def purify(
-    data: options.Data,
-    out: options.Out,
     files_from: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Only the images listed, a name a line, relative to DATA; - is stdin."),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image of a folder that fails.")] = False,
-    ddpm: options.PurifierName = None,
-    defense: Annotated[
-        Literal["noise", "ddpm"], typer.Option(help="What purifies.", rich_help_panel=options.DEFENCE)
-    ] = "ddpm",
-    t_star: options.TStar = None,
-    sampler: options.Sampler = None,
-    sampler_steps: options.SamplerSteps = None,
-    seed: options.Seed = 0,
-    split: options.Split = None,
-    labels: options.Labels = None,
-    limit: options.Limit = None,
-    rows: options.Range = None,
-    shuffle_seed: options.ShuffleSeed = None,
-    shard: options.Shard = None,
-    allow_pickle: options.AllowPickle = False,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    batch_size: options.BatchSize = None,
-    overwrite: options.Overwrite = False,
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+        typer.Option(metavar="FILE", help="Only the listed images, one name per line, relative to DATA; - is stdin."),
+    ] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that fails.")] = False
+
+
+@with_option_groups
+def purify(
+    data: options.Data,
+    folder: FolderOptions,
+    purifier: PurifierOptions,
+    rows: RowOptions,
+    compute: ShardedComputeOptions,
+    output: PlannedOutputOptions,
 ) -> None:
     """Purify patches: a file to a .safetensors or .h5 file, a folder or glob of images to a folder of the same names.
 
-    Run again, it goes on where it was stopped; a folder gets new, changed and failed files only (exit 3 while any
-    fails). Shards of a folder share it; those of a file are joined by merge.
+    Run again, the command resumes; in a folder it purifies new, changed and failed files only, and exits with 3 if any
+    file fails. Shards of a folder share the folder, and shards of a file are joined by merge.
 
     Example: advdiff purify patches/ -o purified/
     """
-    from advdiff_cli.data import folder_writer, patch_writer
-    from advdiff_cli.data.distributed import together
-    from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.models.device import resolve_device, resolve_precision
-    from advdiff_cli.purification.tiling import LARGEST
+    from advdiff_cli.data.distributed import process_group
+    from advdiff_cli.data.folder_writer import folder_resume_params
+    from advdiff_cli.data.patch_writer import resume_params
+    from advdiff_cli.data.patches import PATCH_FILES
 
-    chip = resolve_device(device)
-    to_file = out.suffix in (".safetensors", ".h5", ".hdf5")
-    earlier = {} if overwrite else patch_writer.begun(out) if to_file else folder_writer.begun(out)
-    exact = resolve_precision(earlier.get("precision", "auto") if precision == "auto" else precision, chip)
-    shape, n = (LARGEST, LARGEST), None  # of the largest images of a folder that are batched
-    if to_file and (files_from is not None or strict):
-        raise AdvdiffError(f"--out {out}: --files-from and --strict are for folders of images that go to a folder")
-    if to_file:
-        patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
-        shape, n = patches.require_shape(), len(patches)
-    elif (split, labels, limit, rows, shuffle_seed) != (None,) * 5 or not _holds_images(data):
+    out = output.out
+    to_file = out.suffix in PATCH_FILES
+    if to_file and folder != FolderOptions():
+        raise AdvdiffError(f"--out {out}: --files-from and --strict need a folder of images and a folder as --out")
+    if not to_file and not (rows.are_default and Path(data).suffix.lower() not in PATCH_FILES):
         raise AdvdiffError(
-            f"--out {out}: rows and labels of a patch set go to a .safetensors or .h5 file, whole folders to a folder"
+            f"--out {out}: for a patch set, or with options for rows, give a .safetensors or .h5 file as --out; "
+            "a whole folder of images goes to a folder"
         )
-    defence = build_defence(defense or "ddpm", ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
-    defence.purifier.to(chip)
-    batch = sized(batch_size, earlier, _BATCH, defence.purifier, shape, n, chip, shard=shard)
-    parameters = defence.parameters | {"seed": seed, "batch_size": batch, "precision": exact}
-    part = cast("tuple[int, int] | None", shard)
-    with together() as processes:
-        if to_file:
-            made_by = recipe("purify", parameters, data=patches.recipe_input(), ddpm=defence.model)
-            result = _to_file(patches, out, made_by, defence, part, processes, chip, overwrite, dry_run, quiet)
+    compute.refuse_auto_for_parts()
+    device = compute.resolve_device()
+    resume: Mapping[str, object] = {}
+    if not output.overwrite:
+        resume = resume_params(out) if to_file else folder_resume_params(out)
+    patches = rows.open(data) if to_file else None
+    job = _job(purifier, compute, patches, resume, device)
+    with process_group(device) as group:
+        if patches is not None:
+            result = _purify_rows(job, patches, compute, output, group)
         else:
-            made_by = recipe("purify", parameters, ddpm=defence.model)
-            files = _listed(data, out, files_from, processes)
-            result = _to_folder(files, out, made_by, defence, part, processes, chip, overwrite, dry_run, strict, quiet)
+            result = _purify_folder(job, _find_images(data, out, folder, group), folder, compute, output, group)
     counts = ", ".join(f"{v} {k}" for k, v in result.items() if isinstance(v, int))
-    console.emit(result, f"{out}: {result['status']}, {counts}", out, as_json=as_json, quiet=quiet)
+    output.emit(result, f"{out}: {result['status']}, {counts}", out)
     if result.get("failed"):
         raise SomeInputsFailed(f"{result['failed']} of {result['files']} files failed; {out}/advdiff.jsonl names each")
 
 
-def _holds_images(data: str) -> bool:
-    return Path(data).suffix.lower() not in (".safetensors", ".h5", ".hdf5")
+def _job(
+    purifier: PurifierOptions,
+    compute: ShardedComputeOptions,
+    patches: "PatchSet | None",
+    resume: Mapping[str, object],
+    device: "torch.device",
+) -> "PurifyJob":
+    from advdiff_cli.cli.batch_size import resolve_batch_size
+    from advdiff_cli.jobs.purify_rows import PurifyJob
+    from advdiff_cli.purification.tiling import MAX_UNTILED
+
+    shape, n = (MAX_UNTILED, MAX_UNTILED), None  # the largest images of a folder that are batched
+    if patches is not None:
+        shape, n = patches.require_shape(), len(patches)
+    precision = compute.resolve_precision(device, resume)
+    defense = purifier.build(compute)
+    module = defense.purifier.to(device)
+    size = resolve_batch_size(compute.batch_size, resume, module, shape, device, graph=False, n=n)
+    return PurifyJob(defense, compute.seed, size, precision, device)
 
 
-def _to_file(
-    patches: "PatchSet", out: Path, made_by: dict[str, Any], defence: Defence, shard: tuple[int, int] | None,
-    processes: "Processes", chip: "Chip", overwrite: bool, dry_run: bool, quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
-    from advdiff_cli.data.patch_writer import PatchWriter, shard_rows
+def _purify_rows(
+    job: "PurifyJob",
+    patches: "PatchSet",
+    compute: ShardedComputeOptions,
+    output: PlannedOutputOptions,
+    group: "ProcessGroup",
+) -> "JsonObject":
+    from advdiff_cli.cli.progress import follow_rows
+    from advdiff_cli.data.patch_writer import OutputSpec, shard_rows
     from advdiff_cli.jobs.purify_rows import purify_rows
+    from advdiff_cli.jobs.sharding import ShardedOutput
 
-    machine = made_by["parameters"]
-    part = shard_rows(len(patches), machine["batch_size"], shard)
-    count = part.stop - part.start
-    if dry_run:
-        return {"out": str(out), "status": "would purify", "patches": count}
-
-    settings = {k: machine[k] for k in ("batch_size", "seed", "precision")}
-
-    def work(sink: PatchWriter) -> None:
-        done, of = int(sink.finished.sum()), len(sink.finished)
-        with console.progress(of, "purify", done=done, quiet=quiet) as advance:
-            for count in purify_rows(defence.purifier, patches, sink, device=chip, **settings):
-                advance(count)
-
-    status = fill(out, made_by, patches, shard, processes, work, device=chip.type, overwrite=overwrite)
-    return {"out": str(out), "status": status, "patches": count}
+    count = len(shard_rows(len(patches), job.batch_size, compute.shard_pair))
+    if output.dry_run:
+        return {"out": str(output.out), "status": "would purify", "patches": count}
+    made = OutputSpec(output.out, job.recipe(patches), job.device.type, output.overwrite)
+    work = follow_rows(partial(purify_rows, job, patches), "purify", quiet=output.quiet)
+    status = ShardedOutput(made, patches, job.batch_size, work).make(compute.shard_pair, group)
+    if status == "up to date":
+        console.log(f"{output.out} is up to date")
+    return {"out": str(output.out), "status": status, "patches": count}
 
 
-def _listed(
-    data: str, out: Path, files_from: str | None, processes: "Processes"
-) -> "tuple[Path, list[Path], dict[str, str]]":
-    """Return the folder that names are relative to, the images to purify, and the output's name for each image below.
+@dataclass(frozen=True)
+class FoundImages:
+    """Images to purify: the folder that names are relative to, the files, and the output name of each name."""
 
-    What was made from them is left out; a list does not change what a file's output is called.
+    root: Path
+    files: list[Path]
+    names: dict[str, str]
+
+
+def _find_images(data: str, out: Path, folder: FolderOptions, group: "ProcessGroup") -> FoundImages:
+    """Return the images to purify, without those in the output folder.
+
+    Output names depend on all images of the folder, not only on the listed ones.
     """
     from advdiff_cli.data.folder_writer import output_names
-    from advdiff_cli.data.image_folder import list_images, listed_images
+    from advdiff_cli.data.image_folder import list_images, named_images
 
     if not Path(data).exists() and not any(c in data for c in "*?["):
         raise AdvdiffError(f"no such file or folder: {data}")
-    root, below = list_images(data)
-    made = os.path.realpath(out) + os.sep
-    files = below = [f for f in below if not os.path.realpath(f).startswith(made)]
-    if files_from is not None:
-        if files_from == "-" and processes.count > 1:
-            raise AdvdiffError("--files-from -: the processes of torchrun share one stdin; give a file")
-        text = sys.stdin.buffer.read() if files_from == "-" else Path(files_from).read_bytes()
-        files = listed_images(root, [os.fsdecode(line.removesuffix(b"\r")) for line in text.split(b"\n")])
+    root, found = list_images(data)
+    own = os.path.realpath(out) + os.sep
+    files = found = [f for f in found if not os.path.realpath(f).startswith(own)]
+    if folder.files_from is not None:
+        files = named_images(root, _listed_names(folder.files_from, group))
     if not files:
-        raise AdvdiffError(f"no images in {data}" if files_from is None else f"{files_from} lists no images")
-    names = output_names(sorted({f.relative_to(root).as_posix() for f in [*below, *files]}))
-    return root, files, names
+        problem = f"no images in {data}" if folder.files_from is None else f"{folder.files_from} lists no images"
+        raise AdvdiffError(problem)
+    names = output_names(sorted({f.relative_to(root).as_posix() for f in [*found, *files]}))
+    return FoundImages(root, files, names)
 
 
-def _to_folder(
-    listed: "tuple[Path, list[Path], dict[str, str]]", out: Path, made_by: dict[str, Any], defence: Defence,
-    shard: tuple[int, int] | None, processes: "Processes", chip: "Chip", overwrite: bool, dry_run: bool, strict: bool,
-    quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
+def _listed_names(files_from: str, group: "ProcessGroup") -> list[str]:
+    if files_from == "-" and group.size > 1:
+        raise AdvdiffError("--files-from -: the processes of torchrun share one stdin; give a file")
+    text = sys.stdin.buffer.read() if files_from == "-" else Path(files_from).read_bytes()
+    return [os.fsdecode(line.removesuffix(b"\r")) for line in text.split(b"\n")]
+
+
+def _purify_folder(
+    job: "PurifyJob",
+    images: FoundImages,
+    folder: FolderOptions,
+    compute: ShardedComputeOptions,
+    output: PlannedOutputOptions,
+    group: "ProcessGroup",
+) -> "JsonObject":
     from advdiff_cli.data.folder_writer import FolderWriter
-    from advdiff_cli.jobs.purify_folder import FilesPurifier
+    from advdiff_cli.data.patch_writer import OutputSpec
+    from advdiff_cli.jobs.sharding import NO_SHARD_UNDER_TORCHRUN
 
-    root, files, names = listed
-    if processes.count > 1:
+    out, shard = output.out, compute.shard_pair
+    if group.size > 1:
         if shard is not None:
-            raise AdvdiffError("--shard: under torchrun each process takes the shard of its rank; leave it out")
-        shard = (processes.rank, processes.count)
-    mine = files if shard is None else files[shard[0] :: shard[1]]
-    if dry_run:
-        return {"out": str(out), "status": "would purify", "files": processes.sums([len(mine)])[0]}
-    if processes.count > 1:
-        if processes.first:
-            FolderWriter(out, made_by, device=chip.type, overwrite=overwrite).close()
-        processes.wait()
-        overwrite = False
-    counts = {"ok": 0, "kept": 0, "failed": 0}
-    settings = {k: made_by["parameters"][k] for k in ("batch_size", "seed", "precision")}
-    with (
-        FolderWriter(out, made_by, shard, device=chip.type, overwrite=overwrite) as sink,
-        console.progress(len(mine), "purify", quiet=quiet) as advance,
-    ):
-        for outcome in FilesPurifier(defence.purifier, root, names, sink, device=chip, **settings).run(mine):
+            raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
+        shard = (group.rank, group.size)
+    files = images.files if shard is None else images.files[shard[0] :: shard[1]]
+    if output.dry_run:
+        return {"out": str(out), "status": "would purify", "files": group.sum([len(files)])[0]}
+    spec = OutputSpec(out, job.recipe(), job.device.type, output.overwrite)
+    if group.size > 1:
+        if group.is_main:
+            FolderWriter(spec).close()
+        group.wait()
+        spec = OutputSpec(out, job.recipe(), job.device.type)
+    with FolderWriter(spec, shard) as writer:
+        counts = _purify_files(job, images, files, writer, strict=folder.strict, quiet=output.quiet)
+    ok, kept, failed, total = group.sum([*(counts[k] for k in ("ok", "kept", "failed")), len(files)])
+    if group.is_main and group.size > 1:
+        FolderWriter(OutputSpec(out, job.recipe(), job.device.type)).close()  # merges the journals
+    status = "up to date" if kept == total else "done"
+    return {"out": str(out), "status": status, "files": total, "purified": ok, "kept": kept, "failed": failed}
+
+
+def _purify_files(
+    job: "PurifyJob", images: FoundImages, files: list[Path], writer: "FolderWriter", *, strict: bool, quiet: bool
+) -> Counter[str]:
+    """Purify files and return how many have which outcome."""
+    from advdiff_cli.jobs.purify_folder import FolderPurifier
+
+    counts: Counter[str] = Counter()
+    with console.progress(len(files), "purify", quiet=quiet) as advance:
+        for outcome in FolderPurifier(job, images.root, images.names, writer).run(files):
             counts[outcome.status] += 1
             if outcome.status == "failed" and strict:
-                raise AdvdiffError(f"{outcome.reason} (--strict: what was not written yet is left)")
+                raise AdvdiffError(f"{outcome.reason} (--strict: files that were not written yet are left out)")
             if outcome.status == "failed":
                 console.warn(outcome.reason)
             advance()
-    ok, kept, failed, of = processes.sums([*counts.values(), len(mine)])
-    if processes.first and processes.count > 1:
-        FolderWriter(out, made_by, device=chip.type).close()  # which joins the journals
-    return {
-        "out": str(out),
-        "status": "up to date" if kept == of else "done",
-        "files": of,
-        "purified": ok,
-        "kept": kept,
-        "failed": failed,
-    }
+    return counts

@@ -2,174 +2,137 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advdiff_cli import console, options
-from advdiff_cli.commands.opening import open_selected
+from advdiff_cli import console
+from advdiff_cli.cli.groups import (
+    OutputOptions,
+    PurifierOptions,
+    RowOptions,
+    SeededComputeOptions,
+    with_option_groups,
+)
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defense import Defence, build_defence
 
 if TYPE_CHECKING:
-    from torch import device as Chip
-
-    from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.purification.defended_classifier import DefendedClassifier
-    from advdiff_cli.report.gallery import Pair
+    from advdiff_cli.data.provenance import JsonObject
 
 
-def report(
-    out: options.Out,
+@dataclass(frozen=True, kw_only=True)
+class ContentOptions:
+    """The content of the page."""
+
     result: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FILE: a bar of accuracies, from evaluate CLEAN ATTACKED --json. May be repeated."),
-    ] = None,
+        typer.Option(help="NAME=FILE: bars of accuracies, from evaluate CLEAN ATTACKED --json. May be repeated."),
+    ] = None
     sweep: Annotated[
-        list[str] | None, typer.Option(help="FOLDER of a sweep, or NAME=FOLDER to head it. May be repeated.")
-    ] = None,
-    ladder: Annotated[Path | None, typer.Option(help="Folder of robustness.")] = None,
-    clean: Annotated[str | None, typer.Option(help="Patches of the gallery, clean.")] = None,
-    attacked: Annotated[str | None, typer.Option(help="The same, attacked.")] = None,
-    classifier: Annotated[str | None, typer.Option("-c", "--classifier", help="Classifier of the gallery.")] = None,
-    ddpm: options.DdpmName = None,
-    patches: Annotated[int, typer.Option(min=1, help="Patches in the gallery.")] = 12,
+        list[str] | None, typer.Option(help="FOLDER of a sweep, or NAME=FOLDER to name it. May be repeated.")
+    ] = None
+    ladder: Annotated[Path | None, typer.Option(help="Folder of robustness.")] = None
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Purification against adversarial attacks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryOptions:
+    """The gallery of patches."""
+
+    clean: Annotated[str | None, typer.Option(help="Clean patches of the gallery.")] = None
+    attacked: Annotated[str | None, typer.Option(help="The same patches, attacked.")] = None
+    classifier: Annotated[str | None, typer.Option("-c", "--classifier", help="Classifier of the gallery.")] = None
+    patches: Annotated[int, typer.Option(min=1, help="Number of patches in the gallery.")] = 12
     index: Annotated[
-        str | None, typer.Option(help="Rows of the gallery by index, as 3,17.", show_default="the most telling")
-    ] = None,
-    title: Annotated[str, typer.Option(help="Title of the page.")] = "Purification against adversarial attacks",
-    seed: options.Seed = 0,
-    defense: Annotated[
-        Literal["none", "noise", "ddpm"],
-        typer.Option(help="What stands before the classifier.", rich_help_panel=options.DEFENCE),
-    ] = "ddpm",
-    t_star: options.TStar = None,
-    sampler: options.Sampler = None,
-    sampler_steps: options.SamplerSteps = None,
-    split: options.Split = None,
-    limit: options.Limit = None,
-    allow_pickle: options.AllowPickle = False,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+        str | None,
+        typer.Option(help="Rows of the gallery by index, such as 3,17.", show_default="those that changed most"),
+    ] = None
+
+
+@with_option_groups
+def report(
+    content: ContentOptions,
+    gallery: GalleryOptions,
+    purifier: PurifierOptions,
+    rows: RowOptions,
+    compute: SeededComputeOptions,
+    output: OutputOptions,
 ) -> None:
-    """Write results to one self-contained HTML page, and its figures as SVG and PNG beside it.
+    """Write results to one self-contained HTML page, and its plots as SVG and PNG next to it.
 
-    Bars come from evaluate's JSON, curves from sweep, the ladder from robustness, and the gallery is made here of clean
-    and attacked patches, purified on the first judging draw. Every number tells the recipe that made it.
+    Bars come from evaluate --json, curves from sweep, and the table of attacks from robustness. The gallery is made of
+    clean and attacked patches, which are purified on the first judging draw. The page holds the recipe of every number.
+    With -q, print the path of the page.
 
-    Example: advdiff report --result undefended=plain.json --sweep sweep/ --ladder ladder/ -o report/
+    Example: advdiff report --result undefended=plain.json --sweep sweep/ --ladder suite/ -o report/
     """
-    from advdiff_cli.models import registry
-    from advdiff_cli.models.device import resolve_device, resolve_precision
-    from advdiff_cli.report.page import PAGE, Report, bar, read_results
+    from advdiff_cli.report.page import PAGE, Report, accuracy_bar, read_results
 
-    if out.exists() and not out.is_dir():
-        raise AdvdiffError(f"--out {out} is a file; a report goes to a folder")
-    if not (result or sweep or ladder or clean):
+    out = output.out
+    output.require_folder("a report goes to")
+    has_gallery = gallery.clean or gallery.attacked
+    if not (content.result or content.sweep or content.ladder or has_gallery):
         raise AdvdiffError("nothing to report: give --result, --sweep, --ladder, or --clean and --attacked")
-    made = Report(title, read_results([_named(text, "give NAME=FILE to --result") for text in result or []]))
-    for name, found in made.results.items():
-        bar(name, found)  # refused before anything is written
-    unknown = "no such folder; --sweep takes FOLDER or NAME=FOLDER"
-    sweeps = [(text, Path(text)) if Path(text).is_dir() else _named(text, unknown) for text in sweep or []]
-    made.sweeps = read_results([(name, folder / "sweep.json") for name, folder in sweeps])
-    made.ladder = read_results([("ladder", ladder / "robustness.json")])["ladder"] if ladder else None
-    if clean or attacked:
-        if not (clean and attacked and classifier):
-            raise AdvdiffError("a gallery needs --clean, --attacked and -c")
-        chip = resolve_device(device)
-        alone, mark = registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
-        defence = build_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
-        model = defence.before(alone, chip, resolve_precision(precision, chip))
-        pair = _pair(*(open_selected(name, split, None, limit, None, None) for name in (clean, attacked)))
-        made.gallery = _gallery(pair, _Judge(model, mark, defence, chip, seed), patches, index, out, quiet)
-    out.mkdir(parents=True, exist_ok=True)
-    files = made.write(out)
-    told = {"out": str(out), "page": str(out / PAGE), "files": files}
-    console.emit(
-        told, f"{out / PAGE}\n" + "\n".join(str(out / f) for f in files[1:]), out / PAGE, as_json=as_json, quiet=quiet
+    page = Report(
+        content.title, read_results([_named(text, "give --result NAME=FILE") for text in content.result or []])
     )
+    for name, found in page.results.items():
+        accuracy_bar(name, found)  # raises before anything is written
+    page.sweeps = read_results([_sweep_file(text) for text in content.sweep or []])
+    if content.ladder:
+        page.suite = read_results([("suite", content.ladder / "robustness.json")])["suite"]
+    if has_gallery:
+        page.gallery = _gallery(gallery, purifier, rows, compute, output)
+    out.mkdir(parents=True, exist_ok=True)
+    files = page.write(out)
+    text = "\n".join(str(out / f) for f in files)
+    output.emit({"out": str(out), "page": str(out / PAGE), "files": files}, text, out / PAGE)
 
 
-def _named(text: str, help_: str) -> tuple[str, Path]:
-    """Return the two halves of NAME=PATH; AdvdiffError with `help_` when it is not that."""
+def _named(text: str, advice: str) -> tuple[str, Path]:
+    """Return the two halves of NAME=PATH.
+
+    Raises:
+        AdvdiffError: The text has another form.
+    """
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise AdvdiffError(f"{text}: {help_}")
+        raise AdvdiffError(f"{text}: {advice}")
     return name, Path(path)
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """Who looks at the patches of the gallery: the defended classifier, and what names it in a recipe."""
-
-    model: "DefendedClassifier"
-    fingerprint: str
-    defence: Defence
-    chip: "Chip"
-    seed: int
-
-
-def _pair(clean: "PatchSet", attacked: "PatchSet") -> "Pair":
-    from advdiff_cli.report.gallery import Pair
-
-    pair = Pair.of(clean, attacked)
-    if not len(pair):
-        raise AdvdiffError(f"{attacked.path} was not made from rows of {clean.path}")
-    return pair
+def _sweep_file(text: str) -> tuple[str, Path]:
+    is_folder = Path(text).is_dir()
+    advice = "no such folder; --sweep takes FOLDER or NAME=FOLDER"
+    name, folder = (text, Path(text)) if is_folder else _named(text, advice)
+    return name, folder / "sweep.json"
 
 
 def _gallery(
-    pair: "Pair", by: _Judge, count: int, index: str | None, out: Path, quiet: bool
-) -> dict[str, Any]:  # fmt: skip
-    """Return what the page shows of clean and attacked patches, and draw the panel of the first few."""
-    from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.evaluation.statistics import wilson
-    from advdiff_cli.report.gallery import OUTCOMES, look, most_telling, pictures
+    gallery: GalleryOptions,
+    purifier: PurifierOptions,
+    rows: RowOptions,
+    compute: SeededComputeOptions,
+    output: OutputOptions,
+) -> "JsonObject":
+    """Return the content of the gallery, and draw its first patches as panel.png."""
+    from advdiff_cli.report.gallery import GalleryModel, PairedSets, amplification_eps, build_gallery, judge_pairs
 
-    eps = _eps(pair.attacked.provenance, pair.attacked.path)
-    rows = [] if index is None else _rows_of(index, pair.clean.index[pair.at].tolist())
-    with console.progress(len(pair), "report: look", quiet=quiet) as advance:
-        seen = look(pair, by.model, by.chip, by.seed, advance)
-    outcomes = seen.outcomes()
-    rows = rows or most_telling(seen, count)
-    shown = pictures(pair, rows, seen, by.model, by.chip, by.seed, eps)
-    out.mkdir(parents=True, exist_ok=True)
-    _panel(shown[:4], out / "panel.png")
-    truths = ("no tumour in the centre", "tumour in the centre")
-    for patch, row in zip(shown, rows, strict=True):
-        height, width = patch["stages"][0]["images"].shape[-2:]
-        patch |= {"outcome": outcomes[row], "truth": truths[patch["label"]], "height": height, "width": width}
-    those = "asked for" if index else "in which the classifier's belief moved most, rescued and lost in turn"
-    return {
-        "n": len(pair),
-        "told": OUTCOMES,
-        "counts": {name: outcomes.count(name) for name in OUTCOMES},
-        "shares": {name: wilson(outcomes.count(name), len(pair)).as_dict() for name in OUTCOMES},
-        "chosen": f"Shown are those {those}.",
-        "patches": shown,
-        "recipe": recipe(
-            "report", {**by.defence.parameters, "seed": by.seed, "precision": by.model.precision},
-            data=pair.clean.recipe_input(), attacked=pair.attacked.recipe_input(),
-            classifier=by.fingerprint, ddpm=by.defence.model,
-        ),
-    }  # fmt: skip
-
-
-def _panel(shown: list[dict[str, Any]], path: Path) -> None:
-    """Draw the first patches of the gallery as one picture."""
-    import torch
-
-    from advdiff_cli.report.plots import Column, panel
-
-    columns = []
-    for k, stage in enumerate(shown[0]["stages"]):
-        images = torch.cat([patch["stages"][k]["images"] for patch in shown]).cpu()
-        beliefs = None if stage["belief"] is None else [patch["stages"][k]["belief"] for patch in shown]
-        columns.append(Column(stage["title"].replace("what purification changed", "changed"), images, beliefs))
-    panel(columns, [f"row {patch['index']}" for patch in shown], path)
+    if not (gallery.clean and gallery.attacked and gallery.classifier):
+        raise AdvdiffError("a gallery needs --clean, --attacked and -c")
+    device = compute.resolve_device()
+    defense, precision = purifier.build(compute), compute.resolve_precision(device)
+    model = compute.load_classifier(gallery.classifier, device).behind(defense, device, precision)
+    pairs = PairedSets.match(rows.open(gallery.clean), rows.open(gallery.attacked))
+    if not len(pairs):
+        raise AdvdiffError(f"{gallery.attacked} was not made from rows of {gallery.clean}")
+    eps = amplification_eps(pairs.attacked)
+    chosen = None if gallery.index is None else _rows_of(gallery.index, pairs.clean.index[pairs.clean_rows].tolist())
+    by = GalleryModel(model, device, compute.seed)
+    with console.progress(len(pairs), "report: judge", quiet=output.quiet) as advance:
+        judged = judge_pairs(pairs, by, advance)
+    output.out.mkdir(parents=True, exist_ok=True)
+    return build_gallery(pairs, judged, by, eps, chosen or gallery.patches, output.out / "panel.png")
 
 
 def _rows_of(text: str, indices: list[int]) -> list[int]:
@@ -180,13 +143,3 @@ def _rows_of(text: str, indices: list[int]) -> list[int]:
             raise AdvdiffError(f"--index {one}: the attacked set has no such row")
         found.append(indices.index(int(one)))
     return found
-
-
-def _eps(made: Any, name: object) -> float:
-    from advdiff_cli.data.provenance import history
-
-    attacks = [step["parameters"] for step in history(made) if step["command"] == "attack"]
-    if not attacks:
-        raise AdvdiffError(f"{name} does not say how it was attacked; give a set that advdiff attack made")
-    eps = float(attacks[-1]["eps"])
-    return eps if attacks[-1]["norm"] == "linf" else 8 / 255  # l2 spreads its budget: shown at a usual contrast

@@ -1,243 +1,219 @@
 """`advdiff robustness`."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from advdiff_cli import console, options
-from advdiff_cli.cli.batch_size import batch_size as sized
-from advdiff_cli.commands.opening import open_selected
+from advdiff_cli import console
+from advdiff_cli.cli import options
+from advdiff_cli.cli.groups import (
+    BatchedComputeOptions,
+    DefenseOptions,
+    PlannedOutputOptions,
+    RowOptions,
+    with_option_groups,
+)
+from advdiff_cli.cli.progress import duration, follow
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defense import Defence, asked_defence, attack_precision
 
 if TYPE_CHECKING:
+    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.evaluation.metrics import Predictions
-    from advdiff_cli.robustness.runner import Climb, Subject
-    from advdiff_cli.robustness.suite import Rung
-
-_BATCH = 32
-_SHUFFLE_SEED = 0
+    from advdiff_cli.purification.defense import EvaluatedModel
+    from advdiff_cli.robustness.runner import RowCost, SuiteRunner
+    from advdiff_cli.robustness.suite import Budget, SuiteRow
 
 
-def robustness(
-    data: options.Data,
-    classifier: options.ClassifierName,
-    out: options.Out,
-    ddpm: options.DdpmName = None,
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions:
+    """Which attacks of the suite, and what they may spend."""
+
     preset: Annotated[
         Literal["quick", "standard", "strong"],
         typer.Option(
-            help="What attacks may spend: 10, 50 or 100 steps, each gradient of 2, 8 or 16 draws, on 64, 256 or 512 "
-            "patches, judged over 5, 11 or 21 draws."
+            help="What attacks may spend: 10, 50 or 100 steps, 2, 8 or 16 draws for each gradient, on 64, 256 or 512 "
+            "patches, judged on 5, 11 or 21 draws."
         ),
-    ] = "standard",
-    eps: options.Eps = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="This rung alone, named as by --dry-run; may be repeated.")
-    ] = None,
-    seed: options.Seed = 0,
-    defense: options.Defense = None,
-    t_star: options.TStar = None,
-    sampler: options.Sampler = None,
-    sampler_steps: options.SamplerSteps = None,
-    split: options.Split = None,
-    labels: options.Labels = None,
-    limit: options.Limit = None,
-    rows: options.Range = None,
-    shuffle_seed: options.ShuffleSeed = None,
-    allow_pickle: options.AllowPickle = False,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    batch_size: options.BatchSize = None,
-    compiled: options.Compile = False,
-    overwrite: options.Overwrite = False,
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the worst-case accuracy alone.")] = False,
+    ] = "standard"
+    eps: options.Eps = None
+    only: Annotated[list[str] | None, typer.Option(help="This row only, named as by --dry-run; may be repeated.")] = (
+        None
+    )
+    compiled: options.Compile = False
+
+
+@with_option_groups
+def robustness(
+    data: options.Data,
+    classifier: options.ClassifierName,
+    settings: SuiteOptions,
+    defense: DefenseOptions,
+    rows: RowOptions,
+    compute: BatchedComputeOptions,
+    output: PlannedOutputOptions,
 ) -> None:
-    """Climb the whole ladder of attacks on a classifier or a defence, and sound the alarms of a weak evaluation.
+    """Run the suite of attacks on a classifier or a defense, and check the attacks themselves.
 
-    From chance over attacks that do not know the defence to exact gradients through it, judged on draws of its noise
-    that no attack has seen; then the signs of masked gradients, each pass, warn or fail. Every rung is a patch set in
-    the folder --out, made once and resumed; robustness.json holds the result of the whole ladder. Unless --range names
-    rows, a shuffled selection is judged, as large as the preset or --limit says.
+    The suite goes from random noise and attacks that do not know the defense to exact gradients through it. All are
+    judged on draws of its noise that no attack used. Sanity checks then look for signs of weak attacks: each passes,
+    warns or fails. Every row is a patch set in the folder --out, made once and resumed; robustness.json holds the
+    result of the whole suite. Rows are a shuffled sample of the preset's size, or of --limit, unless --range names
+    them. With -q, print the worst-case accuracy.
 
-    Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o ladder/
+    Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o suite/
     """
     from advdiff_cli.jobs.result_cache import write_json
-    from advdiff_cli.models import registry
-    from advdiff_cli.models.device import resolve_device
-    from advdiff_cli.robustness.runner import Climb
-    from advdiff_cli.robustness.suite import PRESETS, ladder
+    from advdiff_cli.robustness.suite import PRESETS, build_suite
 
-    size = options.budget("linf", eps)
-    if out.exists() and not out.is_dir():
-        raise AdvdiffError(f"--out {out} is a file; the rungs go to a folder")
-    chip = resolve_device(device)
-    spend = PRESETS[preset]
-    if limit is None and rows is None:
-        limit = spend.patches
-    if shuffle_seed is None and rows is None:
-        shuffle_seed = _SHUFFLE_SEED
-    patches = open_selected(data, split, labels, limit, rows, shuffle_seed)
+    eps = options.attack_radius("linf", settings.eps)
+    output.require_folder("the results of the suite go to")
+    budget = PRESETS[settings.preset]
+    protection = defense.build(compute)
+    transfer = protection is not None and protection.spec.defense == "ddpm"
+    suite = build_suite(budget, eps, defended=protection is not None, transfer=transfer)
+    chosen = _chosen(suite, settings.only)
+    if settings.only is not None and compute.batch_size is not None and compute.batch_size.size is None:
+        raise AdvdiffError("--batch-size auto: all rows of a suite must use the same batch size; with --only give one")
+    device = compute.resolve_device()
+    patches = rows.sample(budget.patches).open(data)
     patches.require_labels()
-    defence = asked_defence(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle=allow_pickle)
-    substitute = defence is not None and defence.parameters["defense"] == "ddpm"
-    whole = ladder(spend, size, defended=defence is not None, substitute=substitute)
-    rungs, begun = _chosen(whole, only), {} if overwrite else _begun(out, whole)
-    exact = "fp32" if defence is None else attack_precision(precision, begun, chip)
-    subject = _subject(
-        registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle), defence, exact, chip, compiled=compiled
-    )
-    if batch_size == "auto" and only is not None:
-        raise AdvdiffError("--batch-size auto: the rungs of a ladder must agree on it; with --only give a number")
-    batch = sized(
-        batch_size, begun, _BATCH, subject.model, patches.require_shape(), len(patches), chip, graph=True
-    )  # fmt: skip
-    climb = Climb(subject, patches, spend, out, seed, batch, chip, overwrite)
-    tested = next(r.settings for r in rungs if r.name == "pgd") if only is None else None
-    plan = climb.costs(rungs, tested)
-    heading = f"{len(patches)} patches, eps {size * 255:g}/255, preset {preset}, {spend.draws} judging draws"
-    if dry_run:
-        what = {"out": str(out), "status": "would climb", "n": len(patches), "rungs": plan}
-        console.emit(what, f"{heading}\n{_plan_text(plan)}", out, as_json=as_json, quiet=quiet)
+    resume = {} if output.overwrite else _resume_params(output.out, suite)
+    precision = "fp32" if protection is None else compute.attack_precision(device, resume)
+    model = compute.load_classifier(classifier, device).behind(protection, device, precision)
+    if settings.compiled:
+        model = model.compile_unet(device)
+    runner = _runner(model, patches, budget, compute, output, resume)
+    tested = next(r.attack for r in chosen if r.name == "pgd") if settings.only is None else None
+    plan = runner.costs(chosen, tested)
+    title = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {settings.preset}, {budget.draws} judging draws"
+    if output.dry_run:
+        status = {"out": str(output.out), "status": "would climb", "n": len(patches)}
+        output.emit({**status, "rungs": [c.as_dict() for c in plan]}, f"{title}\n{_plan_text(plan)}", output.out)
         return
-    out.mkdir(parents=True, exist_ok=True)
-    result = _climbed(climb, rungs, {c["name"]: c for c in plan}, tested, size, quiet)
-    if only is None:
-        write_json(out / "robustness.json", result)
-    brief = result["worst"]["accuracy"]["value"]
-    console.emit(result, f"{heading}\n{_text(result)}", brief, as_json=as_json, quiet=quiet)
+    output.out.mkdir(parents=True, exist_ok=True)
+    result = _run(runner, chosen, {c.name: c for c in plan}, eps, whole=settings.only is None, quiet=output.quiet)
+    if settings.only is None:
+        write_json(output.out / "robustness.json", result)
+    output.emit(result, f"{title}\n{_text(result)}", result["worst"]["accuracy"]["value"])
 
 
-def _begun(out: Path, rungs: "list[Rung]") -> Mapping[str, Any]:
-    """Return the parameters of a rung that is there or begun, one through the defence if there is one."""
-    from advdiff_cli.data.patch_writer import begun
-    from advdiff_cli.jobs.attack import goes_through
+def _resume_params(out: Path, suite: "Sequence[SuiteRow]") -> Mapping[str, object]:
+    """Return the parameters of an existing row of the suite, if possible of one through the defense."""
+    from advdiff_cli.attacks.spec import AttackSpec
+    from advdiff_cli.data.patch_writer import resume_params
 
-    found = [p for r in rungs if r.settings and (p := begun(out / f"{r.name}.safetensors"))]
-    return next((p for p in found if goes_through(p)), found[0] if found else {})
-
-
-def _subject(
-    found: tuple[Any, str], defence: Defence | None, precision: str, chip: Any, *, compiled: bool
-) -> "Subject":
-    from advdiff_cli.robustness.runner import Subject
-
-    model, fingerprint = found
-    if defence is None:
-        if compiled:
-            raise AdvdiffError("--compile: there is no U-Net to compile without a defence")
-        return Subject(model, fingerprint)
-    if compiled:
-        defence.compile_unet(chip)
-    purifier = defence.before(model, chip, precision).purifier
-    return Subject(model, fingerprint, purifier, defence.parameters, defence.model, precision, compiled)
+    found = [p for r in suite if r.attack and (p := resume_params(out / f"{r.name}.safetensors"))]
+    through = (p for p in found if "t_star" in p and AttackSpec.from_parameters(p).computes_defense)
+    return next(through, found[0] if found else {})
 
 
-def _climbed(
-    climb: "Climb", rungs: "list[Rung]", plan: Mapping[str, dict[str, Any]], tested: Mapping[str, Any] | None,
-    eps: float, quiet: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Climb every rung, make the checks of a whole ladder, and return what robustness.json holds."""
+def _runner(
+    model: "EvaluatedModel",
+    patches: "PatchSet",
+    budget: "Budget",
+    compute: BatchedComputeOptions,
+    output: PlannedOutputOptions,
+    resume: Mapping[str, object],
+) -> "SuiteRunner":
+    from advdiff_cli.cli.batch_size import resolve_batch_size
+    from advdiff_cli.robustness.runner import SuiteRunner
+
+    device = compute.resolve_device()
+    shape, n = patches.require_shape(), len(patches)
+    size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=True, n=n)
+    return SuiteRunner(model, patches, budget, output.out, compute.seed, size, device, output.overwrite)
+
+
+def _run(
+    runner: "SuiteRunner",
+    suite: "Sequence[SuiteRow]",
+    plan: "Mapping[str, RowCost]",
+    eps: float,
+    *,
+    whole: bool,
+    quiet: bool,
+) -> "JsonObject":
+    """Run every row and, for a whole suite, the checks; return the content of robustness.json."""
     from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.robustness.summary import conclusions
+    from advdiff_cli.robustness.summary import summarize
 
-    judged, gradients, found = {}, None, None
-    for rung in rungs:
-        console.log(f"{rung.name}: {_cost_text(plan[rung.name])}")
-        judged[rung.name] = _climb_one(climb, rung, quiet)
-    if tested is not None:
-        for name in ("gradients", "unit-test"):
-            console.log(f"{name}: {_cost_text(plan[name])}")
-            with console.progress(plan[name]["n"], name, quiet=quiet) as advance:
-                if name == "gradients":
-                    gradients = climb.gradients(advance)
-                else:
-                    found = climb.unit_test(tested, advance)
-    subject = climb.subject
-    settings = {"eps": eps, **asdict(climb.spend), "seed": climb.seed, "batch_size": climb.batch_size}
-    result = {
-        "out": str(climb.out),
-        "recipe": recipe(
-            "robustness", {**settings, **subject.settings},
-            data=climb.patches.recipe_input(), classifier=subject.fingerprint, ddpm=subject.ddpm,
-        ),
-        "eps": eps,
-        "defence": subject.defence and dict(subject.defence),
-        **conclusions(rungs, judged, eps, gradients, found),
-    }  # fmt: skip
-    for rung, row in zip(rungs, result["rungs"], strict=True):
-        row |= {k: plan[rung.name][k] for k in ("unet_forward", "unet_backward")}
-        row["seconds"] = climb.seconds(rung)
-    return result
+    judged, gradients, tested = {}, None, None
+    for row in suite:
+        console.log(f"{row.name}: {_cost_text(plan[row.name])}")
+        judged[row.name] = _run_row(runner, row, quiet=quiet)
+    if whole:
+        attack = next(r.attack for r in suite if r.name == "pgd")
+        assert attack is not None
+        console.log(f"gradients: {_cost_text(plan['gradients'])}")
+        with console.progress(plan["gradients"].n, "gradients", quiet=quiet) as advance:
+            gradients = runner.check_gradients(advance)
+        console.log(f"unit-test: {_cost_text(plan['unit-test'])}")
+        with console.progress(plan["unit-test"].n, "unit-test", quiet=quiet) as advance:
+            tested = runner.binarization_test(attack, advance)
+    model = runner.model
+    settings = {"eps": eps, **asdict(runner.budget), "seed": runner.seed, "batch_size": runner.batch_size}
+    made_by = recipe(
+        "robustness",
+        {**settings, **model.parameters},
+        data=runner.patches.recipe_input(),
+        classifier=model.fingerprint,
+        ddpm=model.ddpm_fingerprint,
+    )
+    defense = None if model.defense is None else model.defense.spec.parameters()
+    summary = summarize(suite, judged, eps, gradients, tested)
+    for row, printed in zip(suite, summary["rungs"], strict=True):
+        cost = plan[row.name]
+        printed |= {"unet_forward": cost.unet_forward, "unet_backward": cost.unet_backward}
+        printed["seconds"] = runner.seconds(row)
+    return {"out": str(runner.out), "recipe": made_by, "eps": eps, "defense": defense, **summary}
 
 
-def _climb_one(climb: "Climb", rung: "Rung", quiet: bool) -> "Predictions":
-    n = len(climb.patches)
-    if rung.settings:
-        with console.progress(n, f"{rung.name}: attack", quiet=quiet) as advance:
-            for count in climb.attack(rung):
-                advance(count)
-    with console.progress(n, f"{rung.name}: judge", quiet=quiet) as advance:
-        found = climb.judge(rung, advance)
-    console.log(f"{rung.name}: accuracy {100 * found.share.mean():.1f} %, {_duration(climb.seconds(rung))}")
+def _run_row(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predictions":
+    n = len(runner.patches)
+    if row.attack:
+        follow(runner.attack(row), n, f"{row.name}: attack", quiet=quiet)
+    with console.progress(n, f"{row.name}: judge", quiet=quiet) as advance:
+        found = runner.judge(row, advance)
+    console.log(f"{row.name}: accuracy {100 * found.share.mean():.1f} %, {duration(runner.seconds(row))}")
     return found
 
 
-def _chosen(rungs: "list[Rung]", only: list[str] | None) -> "list[Rung]":
-    names = [r.name for r in rungs]
+def _chosen(suite: "list[SuiteRow]", only: list[str] | None) -> "list[SuiteRow]":
+    names = [r.name for r in suite]
     for name in only or []:
         if name not in names:
-            raise AdvdiffError(f"--only {name}: there is no such rung; there are {', '.join(names)}")
-    return [r for r in rungs if r.name == "clean" or only is None or r.name in only]
+            raise AdvdiffError(f"--only {name}: there is no such row; choose from {', '.join(names)}")
+    return [r for r in suite if r.name == "clean" or only is None or r.name in only]
 
 
-def _cost_text(cost: dict[str, Any]) -> str:
-    unet = f"{cost['unet_forward']:,} + {cost['unet_backward']:,} U-Net evaluations a patch (forward + backward), "
-    return f"{unet if cost['unet_forward'] else ''}about {_duration(cost['seconds'])}"
+def _cost_text(cost: "RowCost") -> str:
+    unet = f"{cost.unet_forward:,} + {cost.unet_backward:,} U-Net evaluations a patch (forward + backward), "
+    return f"{unet if cost.unet_forward else ''}about {duration(cost.seconds)}"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def _plan_text(plan: "Sequence[RowCost]") -> str:
+    rows = [(c.name, f"{c.unet_forward:,}", f"{c.unet_backward:,}", duration(c.seconds)) for c in plan]
+    rows.append(("all", "", "", duration(sum(c.seconds for c in plan))))
+    return console.table(("row", "U-Net forward a patch", "backward", "about, from nothing"), rows)
 
 
-def _plan_text(plan: list[dict[str, Any]]) -> str:
-    rows = [(c["name"], f"{c['unet_forward']:,}", f"{c['unet_backward']:,}", _duration(c["seconds"])) for c in plan]
-    rows.append(("all", "", "", _duration(sum(c["seconds"] for c in plan))))
-    return console.table(("rung", "U-Net forward a patch", "backward", "about, if none is there yet"), rows)
+def _text(result: "JsonObject") -> str:
+    from advdiff_cli.attacks.spec import AttackSpec
+    from advdiff_cli.cli.tables import cell
 
-
-def _text(result: dict[str, Any]) -> str:
-    from advdiff_cli.attacks.spec import describe
-    from advdiff_cli.evaluation.statistics import Estimate
-
-    def cell(value: dict[str, Any] | None) -> str:
-        return "-" if value is None else str(Estimate(**value))
-
-    odd = [k for k in result["rungs"][0] if k.startswith("vote_")][-1:] if result["draws"] > 1 else []
-    many = [*odd, "all_correct"] if odd else []
-    rows = [
-        (
-            r["name"], describe(r["attack"]), cell(r["accuracy"]), *(cell(r.get(k)) for k in many),
-            cell(r["difference"]), _duration(r["seconds"]) if "seconds" in r else "",
-        )
-        for r in [*result["rungs"], result["worst"]]
-    ]  # fmt: skip
-    names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws right") for k in many]
-    head = (
-        "% [95 %]",
-        "attack",
-        "accuracy" + (", mean of draws" if many else ""),
-        *names,
-        "less clean, points",
-        "time",
-    )
-    text = console.table(head, rows)
-    signs = [(a["status"], f"{a['name']}: {a['reason']}") for a in result["alarms"]]
-    return text + "\n\n" + "\n".join(f"{status:4}  {line}" for status, line in signs)
+    largest = [k for k in result["rungs"][0] if k.startswith("vote_")][-1:] if result["draws"] > 1 else []
+    votes = [*largest, "all_correct"] if largest else []
+    rows = []
+    for r in [*result["rungs"], result["worst"]]:
+        attack = AttackSpec.from_parameters(r["attack"]).describe() if r["attack"] else ""
+        figures = (cell(r["accuracy"]), *(cell(r.get(k)) for k in votes), cell(r["difference"]))
+        rows.append((r["name"], attack, *figures, duration(r["seconds"]) if "seconds" in r else ""))
+    names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws correct") for k in votes]
+    accuracy = "accuracy, mean of draws" if votes else "accuracy"
+    text = console.table(("% [95 %]", "attack", accuracy, *names, "minus clean, points", "time"), rows)
+    checks = [f"{a['status']:4}  {a['name']}: {a['reason']}" for a in result["alarms"]]
+    return text + "\n\n" + "\n".join(checks)

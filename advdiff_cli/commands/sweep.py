@@ -2,236 +2,292 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from advdiff_cli import console, options
-from advdiff_cli.commands.opening import open_selected
+from advdiff_cli import console
+from advdiff_cli.cli import options
+from advdiff_cli.cli.groups import (
+    PlannedOutputOptions,
+    PurifierOptions,
+    RowOptions,
+    SeededComputeOptions,
+    with_option_groups,
+)
+from advdiff_cli.cli.progress import follow
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.purification.defense import attack_precision
-from advdiff_cli.robustness.sweep_points import Asked, build_points, refuse_ignored
 
 if TYPE_CHECKING:
+    from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.evaluation.metrics import Predictions
-    from advdiff_cli.robustness.runner import Climb
-    from advdiff_cli.robustness.suite import Rung
-    from advdiff_cli.robustness.sweep import Point, Rule
-
-_BATCH = 32
-_SHUFFLE_SEED = 0
+    from advdiff_cli.robustness.runner import SuiteRunner
+    from advdiff_cli.robustness.suite import SuiteRow
+    from advdiff_cli.robustness.sweep import Rule, SweepPoint
+    from advdiff_cli.robustness.sweep_points import SweepRequest
 
 
-def sweep(
-    data: options.Data,
-    classifier: options.ClassifierName,
-    out: options.Out,
-    over: Annotated[Literal["t-star", "eps", "sampler-steps", "ddpm"], typer.Option(help="What is varied.")] = "t-star",
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What is varied, the rule, and the attack."""
+
+    over: Annotated[
+        Literal["t-star", "eps", "sampler-steps", "ddpm"], typer.Option(help="The setting that is varied.")
+    ] = "t-star"
     values: Annotated[
         str | None,
         typer.Option(
-            help="Its values, separated by commas; for ddpm, models of different training.",
+            help="Its values, separated by commas; for ddpm, models with different training.",
             show_default="t-star: 0.001 to 0.3; eps: 0.5/255 to 8/255, for l2 0.125 to 2; sampler-steps: 1,2,4,8",
         ),
-    ] = None,
-    ddpm: options.DdpmName = None,
+    ] = None
     rule: Annotated[
         Literal["mean", "robust"],
-        typer.Option(help="Chosen: the best mean of both accuracies, or the least value as robust as the best."),
-    ] = "mean",
-    method: Annotated[Literal["pgd", "fgsm", "apgd", "square", "paper"], typer.Option(help="Attack.")] = "pgd",
-    norm: Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")] = "linf",
-    eps: options.Eps = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Attack iterations.", show_default="the attack's")] = None,
+        typer.Option(
+            help="Choose the best mean of both accuracies, or the least value that is as robust as the best one."
+        ),
+    ] = "mean"
+    method: Annotated[Literal["pgd", "fgsm", "apgd", "square", "paper"], typer.Option(help="Attack.")] = "pgd"
+    norm: options.Norm = "linf"
+    eps: options.Eps = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Attack iterations.", show_default="the attack's default")
+    ] = None
     gradient: Annotated[
-        Literal["blind", "bpda", "full"], typer.Option(help="Through the defence; blind as in the paper.")
-    ] = "blind",
-    eot: Annotated[int | None, typer.Option(min=1, help="Draws a gradient averages.", show_default="8")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Draws of the defence's noise that judge a patch.")] = 1,
-    seed: options.Seed = 0,
-    defense: Annotated[
-        Literal["noise", "ddpm"], typer.Option(help="What is swept.", rich_help_panel=options.DEFENCE)
-    ] = "ddpm",
-    t_star: options.TStar = None,
-    sampler: options.Sampler = None,
-    sampler_steps: options.SamplerSteps = None,
-    split: options.Split = None,
-    labels: options.Labels = None,
-    limit: options.Limit = None,
-    rows: options.Range = None,
-    shuffle_seed: options.ShuffleSeed = None,
-    allow_pickle: options.AllowPickle = False,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    batch_size: options.FixedBatch = None,
-    overwrite: options.Overwrite = False,
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-    quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="Print the chosen value alone, as a flag takes it.")
-    ] = False,
-) -> None:
-    """Sweep a defence's setting: standard and robust accuracy at each value, and the one that a rule chooses.
+        Literal["blind", "bpda", "full"], typer.Option(help="Through the defense; blind as in the paper.")
+    ] = "blind"
+    eot: Annotated[int | None, typer.Option(min=1, help="Draws that each gradient averages.", show_default="8")] = None
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the defense's noise that judge a patch.")] = 1
+    batch_size: options.FixedBatch = None
 
-    Choose on valid, report on test. Each point is kept in the folder --out and made once: the attacked patches, its
-    predictions, sweep.json, sweep.csv, sweep.png and sweep.svg. Rows are shuffled unless --range names them.
+    def request(self, purifier: PurifierOptions, compute: SeededComputeOptions) -> "SweepRequest":
+        """Return what is swept.
+
+        Raises:
+            AdvdiffError: An option would be ignored.
+        """
+        from advdiff_cli.attacks.spec import AttackRequest
+        from advdiff_cli.robustness.sweep_points import SweepRequest
+
+        over = self.over
+        if over == "ddpm" and purifier.defense == "noise":
+            raise AdvdiffError("--over ddpm sweeps diffusion models; --defense noise has none")
+        fixed = {
+            "ddpm": purifier.ddpm,
+            "t-star": purifier.t_star,
+            "sampler-steps": purifier.sampler_steps,
+            "eps": self.eps,
+        }
+        if fixed[over] is not None:
+            flag = "-m" if over == "ddpm" else f"--{over}"
+            raise AdvdiffError(f"--over {over} takes its values from --values; leave out {flag}")
+        if self.gradient == "blind" and self.eot is not None:
+            raise AdvdiffError("--eot needs an attack through the defense: give --gradient full or bpda")
+        radius = options.attack_radius("linf" if over == "eps" else self.norm, self.eps)
+        defense = purifier.request(purifier.defense, compute)
+        attack = AttackRequest(steps=self.steps, gradient=self.gradient, eot=self.eot)
+        return SweepRequest(over, self.values, defense, self.method, self.norm, radius, attack)
+
+
+@with_option_groups
+def sweep(
+    data: options.Data,
+    classifier: options.ClassifierName,
+    settings: SweepOptions,
+    purifier: PurifierOptions,
+    rows: RowOptions,
+    compute: SeededComputeOptions,
+    output: PlannedOutputOptions,
+) -> None:
+    """Sweep a setting of a defense: standard and robust accuracy at each value, and the value that a rule chooses.
+
+    Choose on valid, and report on test. The folder --out keeps the attacked patches and the predictions of each point,
+    which are made once, and sweep.json, sweep.csv, sweep.png and sweep.svg. Rows are shuffled unless --range names
+    them. With -q, print the chosen value as its flag takes it.
 
     Example: advdiff sweep valid.h5 -c pcam-resnet18 -m pcam-ddpm --limit 500 -o sweep/
     """
-    from advdiff_cli.models import registry
-    from advdiff_cli.models.device import resolve_device
-    from advdiff_cli.robustness.runner import Climb, Subject
-    from advdiff_cli.robustness.suite import Preset
-    from advdiff_cli.robustness.sweep import planned_seconds
+    from advdiff_cli.robustness.runner import SuiteRunner
+    from advdiff_cli.robustness.suite import Budget
+    from advdiff_cli.robustness.sweep import estimated_seconds
+    from advdiff_cli.robustness.sweep_points import build_points
 
-    if out.exists() and not out.is_dir():
-        raise AdvdiffError(f"--out {out} is a file; a sweep goes to a folder")
-    chip = resolve_device(device)
-    patches = open_selected(
-        data, split, labels, limit, rows, _SHUFFLE_SEED if shuffle_seed is None and rows is None else shuffle_seed
-    )
+    out = output.out
+    output.require_folder("a sweep goes to")
+    request = settings.request(purifier, compute)
+    device = compute.resolve_device()
+    patches = rows.sample().open(data)
     patches.require_labels()
     patches.require_shape()
-    fixed = {"ddpm": ddpm, "t-star": t_star, "sampler-steps": sampler_steps, "eps": eps}
-    refuse_ignored(over, gradient, fixed, defense, eot)
-    attack = {"steps": steps, "gradient": gradient, "eot": eot}
-    size = options.budget("linf" if over == "eps" else norm, eps)
-    asked = Asked(defense, ddpm, t_star, sampler, sampler_steps, allow_pickle, method, norm, size, attack)
-    model, mark = registry.frozen_classifier(classifier, chip, allow_pickle=allow_pickle)
-    spend = Preset(len(patches), 0, eot or 8, 0, draws)
-    begun = _begun(out)
-    batch = batch_size or begun.get("batch_size", _BATCH)
-    bare = Climb(Subject(model, mark), patches, spend, out, seed, batch, chip, overwrite)
-    exact = begun.get("precision", "auto") if precision == "auto" else precision
-    points = build_points(over, values, asked, bare, attack_precision(exact, {}, chip))
-    if dry_run:
-        seconds = planned_seconds(points, bare, blind=asked.blind)
-        what = {"out": str(out), "status": "would sweep", "points": [p.name for p in points], "seconds": seconds}
-        text = f"{out}: would sweep {', '.join(p.name for p in points)}; about {seconds / 60:.0f} min if none is there"
-        console.emit(what, text, out, as_json=as_json, quiet=quiet)
+    resume = _resume_params(out)
+    undefended = SuiteRunner(
+        compute.load_classifier(classifier, device),
+        patches,
+        Budget(len(patches), 0, settings.eot or 8, 0, settings.draws),
+        out,
+        compute.seed,
+        settings.batch_size or resume.get("batch_size", 32),
+        device,
+        output.overwrite,
+    )
+    if compute.precision == "fp16":
+        compute.attack_precision(device)
+    points = build_points(request, undefended, compute.resolve_precision(device, resume))
+    if output.dry_run:
+        seconds = estimated_seconds(points, undefended, blind=request.blind)
+        names = [p.name for p in points]
+        text = f"{out}: would sweep {', '.join(names)}; about {seconds / 60:.0f} min from nothing"
+        output.emit({"out": str(out), "status": "would sweep", "points": names, "seconds": seconds}, text, out)
         return
     out.mkdir(parents=True, exist_ok=True)
-    result = _swept(points, bare, asked, over, rule, quiet)
-    _write(result, over, out)
-    console.emit(result, _text(result), result["chosen_told"] or "", as_json=as_json, quiet=quiet)
+    result = _run(points, undefended, request, settings.rule, quiet=output.quiet)
+    _write(result, out)
+    output.emit(result, _text(result), result["chosen_told"] or "")
 
 
-def _begun(out: Path) -> dict[str, Any]:
-    """Return the batch size and precision of what is in a sweep's folder, so that it goes on where it was begun."""
-    from advdiff_cli.data import patch_writer
+def _resume_params(out: Path) -> dict[str, Any]:
+    """Return the batch size and precision of the results in a sweep's folder."""
+    from advdiff_cli.data.patch_writer import resume_params
     from advdiff_cli.jobs.result_cache import recorded_recipe
 
     found: dict[str, Any] = {}
     for path in sorted(out.glob("adv*.safetensors*")):
-        made = patch_writer.begun(path.with_name(path.name.removesuffix(".rows").removesuffix(".part")))
+        made = resume_params(path.with_name(path.name.removesuffix(".rows").removesuffix(".part")))
         found |= {"batch_size": made["batch_size"]} if "batch_size" in made else {}
     for path in sorted(out.glob("*-clean.predictions.safetensors")):
-        exact = recorded_recipe(path).get("parameters", {}).get("precision")
-        found |= {"precision": exact} if exact else {}
+        precision = recorded_recipe(path).get("parameters", {}).get("precision")
+        found |= {"precision": precision} if precision else {}
     return found
 
 
-def _swept(
-    points: "Sequence[Point]", bare: "Climb", asked: Asked, over: str, rule: "Rule", quiet: bool
-) -> dict[str, Any]:  # fmt: skip
-    """Make and judge every point, and return what sweep.json holds."""
-    from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.evaluation.statistics import mean_share
-    from advdiff_cli.robustness.sweep import CLEAN, RULES, Judged, choose, row
+def _run(
+    points: "Sequence[SweepPoint]", undefended: "SuiteRunner", request: "SweepRequest", rule: "Rule", *, quiet: bool
+) -> "JsonObject":
+    """Make and judge every point, and return the content of sweep.json."""
+    from advdiff_cli.robustness.suite import CLEAN
+    from advdiff_cli.robustness.sweep import JudgedPoint, choose, summarize_point
 
-    plain = replace(bare, label="undefended-")
-    undefended, judged, rows = _judge(plain, CLEAN, quiet), [], []
+    plain = replace(undefended, label="undefended-")
+    clean, judged, rows = _judge(plain, CLEAN, quiet=quiet), [], []
     for point in points:
-        _attack(point, quiet)
-        one = Judged(_judge(point.climb, CLEAN, quiet), _judge(point.climb, point.attack, quiet))
-        attacked = _judge(plain, point.attack, quiet) if asked.blind else None
+        label = f"{point.name}: attack"
+        follow(point.runner.attack(point.attack), len(point.runner.patches), label, quiet=quiet)
+        one = JudgedPoint(_judge(point.runner, CLEAN, quiet=quiet), _judge(point.runner, point.attack, quiet=quiet))
+        attacked = _judge(plain, point.attack, quiet=quiet) if request.blind else None
         judged.append(one)
-        rows.append(row(point, one, undefended, attacked))
-        shares = [100 * p.share.mean() for p in (one.clean, one.attacked)]
-        console.log(f"{point.name}: standard {shares[0]:.1f} %, robust {shares[1]:.1f} %")
-    chosen = None if over == "eps" else points[choose(judged, rule)]  # a budget is not for the defence to choose
-    typical = chosen or points[-1]
-    subject = typical.climb.subject
-    settings = {"over": over, "rule": rule, "seed": bare.seed, "batch_size": bare.batch_size, "draws": bare.spend.draws}
-    attack = {**typical.attack.settings, "gradient": asked.attack["gradient"]}
-    return {
-        "out": str(bare.out),
-        "over": over,
-        "n": len(undefended.labels),
+        rows.append(summarize_point(point, one, clean, attacked))
+        standard, robust = (100 * p.share.mean() for p in (one.clean, one.attacked))
+        console.log(f"{point.name}: standard {standard:.1f} %, robust {robust:.1f} %")
+    chosen = None if request.over == "eps" else points[choose(judged, rule)]  # the defender does not choose eps
+    return _summary(points, undefended, request, rule, chosen) | {
+        "n": len(clean.labels),
         "draws": judged[0].clean.draws,
-        "recipe": recipe(
-            "sweep", {**settings, "values": [p.value for p in points], "attack": attack, **subject.settings},
-            data=bare.patches.recipe_input(), classifier=bare.subject.fingerprint, ddpm=subject.ddpm,
-        ),
-        "attack": attack,
-        "attack_told": _told(attack, over),
-        "defence": subject.settings,
-        "undefended": mean_share(undefended.share).as_dict(),
+        "undefended": _estimate(clean),
         "rows": rows,
+    }
+
+
+def _summary(
+    points: "Sequence[SweepPoint]",
+    undefended: "SuiteRunner",
+    request: "SweepRequest",
+    rule: "Rule",
+    chosen: "SweepPoint | None",
+) -> "JsonObject":
+    """Return the settings of a sweep and the chosen value."""
+    from advdiff_cli.data.provenance import recipe
+    from advdiff_cli.robustness.sweep import RULES
+
+    typical = chosen or points[-1]
+    model, spec = typical.runner.model, typical.attack.attack
+    assert spec is not None
+    attack = {**spec.parameters(), "gradient": request.attack.gradient}
+    settings = {
+        "over": request.over,
+        "rule": rule,
+        "seed": undefended.seed,
+        "batch_size": undefended.batch_size,
+        "draws": undefended.budget.draws,
+        "values": [p.value for p in points],
+        "attack": attack,
+    }
+    made_by = recipe(
+        "sweep",
+        {**settings, **model.parameters},
+        data=undefended.patches.recipe_input(),
+        classifier=undefended.model.fingerprint,
+        ddpm=model.ddpm_fingerprint,
+    )
+    return {
+        "out": str(undefended.out),
+        "over": request.over,
+        "recipe": made_by,
+        "attack": attack,
+        "attack_told": _describe_attack(attack, request.over),
+        "defense": model.parameters,
         "rule": f"{rule}: {RULES[rule]}",
         "chosen": chosen and chosen.name,
         "chosen_value": chosen and chosen.value,
-        "chosen_told": chosen and chosen.told,
-    }  # fmt: skip
+        "chosen_told": chosen and chosen.flag_value,
+    }
 
 
-def _told(attack: dict[str, Any], over: str) -> str:
-    from advdiff_cli.attacks.spec import describe
+def _estimate(predictions: "Predictions") -> "JsonObject":
+    from advdiff_cli.evaluation.statistics import mean_share
 
-    told = describe(attack)
+    return dict(mean_share(predictions.share).as_dict())
+
+
+def _describe_attack(attack: "JsonObject", over: str) -> str:
+    """Describe the attack, without its eps if that is varied."""
+    from advdiff_cli.attacks.spec import AttackSpec
+
+    text = AttackSpec.from_parameters(attack).describe()
     if over != "eps":
-        return told
-    head, _, rest = told.partition(",")
-    return f"{head.rpartition(' ')[0]}{',' if rest else ''}{rest}"
+        return text
+    head, comma, rest = text.partition(",")
+    return f"{head.rpartition(' ')[0]}{comma}{rest}"
 
 
-def _attack(point: "Point", quiet: bool) -> None:
-    with console.progress(len(point.climb.patches), f"{point.name}: attack", quiet=quiet) as advance:
-        for count in point.climb.attack(point.attack):
-            advance(count)
+def _judge(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predictions":
+    with console.progress(len(runner.patches), f"{runner.label}{row.name}: judge", quiet=quiet) as advance:
+        return runner.judge(row, advance)
 
 
-def _judge(climb: "Climb", rung: "Rung", quiet: bool) -> "Predictions":
-    with console.progress(len(climb.patches), f"{climb.label}{rung.name}: judge", quiet=quiet) as advance:
-        return climb.judge(rung, advance)
-
-
-def _write(result: dict[str, Any], over: str, out: Path) -> None:
-    """Write sweep.json, sweep.csv and the pictures."""
-    from advdiff_cli.data.atomic_files import replacing
+def _write(result: "JsonObject", out: Path) -> None:
+    """Write sweep.json, sweep.csv and the plots."""
+    from advdiff_cli.data.atomic_files import atomic_write
     from advdiff_cli.jobs.result_cache import write_json
     from advdiff_cli.report.plots import sweep_curves
-    from advdiff_cli.robustness.sweep import axis
+    from advdiff_cli.robustness.sweep import axis_label
 
     write_json(out / "sweep.json", result)
-    with replacing(out / "sweep.csv") as fresh, fresh.open("w", newline="") as file:
+    with atomic_write(out / "sweep.csv") as temporary, temporary.open("w", newline="") as file:
         table = csv.writer(file)
-        figures = ("standard", "robust")
-        table.writerow(("value", "unet_evaluations", *(f"{f}{end}" for f in figures for end in ("", "_low", "_high"))))
+        kinds = ("standard", "robust")
+        columns = [f"{kind}{suffix}" for kind in kinds for suffix in ("", "_low", "_high")]
+        table.writerow(("value", "unet_evaluations", *columns))
         for r in result["rows"]:
-            told = (r[f][k] for f in figures for k in ("value", "low", "high"))
-            table.writerow((f"{r['value']:g}", r["unet_evaluations"], *(f"{v:.6g}" for v in told)))
-    sweep_curves(result, axis(result), [out / "sweep.png", out / "sweep.svg"])
+            figures = [f"{r[kind][k]:.6g}" for kind in kinds for k in ("value", "low", "high")]
+            table.writerow((f"{r['value']:g}", r["unet_evaluations"], *figures))
+    sweep_curves(result, axis_label(result), [out / "sweep.png", out / "sweep.svg"])
 
 
-def _text(result: dict[str, Any]) -> str:
-    from advdiff_cli.evaluation.statistics import Estimate
+def _text(result: "JsonObject") -> str:
+    from advdiff_cli.cli.tables import cell
 
-    rows = [
-        (
-            f"{r['value']:g}{'  <- chosen' if r['name'] == result['chosen'] else ''}", r["unet_evaluations"],
-            *(str(Estimate(**r[k])) for k in ("standard", "robust", "less_undefended")),
-        )
-        for r in result["rows"]
-    ]  # fmt: skip
-    head = (result["over"], "U-Net evaluations", "standard % [95 %]", "robust % [95 %]", "standard less undefended")
+    rows = []
+    for r in result["rows"]:
+        mark = "  <- chosen" if r["name"] == result["chosen"] else ""
+        figures = (cell(r[k]) for k in ("standard", "robust", "less_undefended"))
+        rows.append((f"{r['value']:g}{mark}", r["unet_evaluations"], *figures))
+    columns = ("U-Net evaluations", "standard % [95 %]", "robust % [95 %]", "standard minus undefended")
     chosen = f"chosen {result['chosen_told']} ({result['rule']})\n" if result["chosen"] else ""
-    undefended = Estimate(**result["undefended"])
     return (
         f"n = {result['n']}, {result['draws']} draws, attack {result['attack_told']}\n"
-        f"undefended standard {undefended} %\n"
-        f"{console.table(head, rows)}\n{chosen}"
+        f"undefended standard {cell(result['undefended'])} %\n"
+        f"{console.table((result['over'], *columns), rows)}\n{chosen}"
         f"{result['out']}: sweep.json, sweep.csv, sweep.png, sweep.svg"
     )

@@ -4,39 +4,27 @@ from typing import Annotated
 
 import typer
 
-from advdiff_cli import console, options
+from advdiff_cli import console
+from advdiff_cli.cli import options
+from advdiff_cli.cli.groups import OutputOptions, with_option_groups
 
-_BATCH = 32
 
-
+@with_option_groups
 def synthesize(
-    out: options.Out,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of patches.")],
+    output: OutputOptions,
     seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
 ) -> None:
-    """Draw synthetic H&E-like patches with labels: the same patches for the same seed, another seed for another set.
+    """Draw synthetic H&E-like patches with labels; the same seed always gives the same patches.
 
     Example: advdiff synthesize -n 256 -o tissue.safetensors
     """
-    from advdiff_cli.data.patch_writer import Part, PatchWriter
-    from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.datasets.synthetic import SyntheticSource
+    from advdiff_cli.datasets.synthetic import write_synthetic
 
-    source = PatchSet(SyntheticSource(number, seed))
-    made_by = recipe("synthesize", {"seed": seed, "n": number})
-    whole, shape = Part(0, number, number), source.require_shape()
-    sink = PatchWriter(out, made_by, source, whole, shape=shape, dtype="uint8", overwrite=overwrite, inputs=[])
-    if sink.up_to_date:
-        console.log(f"{out} is up to date")
-    else:
-        with sink, console.progress(number, "synthesize", done=int(sink.finished.sum()), quiet=quiet) as advance:
-            for batch in sink.batches(_BATCH):
-                sink.write(batch, source.source.read(batch.rows[: batch.count]))
-                advance(batch.count)
-    positive = int(source.require_labels().sum())
-    result = {"out": str(out), "status": "up to date" if sink.up_to_date else "done", "n": number, "positive": positive}
-    console.emit(result, f"{out}: {number} patches, {positive} positive", out, as_json=as_json, quiet=quiet)
+    with console.progress(number, "synthesize", quiet=output.quiet) as advance:
+        writer, positive = write_synthetic(output.out, number, seed, overwrite=output.overwrite, advance=advance)
+    if writer.up_to_date:
+        console.log(f"{output.out} is up to date")
+    status = "up to date" if writer.up_to_date else "done"
+    result = {"out": str(output.out), "status": status, "n": number, "positive": positive}
+    output.emit(result, f"{output.out}: {number} patches, {positive} positive", output.out)

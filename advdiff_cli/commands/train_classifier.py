@@ -1,186 +1,208 @@
 """`advdiff train-classifier`."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from advdiff_cli import console, options
-from advdiff_cli.cli.training import asked_regime, fit_precision, follow, open_sets, shared
+from advdiff_cli.cli import options
+from advdiff_cli.cli.groups import OutputOptions, SeededComputeOptions, with_option_groups
+from advdiff_cli.cli.parsers import fraction
+from advdiff_cli.cli.training import (
+    InputRequest,
+    TrainingDataOptions,
+    follow_training,
+    parse_augmentation,
+    process_parameters,
+    train,
+    training_precision,
+)
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
+    from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.training.adversarial import Adversary
     from advdiff_cli.training.checkpoints import WorkFolder
-    from advdiff_cli.training.fit_classifier import OnValid
+    from advdiff_cli.training.fit_classifier import Validation
 
-_BATCH = 64
+_INPUT = "Purified and attacked patches"
 _ATTACK_STEPS = 7
 _BETA = 6.0
-_REGIME = "Regime"
 
 
-def train_classifier(
-    data: options.DataSets,
-    out: options.Out,
-    valid: Annotated[str | None, typer.Option(help="Patch set that chooses the best epoch.")] = None,
-    arch: Annotated[str, typer.Option(help="Any torchvision classification architecture.")] = "resnet18",
-    init: Annotated[str | None, typer.Option(help="Start from this classifier's weights.")] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 12,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's weight decay.")] = 0.05,
-    stain: Annotated[float, typer.Option(min=0.0, help="Strength of stain variation; 0 for none.")] = 0.2,
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions:
+    """The classifier, and how it is trained."""
+
+    arch: Annotated[str, typer.Option(help="Any torchvision classification architecture.")] = "resnet18"
+    init: Annotated[str | None, typer.Option(help="Start from the weights of this classifier.")] = None
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 12
+    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 1e-3
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.05
+    stain: Annotated[float, typer.Option(min=0.0, help="Strength of stain variation; 0 for none.")] = 0.2
+    batch_size: options.FixedBatch = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """How patches are purified and attacked before the classifier is trained on them."""
+
     augment: Annotated[
         list[str] | None,
         typer.Option(
-            help="none, noise:T or purify:MODEL[:T[:STEPS]]: patches pass one of those named, at random.",
+            help="none, noise:T or purify:MODEL[:T[:STEPS]]: each patch passes one of these, chosen at random.",
             show_default="none",
-            rich_help_panel=_REGIME,
+            rich_help_panel=_INPUT,
         ),
-    ] = None,
+    ] = None
     adversarial: Annotated[
         bool,
         typer.Option(
-            "--adversarial", help="Learn from patches attacked by PGD, through --augment.", rich_help_panel=_REGIME
+            "--adversarial", help="Train on patches attacked by PGD, through --augment.", rich_help_panel=_INPUT
         ),
-    ] = False,
+    ] = False
     eps: Annotated[
         float | None,
         typer.Option(
-            parser=options.fraction,
+            parser=fraction,
             metavar="EPS",
-            help="Its l-inf budget in [0, 1] pixels.",
+            help="Radius of its l-inf ball in [0, 1] pixels.",
             show_default="2/255",
-            rich_help_panel=_REGIME,
+            rich_help_panel=_INPUT,
         ),
-    ] = None,
+    ] = None
     attack_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Its steps.", show_default=str(_ATTACK_STEPS), rich_help_panel=_REGIME),
-    ] = None,
+        typer.Option(min=1, help="Its steps.", show_default=str(_ATTACK_STEPS), rich_help_panel=_INPUT),
+    ] = None
     loss: Annotated[
         Literal["madry", "trades"] | None,
         typer.Option(
-            help="Cross-entropy on attacked patches; trades: on clean ones, and the divergence of the two.",
+            help="madry: cross-entropy on attacked patches; trades: on clean ones, plus the divergence of the two.",
             show_default="madry",
-            rich_help_panel=_REGIME,
+            rich_help_panel=_INPUT,
         ),
-    ] = None,
+    ] = None
     beta: Annotated[
         float | None,
-        typer.Option(help="Weight of that divergence.", show_default=str(_BETA), rich_help_panel=_REGIME),
-    ] = None,
-    split: options.Split = None,
-    batch_size: options.FixedBatch = _BATCH,
-    seed: options.Seed = 0,
-    allow_pickle: options.AllowPickle = False,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+        typer.Option(help="Weight of that divergence.", show_default=str(_BETA), rich_help_panel=_INPUT),
+    ] = None
+
+    def request(self, *, allow_pickle: bool) -> InputRequest:
+        """Return what is asked for.
+
+        Raises:
+            AdvdiffError: Options do not fit together, or there is no such model.
+        """
+        adversary = self._adversary()
+        augment = [parse_augmentation(text, allow_pickle=allow_pickle) for text in self.augment or ["none"]]
+        return InputRequest(augment, adversary)
+
+    def _adversary(self) -> "Adversary | None":
+        from advdiff_cli.training.adversarial import Adversary
+
+        if not self.adversarial:
+            if (self.eps, self.attack_steps, self.loss, self.beta) != (None,) * 4:
+                raise AdvdiffError("--eps, --attack-steps, --loss and --beta require --adversarial")
+            return None
+        if self.beta is not None and self.loss != "trades":
+            raise AdvdiffError("--beta requires --loss trades")
+        options.require_positive(eps=self.eps, beta=self.beta)
+        eps = 2 / 255 if self.eps is None else self.eps
+        beta = _BETA if self.beta is None else self.beta
+        return Adversary(eps, self.attack_steps or _ATTACK_STEPS, self.loss or "madry", beta)
+
+
+@with_option_groups
+def train_classifier(
+    data: options.DataSets,
+    sets: TrainingDataOptions,
+    settings: ClassifierOptions,
+    inputs: InputOptions,
+    compute: SeededComputeOptions,
+    output: OutputOptions,
 ) -> None:
-    """Train a classifier on labelled patches, with flips, quarter turns and stain variation.
+    """Train a classifier on labelled patches, with flips, rotations by 90 degrees and stain variation.
 
-    The weights of the epoch that does best on --valid are kept, and its log-odds calibrated there (Platt). --augment
-    trains the classifier for use behind a defence, --adversarial against an attack on it and on the defence; --valid is
-    then seen the same way, and attacked patches choose the epoch.
-
-    Run again after an interruption, it ends in the same weights as an uninterrupted run.
+    The weights of the epoch with the best accuracy on --valid are kept, and their log-odds are calibrated there (Platt
+    scaling). --augment trains a classifier to stand behind a defense; --adversarial trains it against an attack on it
+    and on the defense. Validation patches are then purified in the same way, and accuracy on attacked patches chooses
+    the epoch. A stopped training resumes to the same weights when the command is run again.
 
     Example: advdiff train-classifier train.h5 --valid valid.h5 -o classifier
     """
-    from advdiff_cli.data.distributed import together
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import registry
     from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
-    from advdiff_cli.models.device import resolve_device
-    from advdiff_cli.training.checkpoints import WorkFolder
-    from advdiff_cli.training.fit_classifier import ClassifierPlan, OnValid, channel_statistics, fit_classifier
+    from advdiff_cli.models.fingerprint import folder_fingerprint
+    from advdiff_cli.training.fit_classifier import ClassifierFit, ClassifierRecipe, Validation, channel_statistics
+    from advdiff_cli.training.initialization import initial_classifier
     from advdiff_cli.training.loader import TrainingRows
 
-    options.need_positive(learning_rate=learning_rate)
-    chip = resolve_device(device)
+    s, out = settings, output.out
+    options.require_positive(learning_rate=s.learning_rate)
+    device = compute.resolve_device()
     recorded = registry.recorded_recipe(out)
-    sets, valid_set = open_sets(data, valid, split)
-    if valid_set is not None:
-        valid_set.require_labels()
-    exact = fit_precision(precision, out, recorded, chip)
-    adversary = _adversary(adversarial, eps, attack_steps, loss, beta)
-    if adversary is not None and exact == "fp16":
-        raise AdvdiffError("--precision fp16: gradients of the attack underflow in it; train in bf16 or fp32")
-    asked = asked_regime(augment, adversary, allow_pickle=allow_pickle)
-    plan = ClassifierPlan(epochs, batch_size or _BATCH, learning_rate, weight_decay, stain, seed, exact)
+    opened = sets.open(data)
+    if opened.valid is not None:
+        opened.valid.require_labels()
+    precision = training_precision(compute, out, recorded, device)
+    if inputs.adversarial and precision == "fp16":
+        raise AdvdiffError("--precision fp16: gradients of the attack underflow; train in bf16 or fp32")
+    request, batch_size = inputs.request(allow_pickle=compute.allow_pickle), s.batch_size or 64
+    fit_settings = ClassifierRecipe(
+        s.epochs, batch_size, s.learning_rate, s.weight_decay, s.stain, compute.seed, precision
+    )
     made_by = recipe(
         "train-classifier",
-        plan.parameters() | {"arch": arch} | asked.parameters() | shared(plan.batch_size),
-        data=[s.recipe_input() for s in sets],
-        valid=valid_set and valid_set.recipe_input(),
-        init=init and registry.fingerprint(registry.find_classifier(init)),
+        fit_settings.parameters() | {"arch": s.arch} | request.parameters() | process_parameters(batch_size),
+        **opened.recipe_inputs(),
+        init=s.init and folder_fingerprint(registry.find_classifier(s.init)),
     )
-    with together() as processes, WorkFolder(
-        out, made_by, recorded, overwrite=overwrite, first=processes.first
-    ) as work:  # fmt: skip
-        processes.wait()  # for the first to lay it down
-        if work.up_to_date:
-            console.log(f"{out} is up to date")
-        else:
-            rows = TrainingRows(sets, labelled=True)
-            mean, std = channel_statistics(rows, seed)
-            model = registry.initial_classifier(init, ClassifierConfig(arch, mean, std), seed, rows.shape)
-            regime, steps = asked.build(exact, seed, chip), rows.steps(plan.batch_size) * epochs
-            records = fit_classifier(model, rows, valid_set, plan, work, chip, regime)
-            follow(records, steps, "train-classifier", quiet=quiet)
-            if processes.first:
-                if valid_set is not None:
-                    found = OnValid(model, valid_set, plan.batch_size, regime, chip)
-                    work.log({"step": steps, "published": _judge(found, work)})
-                made = provenance(made_by, inputs=[s.provenance for s in sets if s.provenance], device=chip.type)
-                save_classifier(model, work.final, made)
-                work.publish()
-    if processes.first:
-        _report(out, arch, epochs, registry.training_log(out), as_json, quiet)
+
+    def fit(work: "WorkFolder", is_main: bool) -> None:
+        rows = TrainingRows(opened.train, labelled=True)
+        mean, std = channel_statistics(rows, compute.seed)
+        model = initial_classifier(s.init, ClassifierConfig(s.arch, mean, std), compute.seed, rows.shape)
+        training_input = request.build(precision, compute.seed, device)
+        steps = rows.steps(batch_size) * s.epochs
+        records = ClassifierFit(model, rows, opened.valid, fit_settings, work, device, training_input).run()
+        follow_training(records, steps, "train-classifier", quiet=output.quiet)
+        if not is_main:
+            return
+        if opened.valid is not None:
+            validation = Validation(model, opened.valid, batch_size, training_input, device)
+            work.log({"step": steps, "published": _published(validation, work)})
+        save_classifier(model, work.final, provenance(made_by, inputs=opened.provenances, device=device.type))
+        work.publish()
+
+    if train(output, made_by, recorded, device, fit):
+        _print(settings, registry.training_log(out), output)
 
 
-def _adversary(
-    adversarial: bool, eps: float | None, steps: int | None, loss: Literal["madry", "trades"] | None, beta: float | None
-) -> "Adversary | None":  # fmt: skip
-    from advdiff_cli.training.adversarial import Adversary
-
-    if not adversarial:
-        if (eps, steps, loss, beta) != (None,) * 4:
-            raise AdvdiffError("--eps, --attack-steps, --loss and --beta are of --adversarial")
-        return None
-    if beta is not None and loss != "trades":
-        raise AdvdiffError("--beta is of --loss trades")
-    asked = {"eps": 2 / 255 if eps is None else eps, "beta": _BETA if beta is None else beta}
-    options.need_positive(**asked)
-    return Adversary(asked["eps"], steps or _ATTACK_STEPS, loss or "madry", asked["beta"])
-
-
-def _report(out: Path, arch: str, epochs: int, log: list[dict[str, Any]], as_json: bool, quiet: bool) -> None:
-    from advdiff_cli.evaluation.statistics import Estimate
+def _print(settings: ClassifierOptions, log: "list[JsonObject]", output: OutputOptions) -> None:
+    from advdiff_cli.cli.tables import cell
 
     published = log[-1].get("published")
-    text = f"{out}: {arch}, {epochs} epochs"
+    text = f"{output.out}: {settings.arch}, {settings.epochs} epochs"
     if published is not None:
-        accuracy = Estimate(**published["valid_accuracy"])
-        text += f"; epoch {published['epoch']} published, valid accuracy {accuracy} %, n = {published['n']}"
+        text += f"; published epoch {published['epoch']}, valid accuracy {cell(published['valid_accuracy'])} %, "
+        text += f"n = {published['n']}"
         if "valid_robust_accuracy" in published:
-            text += f", attacked as in training {Estimate(**published['valid_robust_accuracy'])} %"
-    console.emit({"out": str(out), "published": published, "log": log}, text, out, as_json=as_json, quiet=quiet)
+            text += f", attacked as in training {cell(published['valid_robust_accuracy'])} %"
+    output.emit({"out": str(output.out), "published": published, "log": log}, text, output.out)
 
 
-def _judge(found: "OnValid", work: "WorkFolder") -> dict[str, Any]:
-    """Return which epoch is published and what it makes of the valid rows, calibrated, in fp32."""
+def _published(validation: "Validation", work: "WorkFolder") -> "JsonObject":
+    """Return which epoch is published, and its accuracy on validation rows, calibrated and in fp32."""
     from advdiff_cli.evaluation.statistics import wilson
     from advdiff_cli.training.fit_classifier import BEST
 
-    kept, n = work.load(BEST), len(found.valid)
+    kept, n = work.load(BEST), len(validation.rows)
 
-    def accuracy(*, attacked: bool) -> dict[str, float]:
-        logits, labels = found.logits(attacked=attacked)
+    def accuracy(*, attacked: bool) -> dict[str, float | None]:
+        logits, labels = validation.logits(attacked=attacked)
         return wilson(int((logits.argmax(1) == labels).sum()), n).as_dict()
 
-    robust = {} if found.regime.adversary is None else {"valid_robust_accuracy": accuracy(attacked=True)}
+    robust = {"valid_robust_accuracy": accuracy(attacked=True)} if validation.inputs.adversary else {}
     return {"epoch": kept and kept[1]["epoch"], "n": n, "valid_accuracy": accuracy(attacked=False), **robust}
