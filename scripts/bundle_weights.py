@@ -1,6 +1,10 @@
-"""Bundling a trained model: the same folder with its weights stored in fp16, half the size."""
+"""Copy a trained model folder with its weights in fp16, half the size; loading converts them to fp32.
+
+Example: python scripts/bundle_weights.py ddpm advdiff_cli/weights/pcam-ddpm
+"""
 
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -9,12 +13,7 @@ from safetensors.torch import save_file
 
 
 def bundle(source: Path, target: Path) -> None:
-    """Copy a model folder to `target` with floating-point weights stored in fp16; loading gives fp32 again.
-
-    Args:
-        source: A classifier or diffusion model folder.
-        target: The folder to be made, e.g. advdiff_cli/weights/NAME.
-    """
+    """Copy a classifier or diffusion model folder to `target`, which must not exist."""
     shutil.copytree(source, target)
     for path in target.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -23,3 +22,7 @@ def bundle(source: Path, target: Path) -> None:
         halves = {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}
         save_file(halves, path, metadata)
         path.chmod(0o644)
+
+
+if __name__ == "__main__":
+    bundle(Path(sys.argv[1]), Path(sys.argv[2]))
