@@ -41,7 +41,7 @@ from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.main import main
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
 from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
-from advdiff_cli.models.registry import fingerprint
+from advdiff_cli.models.registry import folder_fingerprint
 from advdiff_cli.training.fit_classifier import fit_classifier
 from advdiff_cli.training.fit_ddpm import fit_ddpm
 
@@ -111,7 +111,7 @@ def _rows(path: Path) -> str:
 
 def _model(folder: Path) -> str:
     left = sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != "samples.png")
-    return f"{fingerprint(folder)} {(folder / 'training.jsonl').read_text()} {left}"
+    return f"{folder_fingerprint(folder)} {(folder / 'training.jsonl').read_text()} {left}"
 
 
 def _files(folder: Path) -> str:

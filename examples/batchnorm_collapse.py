@@ -20,7 +20,7 @@ from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.evaluation.statistics import Estimate, wilson
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.registry import find_classifier
-from advdiff_cli.training.adversarial import Adversary, Regime
+from advdiff_cli.training.adversarial import Adversary, TrainingInput
 
 EPS = 2 / 255
 BATCH = 64  # of the judging
@@ -42,11 +42,11 @@ def read(path: str, n: int) -> tuple[Tensor, Tensor]:
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, batch: int, rate: float, *, follow: bool) -> None:
     """Learn from attacked patches alone, once each, as the paper does."""
-    regime = Regime(adversary=Adversary(EPS, steps=5, loss="madry"))
+    regime = TrainingInput(adversary=Adversary(EPS, steps=5, loss="madry"))
     optimizer = torch.optim.Adam(model.parameters(), rate)
     for first in range(0, len(images), batch):
         rows = range(first, min(first + batch, len(images)))
-        adv = regime.attacked(model, images[rows], labels[rows], rows)  # in eval mode
+        adv = regime.perturb(model, images[rows], labels[rows], rows)  # in eval mode
         model.train(follow)
         optimizer.zero_grad()
         cross_entropy(model(adv), labels[rows]).backward()
@@ -75,7 +75,7 @@ def main(classifier: str, valid: str, test: str, n: int = 1000) -> None:
         model = load_classifier(find_classifier(classifier))
         if variant is not None:
             batch, rate, follow = variant
-            train(model, *shown, batch, rate, follow=follow)
+            train(model, *shown, batch, rate, gradient_model=follow)
         clean, attacked = judge(model, *judged)
         print(f"{name:58}{clean!s:>20}{attacked!s:>20}", flush=True)
 

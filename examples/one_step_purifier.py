@@ -21,12 +21,12 @@ from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import provenance, recipe
 from advdiff_cli.data.rng import stream
 from advdiff_cli.models.classifiers import load_classifier
-from advdiff_cli.models.ddpm import Purification, load_ddpm, save_ddpm
+from advdiff_cli.models.ddpm import PurificationSettings, load_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision
-from advdiff_cli.models.registry import find_classifier, find_ddpm, fingerprint
+from advdiff_cli.models.registry import find_classifier, find_ddpm, folder_fingerprint
 from advdiff_cli.purification import DiffusionPurifier
-from advdiff_cli.training.adversarial import Adversary, Regime
-from advdiff_cli.training.augmentation import turn
+from advdiff_cli.training.adversarial import Adversary, TrainingInput
+from advdiff_cli.training.augmentation import random_symmetry
 from advdiff_cli.training.loader import TrainingRows
 from advdiff_cli.training.optim import cosine
 
@@ -56,12 +56,12 @@ def main(
     for step, (images, labels) in enumerate(rows.batches(0, steps, batch_size, seed)):
         rng = stream(seed, "augment", step)
         purifier = DiffusionPurifier(model, float(rng.choice(t_star)), sampler_steps=1)
-        x, y = turn(images, rng).to(chip), labels.to(chip)
+        x, y = random_symmetry(images, rng).to(chip), labels.to(chip)
         shown = x
         if judge:
             names = range(step * batch_size, (step + 1) * batch_size)
             model.requires_grad_(False)
-            shown = Regime((purifier,), Adversary(EPS, 1, "madry"), precision, seed).attacked(judge, x, y, names)
+            shown = TrainingInput((purifier,), Adversary(EPS, 1, "madry"), precision, seed).attacked(judge, x, y, names)
             model.requires_grad_(True)
         with autocast(precision, chip):
             purified = purifier(shown).float()
@@ -77,10 +77,10 @@ def main(
         if step % 20 == 0 or step == steps - 1:
             print(f"step {step + 1} of {steps}: loss {loss.item():.4f}", flush=True)
     told = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "t_star": t_star, "seed": seed}
-    inputs = {"data": [s.recipe_input() for s in sets], "init": fingerprint(find_ddpm(ddpm))}
-    inputs["classifier"] = fingerprint(find_classifier(classifier)) if classifier else None
+    inputs = {"data": [s.recipe_input() for s in sets], "init": folder_fingerprint(find_ddpm(ddpm))}
+    inputs["classifier"] = folder_fingerprint(find_classifier(classifier)) if classifier else None
     made_by = provenance(recipe("one_step_purifier.py", told | {"precision": precision}, **inputs), device=chip.type)
-    settings = Purification(t_star[1], sampler_steps=1)
+    settings = PurificationSettings(t_star[1], sampler_steps=1)
     model.card = replace(model.card, recommended=settings, provenance=made_by)
     save_ddpm(model.cpu().eval(), out)
 

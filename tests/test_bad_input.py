@@ -56,10 +56,14 @@ def stored_outside(path, **tensors):
 CASES = {
     "missing file": ("a.h5", lambda p: None, r"no such file or folder: .*a\.h5"),
     "empty folder": ("d", lambda p: p.mkdir(), r"no images .*in .*d"),
-    "not a patch set": ("a.txt", lambda p: p.write_text("x"), r"a\.txt is no patch set"),
-    "truncated h5": ("a.h5", lambda p: truncated(p, images=IMAGES), r"a\.h5 is not a whole HDF5 file"),
-    "truncated safetensors": ("a.safetensors", lambda p: truncated(p, images=IMAGES), r"not a whole safetensors file"),
-    "empty file": ("a.safetensors", lambda p: p.touch(), r"not a whole safetensors file"),
+    "not a patch set": ("a.txt", lambda p: p.write_text("x"), r"a\.txt is not a patch set"),
+    "truncated h5": ("a.h5", lambda p: truncated(p, images=IMAGES), r"a\.h5 is not a complete HDF5 file"),
+    "truncated safetensors": (
+        "a.safetensors",
+        lambda p: truncated(p, images=IMAGES),
+        r"not a complete safetensors file",
+    ),
+    "empty file": ("a.safetensors", lambda p: p.touch(), r"not a complete safetensors file"),
     "no images": ("a.safetensors", lambda p: st(p, x=IMAGES), r"no tensor named images"),
     "no datasets": ("a.h5", lambda p: h5(p, y=LABELS), r"no dataset images of its own"),
     "wrong dtype": ("a.h5", lambda p: h5(p, images=IMAGES.astype(np.float64)), r"are float64; float32"),
@@ -74,7 +78,7 @@ CASES = {
     "NaN": ("a.h5", lambda p: h5(p, images=put(IMAGES, (2, 0, 0, 0), np.nan), labels=LABELS), r"row 2 of .*NaN"),
     "above 1": ("a.safetensors", lambda p: st(p, images=IMAGES * 255, labels=LABELS), r"row 0 of .*outside \[0, 1\]"),
     "below 0": ("a.h5", lambda p: h5(p, images=put(IMAGES, 1, -0.1), labels=LABELS), r"row 1 of .*outside \[0, 1\]"),
-    "no labels": ("a.h5", lambda p: h5(p, images=IMAGES), r"has no labels, which are needed"),
+    "no labels": ("a.h5", lambda p: h5(p, images=IMAGES), r"has no labels; add"),
     "count": (
         "a.h5",
         lambda p: h5(p, images=IMAGES, labels=LABELS[:3]),
@@ -83,7 +87,7 @@ CASES = {
     "label values": ("a.h5", lambda p: h5(p, images=IMAGES, labels=LABELS + 1), r"not all 0 or 1"),
     "label type": ("a.h5", lambda p: h5(p, images=IMAGES, labels=LABELS * 0.5), r"labels in .* is float64"),
     "external link": ("a.h5", linked, r"no dataset images of its own"),
-    "external storage": ("a.h5", stored_outside, r"external and virtual data are not read"),
+    "external storage": ("a.h5", stored_outside, r"external and virtual datasets are not read"),
 }
 
 
@@ -117,12 +121,12 @@ def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):
 
 
 @pytest.mark.parametrize(("extra", "message"), [
-    (["-c", "nonesuch"], "no classifier called nonesuch"),
+    (["-c", "nonesuch"], "no classifier is called nonesuch"),
     (["-o", "out.png"], r"written as \.safetensors or \.h5"),
     (["--limit", "2", "--range", "99:"], "no patches selected"),
     (["--method", "fgsm", "--steps", "3"], "does not apply to --method fgsm"),
     (["--eps", "0"], "--eps must be above 0"),
-    (["--eps", "2"], "of 255 it is 2/255"),
+    (["--eps", "2"], "did you mean 2/255"),
     (["--norm", "l2"], "--norm l2 needs --eps"),
     (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),
     (["--shard", "7/9"], "--shard 7/9 is empty"),
@@ -138,9 +142,9 @@ def test_settings_that_cannot_be(extra, message, advdiff, classifier, test_x, tm
 
 @pytest.mark.parametrize(("extra", "message"), [
     (["--t-star", "0.4"], r"t\* = 0\.4 is above max_t = 0\.3"),
-    (["-m", "nonesuch"], "no diffusion model called nonesuch"),
+    (["-m", "nonesuch"], "no diffusion model is called nonesuch"),
     (["--t-star", "0.01", "--sampler-steps", "20"], "more than the 10 noise levels"),
-    (["-o", "folder"], "a patch set go to a .safetensors or .h5 file"),
+    (["-o", "folder"], "give a .safetensors or .h5 file as --out"),
 ])  # fmt: skip
 def test_purify_settings_that_cannot_be(extra, message, advdiff, ddpm, test_x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -230,7 +234,7 @@ def test_hdf5_that_fails_while_writing_is_one_line(advdiff, classifier, test_x, 
 
     monkeypatch.setattr(h5py.Dataset, "__setitem__", fails)
     result = advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / "a.h5", "--limit", 2, "--steps", 1, code=1)
-    refused(result.err, r".*a\.h5\.part cannot be written \(Unable to write.*")
+    refused(result.err, r"cannot write .*a\.h5\.part \(Unable to write.*")
     assert not (tmp_path / "a.h5").exists()
 
 

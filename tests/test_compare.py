@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from advdiff_cli.evaluation.comparison import Evaluated
+from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.predictions_csv import read_predictions, write_predictions
 
@@ -15,7 +15,9 @@ from advdiff_cli.evaluation.predictions_csv import read_predictions, write_predi
 def test_predictions_are_read_as_they_were_written(tmp_path, draws):
     rng = np.random.default_rng(0)
     sets = [
-        Evaluated(name, "origin", rng.permutation(9)[:5], Predictions(rng.integers(2, size=5), rng.random((5, draws))))
+        EvaluatedSet(
+            name, "origin", rng.permutation(9)[:5], Predictions(rng.integers(2, size=5), rng.random((5, draws)))
+        )
         for name in ("clean, of a folder", 'ad"v')
     ]
     write_predictions(tmp_path / "p.csv", [(one, [f"{i}.png" for i in one.index]) for one in sets])
@@ -53,7 +55,7 @@ def test_defences_attacked_on_their_own_are_compared_by_place(advdiff, test_x, c
 def test_compare_tests_every_pair_of_a_place(advdiff, tmp_path):
     rights = [np.arange(20) < k for k in (18, 12, 5)]
     for k, right in enumerate(rights):
-        one = Evaluated("adv", "origin", np.arange(20), Predictions(np.ones(20, int), right.astype(float)))
+        one = EvaluatedSet("adv", "origin", np.arange(20), Predictions(np.ones(20, int), right.astype(float)))
         write_predictions(tmp_path / f"{k}.csv", [(one, range(20))])
     found = advdiff("compare", *(tmp_path / f"{k}.csv" for k in range(3)), "--json").json["comparisons"]
     pairs = list(itertools.combinations(rights, 2))
@@ -66,7 +68,7 @@ def test_compare_tests_every_pair_of_a_place(advdiff, tmp_path):
 
 def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
     def predictions(name, *sets, labels=(0, 1), origin="origin"):
-        of = [Evaluated(s, origin, np.arange(2), Predictions(np.array(labels), np.array([0.2, 0.7]))) for s in sets]
+        of = [EvaluatedSet(s, origin, np.arange(2), Predictions(np.array(labels), np.array([0.2, 0.7]))) for s in sets]
         write_predictions(tmp_path / name, [(one, range(2)) for one in of])
         return tmp_path / name
 
@@ -75,7 +77,7 @@ def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
     (tmp_path / "cut.csv").write_text(text[: text.rindex(",")])
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     cases = {
-        "takes two different files": [],
+        "needs at least two different files": [],
         "is no file of predictions": [tmp_path / "other.csv"],
         "is not whole": [tmp_path / "cut.csv"],
         "holds 1 sets": [predictions("few.csv", "clean")],
@@ -83,7 +85,7 @@ def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
         "label the same rows differently": [predictions("labels.csv", "clean", "adv", labels=(1, 1))],
         "No such file": [tmp_path / "none.csv"],
     }
-    assert "takes two different files" in advdiff("compare", one, one, code=1).err
+    assert "needs at least two different files" in advdiff("compare", one, one, code=1).err
     for why, others in cases.items():
         assert why in advdiff("compare", one, *others, code=1).err
 

@@ -14,8 +14,8 @@ import torch
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.classifiers import load_classifier
-from advdiff_cli.models.ddpm import Purification, load_ddpm
-from advdiff_cli.models.registry import find_classifier, find_ddpm, fingerprint
+from advdiff_cli.models.ddpm import PurificationSettings, load_ddpm
+from advdiff_cli.models.registry import find_classifier, find_ddpm, folder_fingerprint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -46,7 +46,7 @@ def test_reproduce_paper(run, patches, tmp_path):
     assert done.returncode == 0, done.stderr
     chosen = re.search(r"^chosen on valid: .* adapted (0\.\d+)$", done.stderr, re.M)[1]
     told = json.loads((tmp_path / "adapted-full.json").read_text())
-    assert told["defence"]["t_star"] == float(chosen)
+    assert told["defense"]["t_star"] == float(chosen)
     assert [s["n"] for s in told["sets"]] == [4, 4]
     for name in ("undefended", "noise-blind", "paper", "robust-l2", "squeezenet1_1-ddpm"):
         assert re.search(rf"^{name} +\d+ +\d", done.stdout, re.M), name
@@ -164,7 +164,7 @@ def test_batchnorm_collapse():
     before = load_classifier(classifier).state_dict()
     for batch, rate, follow in collapse.VARIANTS.values():
         model = load_classifier(classifier)
-        collapse.train(model, images, labels, batch, rate, follow=follow)
+        collapse.train(model, images, labels, batch, rate, gradient_model=follow)
         moved = {
             k for k, v in model.state_dict().items() if v.is_floating_point() and (v - before[k]).abs().max() > 1e-7
         }
@@ -183,9 +183,9 @@ def test_one_step_purifier(test_x, tmp_path, classifier):
     after = load_ddpm(tmp_path / "d")
     moved = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
     assert 0 < max(moved) < 1e-2
-    settings = Purification(0.2, sampler_steps=1)
+    settings = PurificationSettings(0.2, sampler_steps=1)
     made = after.card.provenance["recipe"]
     assert (made["command"], made["parameters"]["steps"]) == ("one_step_purifier.py", 2)
-    assert made["init"] == fingerprint(find_ddpm("synthetic-ddpm"))
+    assert made["init"] == folder_fingerprint(find_ddpm("synthetic-ddpm"))
     assert (made["classifier"] is None) == (classifier is None)
     assert after.card == replace(before.card, recommended=settings, provenance=after.card.provenance)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from advdiff_cli.data.folder_writer import FolderWriter, output_names
+from advdiff_cli.data.folder_writer import FolderEntry, FolderWriter, output_names
 from advdiff_cli.data.locks import OutputLock
+from advdiff_cli.data.patch_writer import OutputSpec
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.jobs import purify_folder as purification_files
+from advdiff_cli.jobs import purify_folder
+from advdiff_cli.jobs.purify_rows import PurifyJob
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_rows_do_not_depend_on_the_company(advdiff, folder, ddpm, tmp_path):
 def test_another_recipe_and_other_peoples_folders_are_refused(advdiff, folder, ddpm, tmp_path):
     out = tmp_path / "out"
     purify(advdiff, folder, out, ddpm)
-    assert "made otherwise (seed 0 -> 1)" in purify(advdiff, folder, out, ddpm, "--seed", 1, code=1).err
+    assert "made with other settings (seed 0 -> 1)" in purify(advdiff, folder, out, ddpm, "--seed", 1, code=1).err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x.txt").touch()
     assert "was not made by advdiff purify" in purify(advdiff, folder, tmp_path / "mine", ddpm, code=1).err
@@ -212,33 +214,33 @@ def test_listed_names_need_not_be_utf8(advdiff, folder, ddpm, tmp_path):
 def test_what_would_lose_or_ignore_something_is_named(advdiff, folder, ddpm, tmp_path, monkeypatch):
     Image.new("RGB", (96, 96)).save(folder / "pages.tif", save_all=True, append_images=[Image.new("RGB", (96, 96))])
     Image.new("RGB", (700, 600)).save(folder / "large.png")
-    compute = purification_files.purify_batch
+    compute = PurifyJob.purify
 
-    def short_of_memory(purifier, images, *rest):
+    def short_of_memory(job, images, noise):
         if images.shape[-1] > 512:
             raise MemoryError
-        return compute(purifier, images, *rest)
+        return compute(job, images, noise)
 
-    monkeypatch.setattr(purification_files, "purify_batch", short_of_memory)
+    monkeypatch.setattr(PurifyJob, "purify", short_of_memory)
     result = purify(advdiff, folder, tmp_path / "out", ddpm, code=3)
     assert (result.json["purified"], result.json["failed"]) == (5, 2)
     assert "pages.tif has 2 pages" in result.err
-    assert "large.png does not fit memory" in result.err
+    assert "large.png does not fit into memory" in result.err
     table = tmp_path / "labels.csv"
     table.touch()
-    assert "labels of a patch set" in purify(advdiff, folder, tmp_path / "o", ddpm, "--labels", table, code=1).err
+    assert "with options for rows" in purify(advdiff, folder, tmp_path / "o", ddpm, "--labels", table, code=1).err
 
 
 def test_a_folder_that_another_shard_is_beginning(tmp_path):
     (tmp_path / "advdiff.0of2.new").touch()  # killed before it was renamed, or about to be
     (tmp_path / "advdiff.0of2.jsonl.lock").touch()
     made_by = {"command": "purify", "parameters": {}}
-    with FolderWriter(tmp_path, made_by, (1, 2)) as writer:
-        assert not writer.is_done("a.png", "", "a.png")
+    with FolderWriter(OutputSpec(tmp_path, made_by), (1, 2)) as writer:
+        assert not writer.is_done(FolderEntry("a.png", "", "a.png"))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "notes.txt").touch()
     with pytest.raises(AdvdiffError, match="was not made by advdiff"):
-        FolderWriter(tmp_path / "else", made_by)
+        FolderWriter(OutputSpec(tmp_path / "else", made_by))
 
 
 def test_strict_stops_at_the_first_that_fails(advdiff, folder, ddpm, tmp_path):
@@ -263,7 +265,7 @@ def test_shards_share_a_folder(advdiff, folder, ddpm, tmp_path):
     counts = [purify(advdiff, folder, out, ddpm, "--shard", f"{i}/3", code=code).json for i, code in ((1, 0), (0, 0))]
     assert [(c["files"], c["purified"]) for c in counts] == [(2, 2), (2, 2)]
     assert sorted(p.name for p in out.glob("*.jsonl")) == ["advdiff.0of3.jsonl", "advdiff.1of3.jsonl"]
-    assert "made otherwise" in purify(advdiff, folder, out, ddpm, "--shard", "2/3", "--seed", 1, code=1).err
+    assert "made with other settings" in purify(advdiff, folder, out, ddpm, "--shard", "2/3", "--seed", 1, code=1).err
     purify(advdiff, folder, out, ddpm, "--shard", "2/3", code=3)
     result = purify(advdiff, folder, out, ddpm, code=3).json
     assert (result["purified"], result["kept"], result["failed"]) == (0, 5, 1)
@@ -304,7 +306,7 @@ def test_links_out_of_the_output_are_not_written_through(advdiff, folder, ddpm, 
     (out / "D.png").unlink()
     (out / "D.png").symlink_to(precious)
     result = purify(advdiff, folder, out, ddpm, "--overwrite", code=3)
-    assert "is a link out of" in result.err
+    assert "is a link to a place outside" in result.err
     assert result.json["failed"] == 1
     assert [p.name for p in elsewhere.iterdir()] == ["precious"]
     assert precious.read_text() == "mine"
@@ -357,7 +359,7 @@ def test_large_images_are_read_computed_and_written_one_at_a_time(advdiff, ddpm,
     for k in range(5):
         Image.fromarray(np.full((32, 400, 3), 40 * k, np.uint8)).save(tmp_path / "in" / f"{k}.png")
     held, most = [], []
-    read, write = purification_files.read_image, FolderWriter.write
+    read, write = purify_folder.read_image, FolderWriter.write
 
     def reading(file):
         held.append(file)
@@ -368,7 +370,7 @@ def test_large_images_are_read_computed_and_written_one_at_a_time(advdiff, ddpm,
         held.pop()
         return write(*arguments)
 
-    monkeypatch.setattr(purification_files, "read_image", reading)
+    monkeypatch.setattr(purify_folder, "read_image", reading)
     monkeypatch.setattr(FolderWriter, "write", writing)
     assert purify(advdiff, tmp_path / "in", tmp_path / "out", ddpm, "--batch-size", 16).json["purified"] == 5
     assert most == [1] * 5
@@ -382,7 +384,7 @@ def test_a_large_image_waits_for_the_batches_before_it(advdiff, ddpm, tmp_path, 
         Image.fromarray(np.full((*size, 3), 20 * k, np.uint8)).save(tmp_path / "in" / f"{k}.png")
     computing, most = [], []
 
-    def compute(purifier, images, noise, precision):
+    def compute(job, images, noise):
         computing.append(max(images.shape[-2:]) > 384)
         most.append(not any(computing) or len(computing) == 1)
         time.sleep(0.02)
@@ -390,7 +392,7 @@ def test_a_large_image_waits_for_the_batches_before_it(advdiff, ddpm, tmp_path, 
         computing.pop()
         return images
 
-    monkeypatch.setattr(purification_files, "purify_batch", compute)
+    monkeypatch.setattr(PurifyJob, "purify", compute)
     threads(3)
     assert purify(advdiff, tmp_path / "in", tmp_path / "out", ddpm, "--batch-size", 1).json["purified"] == 9
     assert len(most) == 18

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.report.gallery import Pair, Seen, most_telling
+from advdiff_cli.report.gallery import Confidences, PairedSets, most_changed
 
 N = 24
 
@@ -111,12 +111,14 @@ def test_stages_are_what_the_commands_make(page, inputs):
             assert np.array_equal(pixels, expected)
 
 
-def test_outcomes_and_the_most_telling(test_x):
-    seen = Seen(*map(np.array, ([0.9, 0.9, 0.9, 0.9, 0.2], [0.1, 0.2, 0.8, 0.9, 0.1], [0.8, 0.3, 0.1, 0.9, 0.9])))
+def test_outcomes_and_the_most_changed(test_x):
+    seen = Confidences(
+        *map(np.array, ([0.9, 0.9, 0.9, 0.9, 0.2], [0.1, 0.2, 0.8, 0.9, 0.1], [0.8, 0.3, 0.1, 0.9, 0.9]))
+    )
     assert seen.outcomes() == ["rescued", "lost", "spoiled", "held", "wrong"]
-    assert most_telling(seen, 3) == [0, 1, 4]
-    assert len(most_telling(seen, 9)) == 5
-    assert len(Pair.of(open_patches(test_x), open_patches(test_x))) == len(open_patches(test_x))
+    assert most_changed(seen, 3) == [0, 1, 4]
+    assert len(most_changed(seen, 9)) == 5
+    assert len(PairedSets.match(open_patches(test_x), open_patches(test_x))) == len(open_patches(test_x))
 
 
 def test_rows_can_be_asked_for(advdiff, page, inputs, tmp_path):
@@ -141,15 +143,15 @@ def test_what_cannot_be_reported_is_said(advdiff, page, inputs, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(other))
     for wrong, says in (
         ([], "nothing to report"),
-        (["--result", "plain.json"], "give NAME=FILE"),
+        (["--result", "plain.json"], "give --result NAME=FILE"),
         (["--sweep", "nowhere"], "no such folder"),
         (["--result", f"a={tmp_path / 'nowhere.json'}"], "No such file"),
         (["--result", f"a={tmp_path / 'no.json'}"], "not a JSON object"),
-        (["--result", f"a={tmp_path / 'swapped.json'}"], "not of a clean and an attacked set, in that order"),
+        (["--result", f"a={tmp_path / 'swapped.json'}"], "needs a clean and an attacked set, in this order"),
         (["--result", f"a={root / 'plain.json'}", "--result", f"a={root / 'ddpm.json'}"], "two results are called a"),
         (["--result", f"a={tmp_path / 'other.json'}"], "do not hold the same rows"),
         (["--clean", x], "a gallery needs --clean, --attacked and -c"),
-        (["--clean", x, "--attacked", x, "-c", inputs["c"], "--defense", "noise"], "does not say how it was attacked"),
+        (["--clean", x, "--attacked", x, "-c", inputs["c"], "--defense", "noise"], "has no record of an attack"),
     ):
         assert says in advdiff("report", *wrong, "-o", tmp_path / "r", code=1).err
     assert not (tmp_path / "r").exists()

@@ -11,20 +11,21 @@ import time
 import h5py
 import pytest
 
-from advdiff_cli.attacks.spec import resolve
-from advdiff_cli.data.atomic_files import replacing
-from advdiff_cli.jobs.attack import attack_recipe
-from advdiff_cli.jobs.result_cache import kept_result
+from advdiff_cli.attacks.spec import AttackRequest, resolve
+from advdiff_cli.data.atomic_files import atomic_write
+from advdiff_cli.jobs.attack import AttackJob
+from advdiff_cli.jobs.result_cache import cached_result
+from advdiff_cli.purification.defense import Defense, DefenseSpec, EvaluatedModel
 from advdiff_cli.robustness import suite
-from advdiff_cli.robustness.suite import Preset
-from advdiff_cli.robustness.timing_log import Stopwatch
+from advdiff_cli.robustness.suite import Budget
+from advdiff_cli.robustness.timing_log import TimingLog
 
 N, B = 4, 2
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(suite.PRESETS, "quick", Preset(patches=N, steps=2, eot=2, queries=2, draws=3))
+    monkeypatch.setitem(suite.PRESETS, "quick", Budget(patches=N, steps=2, eot=2, queries=2, draws=3))
 
 
 @pytest.fixture
@@ -67,10 +68,10 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     assert timeless(advdiff(*command, "-o", out, "--json").json) == timeless(result)
     assert "eps" in advdiff(*command, "-o", out, "--eps", "4/255", code=1).err
     bf16 = advdiff(*command, "-o", out, "--precision", "bf16", code=1).err
-    assert "clean.predictions.safetensors was made otherwise (precision" in bf16
+    assert "clean.predictions.safetensors was made with other settings (precision" in bf16
     text = advdiff(*command, "-o", out).out
     assert "worst" in text
-    assert "all draws right" in text
+    assert "all draws correct" in text
 
 
 def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, classifier, ddpm, tmp_path):
@@ -89,7 +90,7 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, class
     words = [w for w in command if w not in ("--precision", "fp32", "--batch-size", B)]
     again = advdiff(*words, "-o", out, "--only", "pgd", "--json").json  # precision and batch size of what is there
     assert (again["recipe"]["parameters"]["precision"], again["recipe"]["parameters"]["batch_size"]) == ("fp32", B)
-    assert "--only nonsense: there is no such rung" in advdiff(*command, "-o", out, "--only", "nonsense", code=1).err
+    assert "--only nonsense: there is no such row" in advdiff(*command, "-o", out, "--only", "nonsense", code=1).err
 
 
 def test_precision_of_attack_and_judging(advdiff, test_x, classifier, ddpm, tmp_path):
@@ -100,7 +101,7 @@ def test_precision_of_attack_and_judging(advdiff, test_x, classifier, ddpm, tmp_
     words = ["--gradient", "full", "--eot", 1, "--overwrite", "--precision", "bf16", "-o", tmp_path / "a.h5"]
     assert advdiff(*attack, *words, "--json").json["parameters"]["precision"] == "bf16"
     judge = ["evaluate", test_x, tmp_path / "a.h5", "--limit", 2, "-c", classifier, *defence, "--draws", 1]
-    assert "in bf16 and is judged in fp32" in advdiff(*judge, "--precision", "fp32").err
+    assert "in bf16, and is judged in fp32" in advdiff(*judge, "--precision", "fp32").err
     assert "is judged" not in advdiff(*judge, "--precision", "bf16").err
 
 
@@ -118,13 +119,13 @@ def test_what_an_evaluation_does_not_show_is_told(advdiff, test_x, classifier, d
     sound = told(adv)
     assert "another model" not in sound.err
     assert "(pgd linf 2/255, steps 1, loss ce, gradient full, eot 1) through (defense ddpm, t_star 0.03" in sound.out
-    assert "another model (t_star): transfer is weaker" in told(adv, of=[*defence, "--t-star", "0.04"]).err
+    assert "another model (t_star): a transferred attack is weaker" in told(adv, of=[*defence, "--t-star", "0.04"]).err
     assert "another model (defense, t_star, diffusion model)" in told(adv, of=["--defense", "noise"]).err
     assert "is judged without it" in told(adv, of=[]).err
-    assert "on a draw of --seed 3, which is none of these" in told(fixed).err
+    assert "on a draw of --seed 3, which is none of these draws" in told(fixed).err
     assert "look at the vote of 1" in told(fixed, seed=3).err
     advdiff("purify", adv, *defence, "-o", tmp_path / "p.h5", "-q")
-    assert "purified already" in told(tmp_path / "p.h5").err
+    assert "was purified before" in told(tmp_path / "p.h5").err
     other = tmp_path / "other"
     shutil.copytree(classifier, other)
     config = json.loads((other / "config.json").read_text())
@@ -134,23 +135,23 @@ def test_what_an_evaluation_does_not_show_is_told(advdiff, test_x, classifier, d
 
 
 def test_seconds_add_up_over_runs(tmp_path):
-    watches = [Stopwatch(tmp_path / "s.jsonl", {"a": 1}, anew=anew) for anew in (True, True, False)]
+    watches = [TimingLog(tmp_path / "s.jsonl", {"a": 1}, restart=anew) for anew in (True, True, False)]
     for watch in watches:
         with watch:
             time.sleep(0.02)
     with (tmp_path / "s.jsonl").open("a") as file:
         file.write('{"of": "half a li')
-    with Stopwatch(tmp_path / "s.jsonl", {"a": 2}):
+    with TimingLog(tmp_path / "s.jsonl", {"a": 2}):
         pass
     laps = [json.loads(line)["seconds"] for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    assert watches[0].spent() == pytest.approx(laps[1] + laps[2])  # what came before it was begun anew is forgotten
+    assert watches[0].total() == pytest.approx(laps[1] + laps[2])  # what came before it was begun anew is forgotten
     assert min(laps[:3]) > 0.01
 
 
 def test_undefended(advdiff, test_x, classifier, tmp_path):
     base = ["robustness", test_x, "-c", classifier, "--preset", "quick", "--batch-size", B, "-o", tmp_path / "ladder"]
     result = advdiff(*base, "--json").json
-    assert result["defence"] is None
+    assert result["defense"] is None
     assert result["draws"] == 1
     assert "bpda" not in {r["name"] for r in result["rungs"]}
     assert all("vote_5" not in r for r in result["rungs"])
@@ -161,9 +162,9 @@ def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
     words = [*command, "--only", "pgd", "--only", "blind"]
     expected = advdiff(*words, "-o", whole, "--json").json
     code = (
-        "from advdiff_cli.data import writer; from advdiff_cli.evaluation import ladder\n"
-        "from advdiff_cli.main import main; writer._FLUSH_SECONDS = 0\n"
-        f"suite.PRESETS['quick'] = suite.Preset({N}, 2, 2, 2, 3)\n"
+        "from advdiff_cli.data import patch_writer; from advdiff_cli.robustness import suite\n"
+        "from advdiff_cli.main import main; patch_writer._FLUSH_SECONDS = 0\n"
+        f"suite.PRESETS['quick'] = suite.Budget({N}, 2, 2, 2, 3)\n"
         "main()"
     )
     run = [sys.executable, "-c", code, *map(str, words), "-o", str(killed)]
@@ -190,15 +191,15 @@ def test_evaluate_judges_a_defence_over_draws(advdiff, test_x, classifier, ddpm,
     assert clean["draws"] == attacked["draws"] == 5
     assert {"vote_1", "vote_5", "all_correct"} <= clean.keys()
     assert "vote_11" not in clean
-    assert result.json["defence"]["draws"] == 5
+    assert result.json["defense"]["draws"] == 5
     lines = [line.split(",") for line in csv.read_text().splitlines()[1:]]
     assert len(lines) == 2 * 6 * 5
     mean = sum((float(p) > 0.5) == (label == "1") for s, *_, label, _, p in lines if s == str(test_x)) / 30
     assert clean["accuracy"]["value"] == pytest.approx(mean)
     alone = advdiff("evaluate", adv, "-c", classifier, *defence, "--draws", 1)
-    assert "clean control is not among the sets" in alone.err
+    assert "clean control is missing" in alone.err
     noise = advdiff("evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 3, "--limit", 6, "--json")
-    assert noise.json["defence"]["defense"] == "noise"
+    assert noise.json["defense"]["defense"] == "noise"
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
@@ -221,7 +222,7 @@ def test_images_unchanged_are_judged_the_same(advdiff, patches, form, test_x, cl
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--draws", 3], "--draws is of a defence's noise"),
+        (["--draws", 3], "--draws is about a defense's noise"),
         (["--t-star", "0.1"], "give -m, or --defense noise"),
     ],
 )
@@ -231,37 +232,42 @@ def test_settings_of_a_defence_need_one(advdiff, test_x, classifier, words, mess
 
 def test_what_others_left_among_the_seconds_and_results_is_passed_over(tmp_path):
     journal = tmp_path / "s.jsonl"
-    with Stopwatch(journal, {"a": 1}) as watch:
+    with TimingLog(journal, {"a": 1}) as watch:
         pass
-    spent = watch.spent()
+    spent = watch.total()
     ours = json.loads(journal.read_text())["of"]
     with journal.open("a") as file:
         file.write(f'garbage\n[]\n{{"of": 1}}\n{{"of": "{ours}"}}\n{{"of": "{ours}", "seconds": [], "anew": true}}\n')
-    assert watch.spent() == spent
+    assert watch.total() == spent
     for text in ("{}", "[]", "null", '{"result": 1, "recipe": 2}', "not json"):
         (tmp_path / "r.json").write_text(text)
-        assert kept_result(tmp_path / "r.json", {"command": "x"}) is None
+        assert cached_result(tmp_path / "r.json", {"command": "x"}) is None
 
 
 def test_two_processes_may_keep_the_same_result(tmp_path):
     kept = tmp_path / "clean.json"
-    with replacing(kept) as mine, replacing(kept) as theirs:
+    with atomic_write(kept) as mine, atomic_write(kept) as theirs:
         mine.write_text("1")
         theirs.write_text("1")
         assert not kept.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["clean.json"]
-    with pytest.raises(OSError, match="full"), replacing(kept) as third:
+    with pytest.raises(OSError, match="full"), atomic_write(kept) as third:
         third.write_text("half")
         raise OSError("full")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("clean.json", "1")]
 
 
 def test_only_gradients_of_the_unet_are_another_recipe_when_it_is_compiled():
-    defence = {"defense": "ddpm", "t_star": 0.1, "sampler": "ddpm", "sampler_steps": 1}
+    ddpm, noise = DefenseSpec("ddpm", 0.1, "ddpm", 1), DefenseSpec("noise", 0.1)
 
-    def differ(method, of=defence, **asked):
-        settings = resolve(method, "linf", 2 / 255, asked, defended=True)
-        plain, compiled = (attack_recipe(settings, 0, 4, {}, "c", of, "m", "fp32", compiled=c) for c in (False, True))
+    class Patches:
+        def recipe_input(self):
+            return {}
+
+    def differ(method, of=ddpm, **asked):
+        spec = resolve(method, "linf", 2 / 255, AttackRequest(**asked), defended=True)
+        models = [EvaluatedModel(None, "c", Defense(None, of, "m"), "fp32", compiled) for compiled in (False, True)]
+        plain, compiled = (AttackJob(model, spec, Patches(), 0, 4, None).recipe for model in models)
         return plain != compiled
 
     assert differ("pgd")
@@ -269,4 +275,4 @@ def test_only_gradients_of_the_unet_are_another_recipe_when_it_is_compiled():
     assert not any(differ("pgd", gradient=g) for g in ("blind", "bpda"))
     assert not differ("square")
     assert not differ("random")
-    assert not differ("pgd", of={"defense": "noise", "t_star": 0.1})
+    assert not differ("pgd", of=noise)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.robustness.sweep import Judged, choose
+from advdiff_cli.robustness.sweep import JudgedPoint, choose
 
 N = 16
 
@@ -21,7 +21,7 @@ def common(test_x, classifier, ddpm):
 def judged(clean, robust, n=400):
     """Predictions of the given accuracies, nested: what a worse point gets right, a better one does too."""
     labels = np.ones(n, np.int64)
-    return Judged(*(Predictions(labels, (np.arange(n) < round(a * n)).astype(float)) for a in (clean, robust)))
+    return JudgedPoint(*(Predictions(labels, (np.arange(n) < round(a * n)).astype(float)) for a in (clean, robust)))
 
 
 def test_rules():
@@ -65,7 +65,7 @@ def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
     more = advdiff(*run, "--values", "0.05,0.1", "--json").json  # another point costs that point alone
     assert len(more["rows"]) == 2
     assert (tmp_path / "s" / "adv.safetensors").stat().st_mtime_ns == stamps["adv.safetensors"]
-    assert "made otherwise" in advdiff(*run, "--eps", "4/255", code=1).err
+    assert "made with other settings" in advdiff(*run, "--eps", "4/255", code=1).err
     assert "would sweep t-star-0.1" in advdiff(*run, "--dry-run").out
 
 
@@ -107,19 +107,19 @@ def test_a_sweep_goes_on_at_its_own_precision_and_batch_size(advdiff, common, tm
 def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
     out = ["-o", tmp_path / "s"]
     for wrong, says in (
-        (["--values", "0.1,x"], "'x' is no number"),
-        (["--values", "0.1,0.1"], "t-star-0.1 is there twice"),
+        (["--values", "0.1,x"], "'x' is not a number"),
+        (["--values", "0.1,0.1"], "t-star-0.1 is repeated"),
         (["--values", "0.5"], "above max_t"),
-        (["--values", "0"], "0 is no value of t-star"),
-        (["--over", "sampler-steps", "--values", "1.5"], "1.5 is no value of sampler-steps"),
-        (["--values", "nan"], "nan is no value of t-star"),
-        (["--eot", 4], "--eot is of an attack through the defence"),
+        (["--values", "0"], "0 is not a valid t-star"),
+        (["--over", "sampler-steps", "--values", "1.5"], "1.5 is not a valid sampler-steps"),
+        (["--values", "nan"], "nan is not a valid t-star"),
+        (["--eot", 4], "--eot needs an attack through the defense"),
         (["--over", "eps", "--eps", "1/255"], "takes its values from --values; leave out --eps"),
         (["--t-star", "0.1"], "takes its values from --values; leave out --t-star"),
     ):
         assert says in advdiff(*common, *wrong, *out, code=1).err
     models = [*common[:4], *common[6:], "--over", "ddpm"]
     assert "--over ddpm needs --values" in advdiff(*models, *out, code=1).err
-    assert "does not say how many steps" in advdiff(*models, "--values", ddpm, *out, code=1).err
+    assert "does not record its training steps" in advdiff(*models, "--values", ddpm, *out, code=1).err
     assert "leave out -m" in advdiff(*common, "--over", "ddpm", "--values", ddpm, *out, code=1).err
     assert not (tmp_path / "s").exists()

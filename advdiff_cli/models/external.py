@@ -82,7 +82,7 @@ def read_weights(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise AdvdiffError(f"{path} is not a file of weights only ({str(e).splitlines()[0]})") from None
+        raise AdvdiffError(f"{path} is not a file of weights only ({str(e).partition('.')[0]})") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise AdvdiffError(f"{path} does not map names to weights; save a module's state_dict()")
     return dict(state)

@@ -1,23 +1,26 @@
 """What is asked of an attack, resolved: defaults, what does not apply, and which gradient is followed."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
+from advdiff_cli.attacks.dispatch import AttackBatch, build_target, run_attack
 from advdiff_cli.attacks.fab import fab
-from advdiff_cli.attacks.spec import aim, resolve, run
+from advdiff_cli.attacks.spec import AttackRequest, AttackSpec, resolve
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import (
+    BpdaClassifier,
     DefendedClassifier,
     DiffusionPurifier,
     NoisePurifier,
-    StraightThrough,
     defended_classifier,
 )
+from advdiff_cli.purification.defense import Defense, DefenseSpec, EvaluatedModel
 from advdiff_cli.purification.purifier import linear_alpha_bar
-from advdiff_cli.robustness.runner import Subject
 
 EPS = 4 / 255
 
@@ -42,29 +45,43 @@ def batch(classifier):
 
 
 def resolved(method="pgd", defended=True, norm="linf", **asked):
-    return resolve(method, norm, EPS, asked, defended=defended)
+    return resolve(method, norm, EPS, AttackRequest(**asked), defended=defended)
+
+
+def run(model, purifier, spec, images, labels, rows, seed):
+    """Attack a classifier, behind a purifier or alone."""
+    target = build_target(model, purifier, spec)
+    return run_attack(target, spec, AttackBatch(images, labels, rows, rows, seed))
 
 
 def test_defaults():
-    assert resolved(defended=False) == {
+    assert resolved(defended=False).parameters() == {
         "method": "pgd", "norm": "linf", "eps": EPS, "loss": "ce", "steps": 40, "step_size": EPS / 4, "restarts": 1,
     }  # fmt: skip
-    assert resolved("fgsm", defended=False)["step_size"] == EPS
-    assert {k: resolved()[k] for k in ("gradient", "eot", "fixed_draw")} == {
+    assert resolved("fgsm", defended=False).step_size == EPS
+    assert {k: resolved().parameters()[k] for k in ("gradient", "eot", "fixed_draw")} == {
         "gradient": "full", "eot": 8, "fixed_draw": False,
     }  # fmt: skip
-    assert resolved("paper", defended=False) == {"method": "paper", "norm": "linf", "eps": EPS, "steps": 5}
-    assert "eot" not in resolved(gradient="blind")
-    assert "gradient" not in resolved("square")
-    assert resolved("ensemble")["attacks"] == ["apgd-ce", "apgd-margin", "square"]
-    assert resolved("ensemble", norm="l2")["attacks"] == ["apgd-ce", "apgd-margin"]
-    assert resolved("ensemble", defended=False)["attacks"][-1] == "fab"
+    assert resolved("paper", defended=False).parameters() == {"method": "paper", "norm": "linf", "eps": EPS, "steps": 5}
+    assert resolved(gradient="blind").eot is None
+    assert resolved("square").gradient is None
+    assert resolved("ensemble").attacks == ("apgd-ce", "apgd-margin", "square")
+    assert resolved("ensemble", norm="l2").attacks == ("apgd-ce", "apgd-margin")
+    assert resolved("ensemble", defended=False).attacks[-1] == "fab"
+
+
+@pytest.mark.parametrize("method", ["pgd", "fgsm", "apgd", "square", "ensemble", "random"])
+@pytest.mark.parametrize("defended", [True, False])
+def test_parameters_are_read_back(method, defended):
+    spec = resolved(method, defended=defended)
+    parameters = {**spec.parameters(), "seed": 0, "t_star": 0.1}
+    assert AttackSpec.from_parameters(json.loads(json.dumps(parameters))) == spec
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"defended": False, "eot": 4}, "--eot does not apply to --method pgd without a defence"),
+        ({"defended": False, "eot": 4}, "--eot does not apply to --method pgd without a defense"),
         ({"defended": False, "gradient": "bpda"}, "--gradient does not apply"),
         ({"gradient": "blind", "eot": 4}, "--eot does not apply to --method pgd with --gradient blind"),
         ({"gradient": "bpda", "fixed_draw": True}, "--fixed-draw does not apply"),
@@ -86,24 +103,25 @@ def test_what_does_not_apply_is_said(asked, message):
 
 @pytest.mark.parametrize("gradient", ["full", "bpda"])
 def test_the_purifier_computes_at_the_precision_asked_for(classifier, purifier, gradient):
-    target = aim(classifier, purifier, {"gradient": gradient}, "bf16")
-    assert (target.follow or target.model).precision == target.model.precision == "bf16"
-    assert Subject(classifier, "name", purifier, {}, None, "bf16").model.precision == "bf16"
+    target = build_target(classifier, purifier, resolved(gradient=gradient), "bf16")
+    assert (target.gradient_model or target.model).precision == target.model.precision == "bf16"
+    defense = Defense(purifier, DefenseSpec("ddpm", 0.05), None)
+    assert EvaluatedModel(classifier, "name", defense, "bf16").module.precision == "bf16"
 
 
 def test_whose_gradient_is_followed(classifier, purifier):
-    assert aim(classifier, None, {}).model is classifier
-    assert aim(classifier, purifier, {"gradient": "blind"}).model is classifier
-    full = aim(classifier, purifier, {"gradient": "full"})
+    assert build_target(classifier, None, resolved(defended=False)).model is classifier
+    assert build_target(classifier, purifier, resolved(gradient="blind")).model is classifier
+    full = build_target(classifier, purifier, resolved())
     assert isinstance(full.model, DefendedClassifier)
-    assert full.follow is None
-    assert isinstance(aim(classifier, purifier, {"gradient": "bpda"}).follow, StraightThrough)
-    surrogate = aim(classifier, purifier, {"gradient": "surrogate", "attack_sampler_steps": 1})
-    assert surrogate.follow.purifier.indices == [49]
-    assert surrogate.model.purifier.indices == [49, 0]
+    assert full.gradient_model is None
+    assert isinstance(build_target(classifier, purifier, resolved(gradient="bpda")).gradient_model, BpdaClassifier)
+    spec = resolved(gradient="surrogate", attack_sampler_steps=1)
+    surrogate = build_target(classifier, purifier, spec)
+    assert surrogate.gradient_model.purifier.timesteps == [49]
+    assert surrogate.model.purifier.timesteps == [49, 0]
     with pytest.raises(AdvdiffError, match="NoiseDefense"):
-        noise = NoisePurifier(linear_alpha_bar(), 0.04)
-        aim(classifier, noise, {"gradient": "surrogate", "attack_sampler_steps": 1})
+        build_target(classifier, NoisePurifier(linear_alpha_bar(), 0.04), spec)
 
 
 SMALL = {
@@ -131,9 +149,9 @@ def test_no_draw_that_judges_is_seen_and_none_that_chooses_is_climbed(
             opened.append(purpose)
             super().__init__(seed, purpose, rows, **named)
 
-    monkeypatch.setattr(defended, "RowStreams", Recorded)
+    monkeypatch.setattr(defended_classifier, "RowStreams", Recorded)
     settings = small(method, gradient, restarts=2) if method != "fgsm" else small(method, gradient)
-    run(aim(classifier, purifier, settings), settings, *batch, list(range(4)), seed=0)
+    run(classifier, purifier, settings, *batch, list(range(4)), seed=0)
     random = gradient != "blind" or method == "square"
     chosen = {"pgd", "fgsm", "apgd", "square", "ensemble"} if random else set()
     assert set(opened) == ({"attack"} if random else set()) | ({"attack-choice"} if method in chosen else set()) | (
@@ -146,22 +164,21 @@ def test_no_draw_that_judges_is_seen_and_none_that_chooses_is_climbed(
 def test_every_method_and_gradient_stays_in_ball_and_box_by_row(classifier, purifier, batch, method, gradient):
     images, labels = batch
     settings = small(method, gradient)
-    target = aim(classifier, purifier, settings)
-    adv = run(target, settings, images, labels, ["a", "b", "c", "d"], seed=3)
+    adv = run(classifier, purifier, settings, images, labels, ["a", "b", "c", "d"], seed=3)
     assert (adv - images).abs().max() <= EPS + 1e-7
     assert adv.min() >= 0
     assert adv.max() <= 1
     assert (adv != images).any()
     if method != "ensemble":
-        back = run(target, settings, images.flip(0), labels.flip(0), ["d", "c", "b", "a"], seed=3).flip(0)
+        back = run(classifier, purifier, settings, images.flip(0), labels.flip(0), ["d", "c", "b", "a"], seed=3).flip(0)
         assert torch.equal(adv, back)
 
 
 @pytest.mark.parametrize("method", SMALL)
 def test_an_eps_of_zero_changes_nothing(classifier, purifier, batch, method):
     images, labels = batch
-    settings = resolve(method, "linf", 0.0, SMALL[method] | {"eot": 2}, defended=True)
-    adv = run(aim(classifier, purifier, settings), settings, images, labels, list(range(4)), seed=0)
+    settings = resolve(method, "linf", 0.0, AttackRequest(**SMALL[method], eot=2), defended=True)
+    adv = run(classifier, purifier, settings, images, labels, list(range(4)), seed=0)
     assert torch.equal(adv, images)
 
 
@@ -169,11 +186,11 @@ def test_a_fixed_draw_is_the_evaluations_own(classifier, purifier, batch):
     """The attack on the noise it knows beats, on that noise, the attack that does not know it."""
     images, labels = batch
     defended = DefendedClassifier(purifier, classifier)
-    noise = defended_classifier.noise(images, rows=[0, 1, 2, 3], seed=9, purpose="evaluate")
+    noise = defended.noise(images, rows=[0, 1, 2, 3], seed=9, purpose="evaluate")
 
     def margin(**asked):
         settings = resolved("apgd", steps=20, loss="margin", **asked)
-        adv = run(aim(classifier, purifier, settings), settings, images, labels, [0, 1, 2, 3], seed=9)
+        adv = run(classifier, purifier, settings, images, labels, [0, 1, 2, 3], seed=9)
         logits = defended(adv, noise)
         return logits.gather(1, 1 - labels[:, None]) - logits.gather(1, labels[:, None])
 
@@ -185,7 +202,7 @@ def test_the_ensemble_is_no_weaker_than_its_members(classifier, batch):
 
     def margin(method, **asked):
         settings = resolved(method, defended=False, **asked)
-        adv = run(aim(classifier, None, settings), settings, images, labels, [0, 1, 2, 3], seed=0)
+        adv = run(classifier, None, settings, images, labels, [0, 1, 2, 3], seed=0)
         logits = classifier(adv)
         return (logits.gather(1, 1 - labels[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
 
@@ -197,7 +214,7 @@ def test_the_ensemble_is_no_weaker_than_its_members(classifier, batch):
 def test_square_climbs_without_gradients(classifier, batch):
     images, labels = batch
     settings = resolved("square", defended=False, queries=200)
-    adv = run(aim(classifier, None, settings), settings, images, labels, [0, 1, 2, 3], seed=0)
+    adv = run(classifier, None, settings, images, labels, [0, 1, 2, 3], seed=0)
     random = images + RowStreams(0, "x", [0, 1, 2, 3]).uniform(3, 40, 40).sign() * EPS
     other = 1 - labels[:, None]
     assert (classifier(adv).gather(1, other) > classifier(random.clamp(0, 1)).gather(1, other)).all()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from advdiff_cli.data import fingerprint_cache
 from advdiff_cli.data.patches import Selection, open_patches
 
 OLD = 1_700_000_000
@@ -14,8 +15,8 @@ OLD = 1_700_000_000
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """Write a set of random patches, every file counting as large, and as written long enough ago; return its path."""
-    monkeypatch.setattr(fingerprint_cache, "_LARGE", 0)
-    monkeypatch.setattr(fingerprint_cache, "_SETTLED", -1.0)
+    monkeypatch.setattr(fingerprint_cache, "_MIN_BYTES", 0)
+    monkeypatch.setattr(fingerprint_cache, "_SETTLE_SECONDS", -1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def write(seed: int):
@@ -55,7 +56,7 @@ def test_what_is_written_anew_is_read_anew(written):
 
 
 def test_a_file_written_just_now_is_not_remembered(written, monkeypatch):
-    monkeypatch.setattr(fingerprint_cache, "_SETTLED", 10.0)
+    monkeypatch.setattr(fingerprint_cache, "_SETTLE_SECONDS", 10.0)
     path = written(0)
     assert reads(path)[1] == reads(path)[1] == 6
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from advdiff_cli.data.image_folder import read_image
+from advdiff_cli.data.image_files import read_image
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.errors import AdvdiffError
 
@@ -83,6 +83,8 @@ def attempt(path):
     scale = 255 if expected.dtype == np.uint8 else 1
     return "read" if np.array_equal(images, (expected / np.float32(scale)).astype(np.float32)) else "read otherwise"
 
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, which main() leaves out
 
 FORMS = {
     "plain.h5": lambda tmp: hdf5(chunks=(1, 3, 40, 32)),

@@ -6,11 +6,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from advdiff_cli.data.atomic_files import replacing, share
+from advdiff_cli.data.atomic_files import atomic_write, set_default_mode
 from advdiff_cli.data.merge import merge_sets
-from advdiff_cli.data.patch_writer import Part, PatchWriter, begun, shard_rows
+from advdiff_cli.data.patch_writer import OutputSpec, PatchWriter, RowRange, resume_params, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import canonical, recipe
+from advdiff_cli.data.provenance import canonical_json, recipe
 from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.errors import AdvdiffError
 
@@ -25,8 +25,7 @@ def source():
 
 
 def write(out, source, *, stop_after=None, part=None, made=MADE, overwrite=False):
-    part = part or Part(0, N, N)
-    sink = PatchWriter(out, made, source, part, shape=(96, 96), overwrite=overwrite)
+    sink = PatchWriter(OutputSpec(out, made, overwrite=overwrite), source, part or RowRange(0, N, N))
     if sink.up_to_date:
         return 0
     written = 0
@@ -63,7 +62,7 @@ def test_resume_does_only_what_is_left(tmp_path, source, suffix):
     out, whole = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     assert write(out, source, stop_after=1) == 1
     assert not out.exists()
-    assert begun(out)["batch_size"] == B
+    assert resume_params(out)["batch_size"] == B
     assert write(out, source) == 2
     assert write(out, source) == 0
     write(whole, source)
@@ -84,7 +83,7 @@ def test_another_recipe_needs_overwrite(tmp_path, source):
     with pytest.raises(AdvdiffError, match=r"unfinished work of another recipe \(batch_size 4 -> 8\).*--overwrite"):
         write(out, source, made=other)
     write(out, source)
-    with pytest.raises(AdvdiffError, match=r"made otherwise \(batch_size 4 -> 8\).*--overwrite"):
+    with pytest.raises(AdvdiffError, match=r"made with other settings \(batch_size 4 -> 8\).*--overwrite"):
         write(out, source, made=other)
     assert write(out, source, made=other, overwrite=True) == 3
 
@@ -92,7 +91,7 @@ def test_another_recipe_needs_overwrite(tmp_path, source):
 def test_a_file_of_somebody_else_is_kept(tmp_path, source):
     out = tmp_path / "a.safetensors"
     out.write_bytes(b"mine")
-    with pytest.raises(AdvdiffError, match="no patch set of advdiff"):
+    with pytest.raises(AdvdiffError, match="is not a patch set of advdiff"):
         write(out, source)
     assert out.read_bytes() == b"mine"
 
@@ -136,10 +135,10 @@ def test_missing_and_doubled_shards_are_refused(tmp_path, source):
     for i in range(3):
         parts.append(tmp_path / f"{i}.h5")
         write(parts[-1], source, part=shard_rows(N, B, (i, 3)))
-    for chosen, message in ((parts[1:], "rows 0 to 3 are missing"), (parts[:2], "rows 8 to 10 are missing")):
+    for chosen, message in ((parts[1:], "rows 0 to 3 are in no shard"), (parts[:2], "rows 8 to 10 are in no shard")):
         with pytest.raises(AdvdiffError, match=message):
             merge_sets(chosen, tmp_path / "m.h5", overwrite=False)
-    with pytest.raises(AdvdiffError, match="there twice"):
+    with pytest.raises(AdvdiffError, match="more than one shard"):
         merge_sets([*parts, parts[1]], tmp_path / "m.h5", overwrite=False)
     assert not (tmp_path / "m.h5").exists()
 
@@ -170,7 +169,7 @@ def test_overwrite_forgets_the_rows_of_the_earlier_work(tmp_path, source, monkey
     """A new .part that dies before its sidecar is written is not believed to hold the old one's rows."""
     out = tmp_path / "a.safetensors"
     write(out, source, stop_after=2)
-    real = canonical
+    real = canonical_json
 
     def dies(value):
         if isinstance(value, dict) and "origin" in value and value["recipe"] == OTHER and dies.armed:
@@ -178,7 +177,7 @@ def test_overwrite_forgets_the_rows_of_the_earlier_work(tmp_path, source, monkey
         return real(value)
 
     dies.armed = True
-    monkeypatch.setattr("advdiff_cli.data.patch_writer.canonical", dies)
+    monkeypatch.setattr("advdiff_cli.data.patch_writer.canonical_json", dies)
     with pytest.raises(OSError, match="full"):
         write(out, source, made=OTHER, overwrite=True)
     dies.armed = False
@@ -189,10 +188,10 @@ def test_overwrite_forgets_the_rows_of_the_earlier_work(tmp_path, source, monkey
 def test_what_safetensors_writes_is_readable_like_other_files(tmp_path):
     """It leaves files to their owner alone; on a shared disk models and predictions are for others too."""
     (tmp_path / "plain").touch()
-    with replacing(tmp_path / "a.safetensors") as fresh:
+    with atomic_write(tmp_path / "a.safetensors") as fresh:
         save_file({"x": torch.zeros(1)}, fresh)
     (tmp_path / "model").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "model" / "w.safetensors")
-    share(tmp_path / "model")
+    set_default_mode(tmp_path / "model")
     for file in (tmp_path / "a.safetensors", tmp_path / "model" / "w.safetensors"):
         assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -14,10 +14,11 @@ from torchvision.datasets import PCAM
 from torchvision.transforms.functional import pil_to_tensor
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.pcam_files import PREFIX, SPLITS
 from advdiff_cli.datasets import download
-from advdiff_cli.datasets.http_client import Patience
-from advdiff_cli.datasets.pcam import METADATA, PREFIX, REGISTRY, SPLITS, RemoteFile
-from advdiff_cli.datasets.verify import check
+from advdiff_cli.datasets.http_client import RetryPolicy
+from advdiff_cli.datasets.pcam import METADATA, REGISTRY, RemoteFile
+from advdiff_cli.datasets.verify import verify
 from advdiff_cli.errors import AdvdiffError
 
 
@@ -99,9 +100,9 @@ def registry(patches):
 
 def fetch(split, folder, url, registry, **options):
     waits = []
-    patience = Patience(timeout=0.2, slow=4096, progress=900, sleep=waits.append)
+    patience = RetryPolicy(timeout=0.2, min_bytes=4096, progress=900, sleep=waits.append)
     for step in download.plan(split, folder, registry):
-        for _ in download.run(step, url, patience=patience, **options):
+        for _ in download.run(step, url, retries=patience, **options):
             pass
     return waits
 
@@ -151,8 +152,8 @@ def test_trouble_that_passes(tmp_path, mirror, registry, patches, faults, starts
 @pytest.mark.parametrize(
     ("faults", "says"),
     [
-        (["other bytes"], "is not the file the registry names"),
-        (["cut", "other bytes"], "is not the file the registry names"),  # it changed midway
+        (["other bytes"], "does not match the registry"),
+        (["cut", "other bytes"], "does not match the registry"),  # it changed midway
         (["page"], r"the server has 18 bytes of text/html, not \d+; .*curl -L -C -"),
         (["404"], "HTTP status 404"),
         (["503"] * 6, r"HTTP status 503; run the same command again .*bytes \d+, sha256"),
@@ -191,13 +192,13 @@ def test_a_folder_is_checked(tmp_path, mirror, registry):
     place = tmp_path / "pcam"
 
     def found(*splits):
-        return {(f.file.removeprefix(f"{PREFIX}_"), f.what): f for f in check(splits or SPLITS, tmp_path, registry)}
+        return {(f.file.removeprefix(f"{PREFIX}_"), f.what): f for f in verify(splits or SPLITS, tmp_path, registry)}
 
     good = found()
     assert {f.status for k, f in good.items() if k[1] in ("hash", "shapes", "slides", "rows")} == {"pass"}
     assert {f.status for k, f in good.items() if k[1] == "duplicates"} == {"pass"}
     assert all(
-        "0 rows say otherwise" in f.found for k, f in good.items() if k[0].endswith("meta.csv") and k[1] == "labels"
+        "0 rows differ from y.h5" in f.found for k, f in good.items() if k[0].endswith("meta.csv") and k[1] == "labels"
     )
     (place / f"{PREFIX}_valid_x.h5").write_bytes((place / f"{PREFIX}_test_x.h5").read_bytes())
     (place / f"{PREFIX}_valid_meta.csv").write_bytes((place / f"{PREFIX}_test_meta.csv").read_bytes())
@@ -209,13 +210,13 @@ def test_a_folder_is_checked(tmp_path, mirror, registry):
     assert bad["valid_x.h5", "hash"].status == "fail"
     assert "slides of another split" in bad["valid_meta.csv", "slides"].found
     n = len(open_patches(place / f"{PREFIX}_test_x.h5"))
-    assert f"1 of {n} patches stand in it twice" in bad["train_x.h5", "duplicates"].found
-    assert bad["test_x.h5", "duplicates"].found.endswith(f"{n} in a split checked before")
+    assert f"1 of {n} patches repeat an earlier one" in bad["train_x.h5", "duplicates"].found
+    assert bad["test_x.h5", "duplicates"].found.endswith(f"{n} repeat one of another split")
     assert bad["train_y.h5", "labels"].status == "warn"
     (place / f"{PREFIX}_test_y.h5").unlink()
     assert found("test")["test_y.h5", "hash"].found == "is missing"
-    with pytest.raises(AdvdiffError, match="holds none of PCam's files"):
-        list(check(("test",), tmp_path / "nowhere", registry))
+    with pytest.raises(AdvdiffError, match="holds no PCam files"):
+        list(verify(("test",), tmp_path / "nowhere", registry))
 
 
 def test_check_is_a_command(advdiff, patches, registry):
@@ -241,7 +242,7 @@ def test_packed_files_are_unpacked_and_kept(tmp_path, patches, registry):
 
 
 def test_plain_http_is_for_this_machine_only(tmp_path, registry):
-    with pytest.raises(AdvdiffError, match="must be https"):
+    with pytest.raises(AdvdiffError, match="must use https"):
         fetch("test", tmp_path, "http://example.org", registry)
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.stain import mix, separate
-from advdiff_cli.evaluation.fidelity import likeness, nuclear_mass
+from advdiff_cli.evaluation.fidelity import nuclear_mass, patch_fidelity
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def images(test_x):
 
 
 def test_nothing_changed(images):
-    found = likeness(images, images)
+    found = patch_fidelity(images, images)
     assert np.isinf(found.psnr).all()
     assert found.ssim == pytest.approx(np.ones(4))
     assert np.array_equal(found.nuclei_before, found.nuclei_after)
@@ -24,7 +24,7 @@ def test_nothing_changed(images):
 
 def test_a_known_error_has_a_known_psnr(images):
     shifted = (images * 0.5 + 0.2, images * 0.5 + 0.21)
-    assert likeness(*shifted).psnr == pytest.approx(np.full(4, 40.0), abs=1e-3)  # 10 log10(1 / 0.01^2)
+    assert patch_fidelity(*shifted).psnr == pytest.approx(np.full(4, 40.0), abs=1e-3)  # 10 log10(1 / 0.01^2)
 
 
 def test_paler_nuclei_lose_their_mass_and_only_the_centre_counts(images):
@@ -54,7 +54,7 @@ def test_sets_are_matched_by_row(advdiff, test_x, classifier, ddpm, tmp_path):
         assert again[name]["value"] == pytest.approx(found[name]["value"])
     assert found["flipped"] == again["flipped"]
     whole, part = open_patches(test_x), open_patches(tmp_path / "p.h5")
-    by_hand = likeness(whole.read(range(4, 20)), part.read(range(16)))
+    by_hand = patch_fidelity(whole.read(range(4, 20)), part.read(range(16)))
     assert found["ssim"]["value"] == pytest.approx(by_hand.ssim.mean())
     assert found["nuclear_mass"]["value"] == pytest.approx(by_hand.nuclei_after.sum() / by_hand.nuclei_before.sum())
     text = advdiff(*evaluate).out

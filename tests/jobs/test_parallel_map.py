@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.models.device import spread
+from advdiff_cli.jobs.parallel_map import parallel_map
 
 
 @pytest.mark.parametrize("at_once", [0, 1, 2, 5])
@@ -14,7 +14,7 @@ def test_results_come_in_order(threads, at_once, n):
     threads(4)
     layer = nn.Linear(3, 3).requires_grad_(False)
     inputs = [torch.full((2, 3), float(k)) for k in range(n)]
-    found = list(spread(lambda x: x + 1, layer, inputs, at_once))
+    found = list(parallel_map(lambda x: x + 1, layer, inputs, at_once))
     assert all(torch.equal(y, layer(x + 1)) for x, y in zip(inputs, found, strict=True))
     assert torch.get_num_threads() == 4
 
@@ -23,13 +23,13 @@ def test_results_come_in_order(threads, at_once, n):
 @pytest.mark.parametrize(("at_once", "cores"), [(6, 1), (1, 1), (0, 6)])
 def test_a_batch_has_one_core_however_many_there_are(threads, n, at_once, cores):
     threads(6)
-    assert set(spread(lambda _: None, lambda _: torch.get_num_threads(), range(n), at_once)) == {cores}
+    assert set(parallel_map(lambda _: None, lambda _: torch.get_num_threads(), range(n), at_once)) == {cores}
     assert torch.get_num_threads() == 6
 
 
 def test_an_error_falls_where_its_result_would_have_been(threads):
     threads(2)
-    results = spread(lambda k: k, lambda k: 12 // k, [4, 3, 0, 1], 2)
+    results = parallel_map(lambda k: k, lambda k: 12 // k, [4, 3, 0, 1], 2)
     assert [next(results), next(results)] == [3, 4]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -45,7 +45,7 @@ def test_an_interrupted_caller_waits_for_a_layer_and_not_for_a_batch(threads):
             calls.append(layer(k))
         return k
 
-    results = spread(lambda k: k, for_ever, range(3), 2)
+    results = parallel_map(lambda k: k, for_ever, range(3), 2)
     assert next(results) == 0
     results.close()
     assert len(calls) < 10**6

@@ -15,9 +15,10 @@ from torchvision.models import get_model
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.metrics import predict
+from advdiff_cli.jobs.predict import predict
 from advdiff_cli.models import external, registry
 from advdiff_cli.models.ddpm import DdpmCard, load_card, load_ddpm
+from advdiff_cli.models.fingerprint import folder_fingerprint
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def test_a_callables_fingerprint_leaves_out_advdiffs_own_sources(tmp_path, monke
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(f"name = {name!r}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(external, "_OURS", tmp_path / "theirs")
+    monkeypatch.setattr(external, "_PACKAGE", tmp_path / "theirs")
     alone = external.source_digest("judge:build")
     for name in ("theirs.part", "helper"):
         found = importlib.import_module(name)
@@ -64,7 +65,7 @@ def images():
 def test_tiatoolbox_weights_give_its_softmaxs_logits(backbone, images, tmp_path):
     theirs = Published(backbone).eval()
     torch.save(theirs.state_dict(), tmp_path / f"{backbone}-pcam.pth")
-    ours, _ = registry.frozen_classifier(str(tmp_path / f"{backbone}-pcam.pth"), CPU, allow_pickle=True)
+    ours, _ = registry.load_frozen_classifier(str(tmp_path / f"{backbone}-pcam.pth"), CPU, allow_pickle=True)
     logits = ours(images)
     assert torch.allclose(logits.softmax(1), theirs(images), atol=1e-5)
     assert not torch.allclose(logits.sum(1), torch.ones(2))
@@ -74,7 +75,7 @@ def test_tiatoolboxs_own_module_where_it_is_installed(images, tmp_path):
     vanilla = pytest.importorskip("tiatoolbox.models.architecture.vanilla")
     theirs = vanilla.CNNModel("resnet18", num_classes=2).eval()
     torch.save(theirs.state_dict(), tmp_path / "resnet18-pcam.pth")
-    ours, _ = registry.frozen_classifier(str(tmp_path / "resnet18-pcam.pth"), CPU, allow_pickle=True)
+    ours, _ = registry.load_frozen_classifier(str(tmp_path / "resnet18-pcam.pth"), CPU, allow_pickle=True)
     assert torch.allclose(ours(images).softmax(1), theirs(images), atol=1e-5)
 
 
@@ -89,17 +90,17 @@ def test_pickles_are_read_only_where_allowed_and_only_as_tensors(advdiff, test_x
     evaluate[3] = tmp_path / "resnet18-pcam.safetensors"
     assert advdiff(*evaluate, "--json").json["sets"][0]["auroc"] == pickled["sets"][0]["auroc"]
     torch.save(Published("alexnet"), file)  # a whole module: code
-    with pytest.raises(AdvdiffError, match="no file of weights alone"):
-        registry.frozen_classifier(str(file), CPU, allow_pickle=True)
+    with pytest.raises(AdvdiffError, match="is not a file of weights only"):
+        registry.load_frozen_classifier(str(file), CPU, allow_pickle=True)
     torch.save([1, 2], file)
-    with pytest.raises(AdvdiffError, match="holds no weights by name"):
-        registry.frozen_classifier(str(file), CPU, allow_pickle=True)
+    with pytest.raises(AdvdiffError, match="does not map names to weights"):
+        registry.load_frozen_classifier(str(file), CPU, allow_pickle=True)
     save_file(state, tmp_path / "mine.safetensors")
     with pytest.raises(AdvdiffError, match="does not say what it is: call it as TIAToolbox does"):
-        registry.frozen_classifier(str(tmp_path / "mine.safetensors"), CPU)
+        registry.load_frozen_classifier(str(tmp_path / "mine.safetensors"), CPU)
     save_file(state, tmp_path / "resnet34-pcam.safetensors")
     with pytest.raises(AdvdiffError, match="does not fit tiatoolbox:resnet34"):
-        registry.frozen_classifier(str(tmp_path / "resnet34-pcam.safetensors"), CPU)
+        registry.load_frozen_classifier(str(tmp_path / "resnet34-pcam.safetensors"), CPU)
 
 
 def test_timms_folders_of_torchvision_networks_are_read(images, tmp_path):
@@ -109,7 +110,7 @@ def test_timms_folders_of_torchvision_networks_are_read(images, tmp_path):
     made = {"tag": "tiatoolbox-pcam", "mean": [0.1, 0.0, 0.0], "std": [1.0, 0.5, 1.0], "classifier": "fc"}
     config = {"architecture": "resnet18", "num_classes": 2, "num_features": 512, "pretrained_cfg": made}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    ours, _ = registry.frozen_classifier(str(tmp_path), CPU)
+    ours, _ = registry.load_frozen_classifier(str(tmp_path), CPU)
     mean, std = torch.tensor(made["mean"]).view(3, 1, 1), torch.tensor(made["std"]).view(3, 1, 1)
     assert torch.allclose(ours(images), network((images - mean) / std), atol=1e-5)
 
@@ -158,19 +159,19 @@ def module(tmp_path, monkeypatch):
 
 
 def test_any_module_to_one_or_two_logits(module, images):
-    two, mark = registry.frozen_classifier(f"{module}:two", CPU)
+    two, mark = registry.load_frozen_classifier(f"{module}:two", CPU)
     assert torch.equal(two(images), two.module(images))
     assert two(images).shape == (2, 2)
     assert not any(p.requires_grad for p in two.parameters())
     for name in ("one", "flat"):
-        single, other = registry.frozen_classifier(f"{module}:{name}", CPU)
+        single, other = registry.load_frozen_classifier(f"{module}:{name}", CPU)
         logits = single(images)
         assert torch.equal(logits[:, 1] - logits[:, 0], single.module(images).reshape(2))
         assert other != mark
 
 
 def test_a_module_that_keeps_what_it_computes_is_judged_a_batch_at_a_time(module, threads):
-    keeping, _ = registry.frozen_classifier(f"{module}:keeping", CPU)
+    keeping, _ = registry.load_frozen_classifier(f"{module}:keeping", CPU)
     patches = PatchSet(SyntheticSource(200, 0))
     threads(4)
     logits = keeping(patches.read(range(200)))
@@ -180,24 +181,24 @@ def test_a_module_that_keeps_what_it_computes_is_judged_a_batch_at_a_time(module
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("softmax", "returns probabilities"),
-        ("sigmoid", "returns probabilities"),
+        ("softmax", "seems to return probabilities"),
+        ("sigmoid", "seems to return probabilities"),
         ("three", r"returns \[12, 3\] for 12 patches"),
         ("fixed", "does not take patches"),
-        ("noisy", "returns other values for the same patches"),
+        ("noisy", "returns different values for the same patches"),
         ("nothing", "returned int, not a torch module"),
-        ("nowhere", "is no callable without arguments"),
+        ("nowhere", "is not a callable without arguments"),
     ],
 )
 def test_what_is_no_module_to_logits_is_refused(module, name, says):
     with pytest.raises(AdvdiffError, match=says):
-        registry.frozen_classifier(f"{module}:{name}", CPU)
+        registry.load_frozen_classifier(f"{module}:{name}", CPU)
 
 
 def test_another_source_is_another_model(module, tmp_path):
-    _, before = registry.frozen_classifier(f"{module}:two", CPU)
+    _, before = registry.load_frozen_classifier(f"{module}:two", CPU)
     (tmp_path / f"{module}.py").write_text(MODULE.replace("* 9", "* 8"))
-    assert registry.frozen_classifier(f"{module}:two", CPU)[1] != before
+    assert registry.load_frozen_classifier(f"{module}:two", CPU)[1] != before
 
 
 @pytest.mark.parametrize("form", ["beside", "package", "namespace"])
@@ -211,11 +212,11 @@ def test_another_source_that_it_imports_is_another_model(form, tmp_path, monkeyp
     (home / f"{nets}.py").write_text(MODULE)
     (home / f"{stranger}.py").write_text("a = 1")
     (home / f"{user}.py").write_text(f"from {'' if form == 'beside' else '.'}{nets} import two")
-    _, before = registry.frozen_classifier(f"{name}:two", CPU)
+    _, before = registry.load_frozen_classifier(f"{name}:two", CPU)
     (home / f"{stranger}.py").write_text("a = 2")
-    assert registry.frozen_classifier(f"{name}:two", CPU)[1] == before
+    assert registry.load_frozen_classifier(f"{name}:two", CPU)[1] == before
     (home / f"{nets}.py").write_text(MODULE.replace("* 9", "* 8"))
-    assert registry.frozen_classifier(f"{name}:two", CPU)[1] != before
+    assert registry.load_frozen_classifier(f"{name}:two", CPU)[1] != before
 
 
 def test_commands_take_a_callable(advdiff, module, test_x, tmp_path):
@@ -223,7 +224,7 @@ def test_commands_take_a_callable(advdiff, module, test_x, tmp_path):
     attack = ["attack", test_x, "-c", f"{module}:one", "--limit", 4, "--steps", 1, "-o", tmp_path / "adv.h5"]
     advdiff(*attack)
     assert "up to date" in advdiff(*attack).err
-    assert "made otherwise" in advdiff(*attack[:3], f"{module}:two", *attack[4:], code=1).err
+    assert "made with other settings" in advdiff(*attack[:3], f"{module}:two", *attack[4:], code=1).err
 
 
 def test_pickled_unets_are_read_only_where_allowed(ddpm, tmp_path):
@@ -236,7 +237,7 @@ def test_pickled_unets_are_read_only_where_allowed(ddpm, tmp_path):
         load_ddpm(tmp_path / "m")
     ours, theirs = load_ddpm(ddpm), load_ddpm(tmp_path / "m", allow_pickle=True)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert registry.fingerprint(tmp_path / "m") == registry.fingerprint(ddpm)
+    assert folder_fingerprint(tmp_path / "m") == folder_fingerprint(ddpm)
 
 
 def test_the_papers_model_is_known_by_its_name_on_the_hub(tmp_path):
@@ -253,5 +254,5 @@ def test_a_module_that_flattens_with_view_is_taken_as_it_is(tmp_path, monkeypatc
     code += "    return model\n"
     (tmp_path / "flattening.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    model, _ = registry.frozen_classifier("flattening:build", CPU)
+    model, _ = registry.load_frozen_classifier("flattening:build", CPU)
     assert model(images).shape == (2, 2)

@@ -15,6 +15,7 @@ from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.fingerprint import folder_fingerprint
 
 NASTY = [None, True, -1, 0, 3, 10**12, 1e308, float("nan"), "x", "../../../etc/passwd", [], [0, 0, 0], {}, {"a": 1}]
 CLASSIFIER = ["config.json"]
@@ -43,7 +44,7 @@ def replaced(document, path, value):
 def attempt(folder, load):
     try:
         load(folder)
-        registry.fingerprint(folder), registry.recorded_provenance(folder)
+        folder_fingerprint(folder), registry.recorded_provenance(folder)
     except AdvdiffError as e:
         return "refused" if str(folder) in str(e) and "\n" not in str(e) else f"does not name the file: {e}"
     except BaseException:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from advdiff_cli.models.bundling import bundle
+from bundle_weights import bundle
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
@@ -13,8 +13,9 @@ from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, load_classifier, save_classifier
-from advdiff_cli.models.ddpm import PRESETS, Purification, build_ddpm, load_card, load_ddpm, recommend
+from advdiff_cli.models.ddpm import PRESETS, PurificationSettings, build_ddpm, load_card, load_ddpm, recommend
 from advdiff_cli.models.device import resolve_device, resolve_precision
+from advdiff_cli.models.fingerprint import folder_fingerprint
 
 
 def test_on_cuda_convolutions_are_exact_and_deterministic(monkeypatch):
@@ -65,8 +66,8 @@ def test_weights_of_a_seed_are_the_same_and_leave_the_global_stream_alone():
 def test_recommendation_is_kept_in_the_card(ddpm, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(ddpm, folder)
-    recommend(folder, Purification(0.15, "ddim", 2))
-    assert load_card(folder).recommended == Purification(0.15, "ddim", 2)
+    recommend(folder, PurificationSettings(0.15, "ddim", 2))
+    assert load_card(folder).recommended == PurificationSettings(0.15, "ddim", 2)
     assert load_card(folder).max_t == 0.3
 
 
@@ -88,11 +89,11 @@ def test_bundling_halves_the_weights_and_keeps_the_model(classifier, ddpm, tmp_p
 def test_fingerprint_is_of_the_tensors_and_not_of_the_record(classifier, tmp_path):
     shutil.copytree(classifier, tmp_path / "c")
     save_file(load_file(classifier / "model.safetensors"), tmp_path / "c" / "model.safetensors", {"a": "b", "c": "d"})
-    assert registry.fingerprint(tmp_path / "c") == registry.fingerprint(classifier)
+    assert folder_fingerprint(tmp_path / "c") == folder_fingerprint(classifier)
     weights = load_file(classifier / "model.safetensors")
     weights["backbone.features.0.bias"] += 1
     save_file(weights, tmp_path / "c" / "model.safetensors")
-    assert registry.fingerprint(tmp_path / "c") != registry.fingerprint(classifier)
+    assert folder_fingerprint(tmp_path / "c") != folder_fingerprint(classifier)
 
 
 def test_models_that_do_not_predict_noise_are_refused(ddpm, tmp_path):
@@ -105,8 +106,8 @@ def test_models_that_do_not_predict_noise_are_refused(ddpm, tmp_path):
 
 def test_what_is_recommended_is_not_part_of_the_model(ddpm, tmp_path):
     shutil.copytree(ddpm, tmp_path / "m")
-    recommend(tmp_path / "m", Purification(0.2, "ddim", 3))
-    assert registry.fingerprint(tmp_path / "m") == registry.fingerprint(ddpm)
+    recommend(tmp_path / "m", PurificationSettings(0.2, "ddim", 3))
+    assert folder_fingerprint(tmp_path / "m") == folder_fingerprint(ddpm)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v3_small"])
@@ -127,13 +128,15 @@ def test_normalisation_is_inside(classifier):
 
 
 def test_unknown_names_list_what_there_is(tmp_path):
-    with pytest.raises(AdvdiffError, match="no classifier called nonesuch: neither a folder nor a bundled model"):
+    with pytest.raises(
+        AdvdiffError, match="no classifier is called nonesuch: it is neither a folder nor a bundled model"
+    ):
         registry.find_classifier("nonesuch")
     with pytest.raises(AdvdiffError, match="no classification architecture resnet19"):
         Classifier(ClassifierConfig("resnet19", (0, 0, 0), (1, 1, 1)))
     with pytest.raises(AdvdiffError, match=r"config\.json is missing"):
         load_classifier(tmp_path)
-    with pytest.raises(AdvdiffError, match="no diffusion model folder"):
+    with pytest.raises(AdvdiffError, match="is not a diffusion model folder"):
         load_ddpm(tmp_path)
 
 
@@ -145,10 +148,10 @@ def test_weights_that_do_not_fit_are_refused(classifier, tmp_path):
     with pytest.raises(AdvdiffError, match=r"model\.safetensors does not fit squeezenet1_1"):
         load_classifier(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 64)
-    with pytest.raises(AdvdiffError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(AdvdiffError, match=r"model\.safetensors is not a complete safetensors file"):
         load_classifier(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"arch": "resnet18"}))
-    with pytest.raises(AdvdiffError, match="no classifier config"):
+    with pytest.raises(AdvdiffError, match="is not a classifier config"):
         load_classifier(tmp_path)
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
-from advdiff_cli.purification.equations import add_noise, noise_levels, step_indices
+from advdiff_cli.purification.equations import forward_process, noise_levels, sampler_timesteps
 from advdiff_cli.purification.purifier import linear_alpha_bar
 
 
@@ -88,25 +88,25 @@ def test_the_schedule_is_diffusers_own():
 
 def test_indices():
     assert noise_levels(0.04, 1000) == 40
-    assert step_indices(40, 40) == list(range(39, -1, -1))
-    assert step_indices(100, 4) == [99, 66, 33, 0]
-    assert step_indices(100, 1) == [99]
+    assert sampler_timesteps(40, 40) == list(range(39, -1, -1))
+    assert sampler_timesteps(100, 4) == [99, 66, 33, 0]
+    assert sampler_timesteps(100, 1) == [99]
     assert noise_levels(1e-6, 1000) == 1
     for n in range(1, 60):
         for k in range(1, n + 1):
-            indices = step_indices(n, k)
+            indices = sampler_timesteps(n, k)
             assert len(set(indices)) == k, (n, k)
             assert indices == sorted(indices, reverse=True)
             assert indices[0] == n - 1
     with pytest.raises(ValueError, match="do not fit"):
-        step_indices(4, 5)
+        sampler_timesteps(4, 5)
 
 
 def test_one_step_is_the_posterior_mean_for_both_samplers(model, images):
     ddpm, ddim = (DiffusionPurifier(model, 0.1, sampler, 1) for sampler in ("ddpm", "ddim"))
     noise = torch.randn(len(images), *ddpm.noise_shape(96, 96))
     alpha_bar = model.alpha_bar[99]
-    x_t = add_noise(images * 2 - 1, noise[:, 0], alpha_bar)
+    x_t = forward_process(images * 2 - 1, noise[:, 0], alpha_bar)
     with torch.inference_mode():
         x_0 = (x_t - (1 - alpha_bar).sqrt() * model(x_t, torch.full((3,), 99))) / alpha_bar.sqrt()
         expected = (x_0.clamp(-1, 1) + 1) / 2

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from advdiff_cli.attacks.eot import Objective
+from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import Ddpm, DdpmCard, load_ddpm
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier, StraightThrough
+from advdiff_cli.purification import BpdaClassifier, DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.purifier import linear_alpha_bar
 
 ROWS = ["a", "b", "c"]
@@ -45,7 +45,7 @@ def test_checkpointing_changes_nothing(model, classifier, images, sampler, steps
     defended = DefendedClassifier(DiffusionPurifier(model, 0.1, sampler, steps), classifier)
     noise = defended.noise(images, rows=ROWS, seed=0, purpose="x")
     checkpointed = gradient(defended, images, noise)
-    defended.purifier.checkpointed = False
+    defended.purifier.use_checkpoints = False
     assert torch.equal(checkpointed, gradient(defended, images, noise))
     assert checkpointed.abs().sum() > 0
 
@@ -90,7 +90,9 @@ def test_a_machine_that_cannot_compile_says_so(ddpm, monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(AdvdiffError, match=r"cannot compile here \(no C\+\+ compiler found\); leave it out"):
+    with pytest.raises(
+        AdvdiffError, match=r"cannot compile on this machine \(no C\+\+ compiler found\); leave the option out"
+    ):
         load_ddpm(ddpm).compile_unet()
 
 
@@ -99,7 +101,7 @@ def test_bf16_bends_the_gradient_a_little(model, classifier, images):
     purifier = DiffusionPurifier(model, 0.1, "ddpm", 2)
     full, half = (DefendedClassifier(purifier, classifier, precision) for precision in ("fp32", "bf16"))
     noise = full.noise(images, rows=ROWS, seed=0, purpose="x")
-    assert half.purified(images, noise).dtype == half(images, noise).dtype == torch.float32
+    assert half.purify(images, noise).dtype == half(images, noise).dtype == torch.float32
     one, other = gradient(full, images, noise), gradient(half, images, noise)
     assert not torch.equal(one, other)
     assert torch.cosine_similarity(one.flatten(1), other.flatten(1)).min() > 0.99
@@ -135,7 +137,7 @@ def test_finite_differences_agree(model, sampler, monkeypatch):
 def test_the_gradient_is_the_mean_of_the_draws_own(model, classifier, images):
     defended = DefendedClassifier(DiffusionPurifier(model, 0.1, "ddpm", 2), classifier)
     labels = torch.tensor([0, 1, 1])
-    loss, mean = Objective(defended, labels, eot=3, seed=5, rows=ROWS).gradient(images, step=2)
+    loss, mean = Objective(defended, labels, ROWS, ObjectiveSpec(eot=3, seed=5)).gradient(images, step=2)
     x = images.clone().requires_grad_()
     draws = [defended(x, defended.noise(images, rows=ROWS, seed=5, purpose="attack", draw=d)) for d in (6, 7, 8)]
     losses = torch.stack([nn.functional.cross_entropy(z, labels, reduction="none") for z in draws]).mean(0)
@@ -145,7 +147,7 @@ def test_the_gradient_is_the_mean_of_the_draws_own(model, classifier, images):
 
 def test_bpda_is_the_defence_forward_and_the_identity_backward(model, classifier, images):
     purifier = DiffusionPurifier(model, 0.1, "ddpm", 2)
-    defended, through = DefendedClassifier(purifier, classifier), StraightThrough(purifier, classifier)
+    defended, through = DefendedClassifier(purifier, classifier), BpdaClassifier(purifier, classifier)
     noise = defended.noise(images, rows=ROWS, seed=0, purpose="x")
     assert torch.equal(through(images, noise), defended(images, noise))
     seen = purifier(images, noise).requires_grad_()

@@ -12,17 +12,17 @@ from scipy.ndimage import gaussian_filter
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.models.registry import find_ddpm
 from advdiff_cli.purification import DiffusionPurifier, tiling
-from advdiff_cli.purification.tiling import OVERLAP, SIDE, in_windows, starts
+from advdiff_cli.purification.tiling import OVERLAP, WINDOW, predict_in_windows, window_starts
 
 
-@given(length=st.integers(SIDE // 8, 600).map(lambda n: 8 * n))
+@given(length=st.integers(WINDOW // 8, 600).map(lambda n: 8 * n))
 @settings(max_examples=60)
 def test_windows_cover_and_overlap(length):
-    found = starts(length, SIDE, 8)
+    found = window_starts(length, WINDOW, 8)
     assert found[0] == 0
-    assert found[-1] == length - SIDE
+    assert found[-1] == length - WINDOW
     assert all(a % 8 == 0 for a in found)
-    assert all(0 < b - a <= SIDE - OVERLAP + 8 for a, b in itertools.pairwise(found))
+    assert all(0 < b - a <= WINDOW - OVERLAP + 8 for a, b in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("size", [(392, 96), (96, 1000), (520, 648)])
@@ -34,17 +34,17 @@ def test_a_pointwise_prediction_is_that_of_the_whole(size):
         seen.append(tuple(x.shape))
         return x.square() + 1
 
-    found = in_windows(predict, images, 8)
+    found = predict_in_windows(predict, images, 8)
     assert torch.allclose(found, images.square() + 1, atol=1e-6)
     assert {s[0] for s in seen} == {tiling.BATCH}
-    assert all(max(s[2:]) <= SIDE for s in seen)
+    assert all(max(s[2:]) <= WINDOW for s in seen)
     (gradient,) = torch.autograd.grad(found.sum(), images)
     assert torch.allclose(gradient, 2 * images, atol=1e-5)
 
 
 def test_small_images_pass_whole():
     images = torch.rand(2, 3, 384, 96)
-    assert torch.equal(in_windows(lambda x: x + 1, images, 8), images + 1)
+    assert torch.equal(predict_in_windows(lambda x: x + 1, images, 8), images + 1)
 
 
 def test_no_seam_shows(monkeypatch):
@@ -60,10 +60,12 @@ def test_no_seam_shows(monkeypatch):
         with torch.inference_mode():
             found = purifier(images, noise)
         steps = (found[..., 1:] - found[..., :-1]).abs().mean((0, 1, 2))
-        borders = [e for a in starts(640, SIDE, purifier.ddpm.multiple) for e in (a, a + SIDE) if 0 < e < 640]
+        borders = [
+            e for a in window_starts(640, WINDOW, purifier.ddpm.multiple) for e in (a, a + WINDOW) if 0 < e < 640
+        ]
         return float(steps[[b - 1 for b in borders]].mean() / steps.mean())
 
     blended = seam()
-    monkeypatch.setattr(windows, "_ramp", lambda side: (torch.arange(side) >= OVERLAP).float() + 1e-9)
+    monkeypatch.setattr(tiling, "_ramp", lambda side: (torch.arange(side) >= OVERLAP).float() + 1e-9)
     assert blended < 1.05
     assert seam() > 1.1

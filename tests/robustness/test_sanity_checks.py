@@ -1,4 +1,4 @@
-"""Alarms: silent about a sound evaluation, loud about planted weaknesses; and the attack's own unit test."""
+"""Sanity checks: silent about a sound evaluation, loud about planted weaknesses; and the attack's own unit test."""
 
 import json
 
@@ -8,20 +8,23 @@ import torch
 from torch import nn
 
 from advdiff_cli.attacks import pgd
+from advdiff_cli.attacks.eot import ObjectiveSpec
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.evaluation.metrics import Predictions, figures, votes
+from advdiff_cli.evaluation.metrics import Predictions, classification_metrics, vote_accuracies
 from advdiff_cli.evaluation.statistics import wilson
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
+from advdiff_cli.purification.defense import EvaluatedModel
 from advdiff_cli.purification.purifier import linear_alpha_bar
-from advdiff_cli.robustness.binarization_test import binarisation_test
-from advdiff_cli.robustness.gradient_checks import look_at_gradients
-from advdiff_cli.robustness.runner import Climb, Subject
-from advdiff_cli.robustness.sanity_checks import UnitTest, alarms, not_above
-from advdiff_cli.robustness.suite import PRESETS, Preset, Rung, ladder
-from advdiff_cli.robustness.summary import conclusions, worst
+from advdiff_cli.robustness.binarization_test import BinarizationResult, binarization_test
+from advdiff_cli.robustness.gradient_checks import check_gradients
+from advdiff_cli.robustness.runner import SuiteRunner
+from advdiff_cli.robustness.sanity_checks import not_above, sanity_checks
+from advdiff_cli.robustness.suite import PRESETS, Budget, SuiteRow, build_suite
+from advdiff_cli.robustness.summary import summarize, worst_case
 
 EPS = 2 / 255
 CPU = torch.device("cpu")
+MARGIN = ObjectiveSpec("margin")
 
 
 class Net(nn.Module):
@@ -68,18 +71,18 @@ def test_votes_and_means_of_a_known_table():
     p1 = np.array([[0.9, 0.9, 0.1, 0.9, 0.1], [0.9, 0.1, 0.1, 0.1, 0.1], [0.1] * 5])
     p = Predictions(np.array([1, 1, 0]), p1)
     assert p.share.tolist() == [0.6, 0.2, 1.0]
-    found = votes(p)
+    found = vote_accuracies(p)
     assert {k: round(v.value, 6) for k, v in found.items()} == {
         "vote_1": 1.0, "vote_5": round(2 / 3, 6), "all_correct": round(1 / 3, 6),
     }  # fmt: skip
-    assert figures(p)["accuracy"].value == pytest.approx(0.6)
-    assert figures(p)["sensitivity"].value == pytest.approx(0.4)
-    assert figures(Predictions(p.labels, p1[:, 0]))["accuracy"] == wilson(3, 3)
+    assert classification_metrics(p)["accuracy"].value == pytest.approx(0.6)
+    assert classification_metrics(p)["sensitivity"].value == pytest.approx(0.4)
+    assert classification_metrics(Predictions(p.labels, p1[:, 0]))["accuracy"] == wilson(3, 3)
 
 
-def test_one_draw_and_none_are_the_same_figures():
+def test_one_draw_and_none_are_the_same_classification_metrics():
     one = drawn(0.8, draws=1)
-    assert figures(one) == figures(Predictions(one.labels, one.p1[:, 0]))
+    assert classification_metrics(one) == classification_metrics(Predictions(one.labels, one.p1[:, 0]))
 
 
 @pytest.mark.parametrize(("stronger", "weaker", "status"), [(0.5, 0.8, "pass"), (0.8, 0.5, "fail")])
@@ -116,18 +119,18 @@ def sound():
 
 
 def test_a_sound_evaluation_sounds_no_alarm():
-    rungs = ladder(PRESETS["quick"], EPS, defended=True)
+    rungs = build_suite(PRESETS["quick"], EPS, defended=True)
     assert {r.name for r in rungs} == set(SOUND)
-    tested = UnitTest(60, wilson(60, 60), wilson(0, 60))
-    assert {a.status for a in alarms(rungs, sound(), None, tested)} == {"pass"}
+    tested = BinarizationResult(60, wilson(60, 60), wilson(0, 60))
+    assert {a.status for a in sanity_checks(rungs, sound(), None, tested)} == {"pass"}
 
 
 @pytest.mark.parametrize(
     ("planted", "alarm"),
     [
         ({"pgd": 0.8}, "iterative beats single-step"),
-        ({"pgd": 0.7}, "more steps do not help the defence"),
-        ({"pgd-short": 0.8}, "more draws do not help the defence"),
+        ({"pgd": 0.7}, "more steps do not help the defense"),
+        ({"pgd-short": 0.8}, "more draws do not help the defense"),
         ({"square": 0.4}, "white-box beats black-box"),
         ({"transfer": 0.4}, "white-box beats black-box"),
         ({"eps-4": 0.7}, "a larger eps is worse"),
@@ -143,7 +146,9 @@ def test_a_planted_weakness_sounds_its_alarm(planted, alarm):
     for name, share in planted.items():
         judged[name] = Predictions(labels, np.where(hard < share, labels[:, None], 1 - labels[:, None]).astype(float))
     failed = {
-        a.name for a in alarms(ladder(PRESETS["quick"], EPS, defended=True), judged, None, None) if a.status == "fail"
+        a.name
+        for a in sanity_checks(build_suite(PRESETS["quick"], EPS, defended=True), judged, None, None)
+        if a.status == "fail"
     }
     assert alarm in failed
 
@@ -153,13 +158,13 @@ def round_to_8_bits(x):
 
 
 def test_planted_gradient_masking_is_seen(few):
-    seen = look_at_gradients(Net(before=round_to_8_bits), few, CPU, eot=2, seed=0)
+    seen = check_gradients(Net(before=round_to_8_bits), few, MARGIN, 32, CPU)
     assert seen.zero.value == 1
-    seen = look_at_gradients(Net(after=lambda z: (z * 1e4).softmax(1)), few, CPU, eot=2, seed=0)
+    seen = check_gradients(Net(after=lambda z: (z * 1e4).softmax(1)), few, MARGIN, 32, CPU)
     assert seen.probabilities
     assert seen.zero.value > 0.5
-    failed = {a.name for a in alarms([], {}, seen, None) if a.status == "fail"}
-    assert failed == {"gradients lead somewhere", "outputs are logits"}
+    failed = {a.name for a in sanity_checks([], {}, seen, None) if a.status == "fail"}
+    assert failed == {"gradients are not zero", "outputs are logits"}
 
 
 class Unrooted(torch.autograd.Function):
@@ -177,30 +182,32 @@ class Unrooted(torch.autograd.Function):
 def test_gradients_that_are_not_numbers_are_seen(few):
     net = Net(before=Unrooted.apply)
     for model in (net, DefendedClassifier(NoisePurifier(linear_alpha_bar(), 0.01), net)):
-        seen = look_at_gradients(model, few, CPU, eot=2, seed=0, batch_size=5)
+        seen = check_gradients(model, few, MARGIN, 5, CPU)
         assert seen.zero.value == 1
         json.dumps(seen.as_dict(), allow_nan=False)
-        assert "gradients lead somewhere" in {a.name for a in alarms([], {}, seen, None) if a.status == "fail"}
+        assert "gradients are not zero" in {a.name for a in sanity_checks([], {}, seen, None) if a.status == "fail"}
     images = few.read(range(2))
     for norm in ("linf", "l2"):
-        assert pgd(net, images, torch.zeros(2).long(), eps=0.1, steps=2, norm=norm, start=False).isfinite().all()
+        assert pgd(net, images, torch.zeros(2).long(), eps=0.1, steps=2, norm=norm, random_start=False).isfinite().all()
 
 
-SPEND = Preset(patches=40, steps=12, eot=1, queries=60, draws=1)
+BUDGET = Budget(patches=40, steps=12, eot=1, queries=60, draws=1)
 
 
-def climbed(model, test_x, folder):
-    """The alarms of the whole ladder on a model, by status."""
+def run_suite(model, test_x, folder):
+    """The sanity checks of a whole suite on a model, by status."""
     folder.mkdir()
-    climb = Climb(Subject(model, "planted"), open_patches(test_x), SPEND, folder, 0, 40, CPU)
-    rungs, judged = ladder(SPEND, EPS, defended=False), {}
-    for rung in rungs:
-        list(climb.attack(rung) if rung.settings else ())
-        judged[rung.name] = climb.judge(rung, lambda count: None)
-    settings = next(r.settings for r in rungs if r.name == "pgd")
-    found = conclusions(
-        rungs, judged, EPS, climb.gradients(lambda count: None), climb.unit_test(settings, lambda count: None)
+    runner = SuiteRunner(EvaluatedModel(model, "planted"), open_patches(test_x), BUDGET, folder, 0, 40, CPU)
+    rows, judged = build_suite(BUDGET, EPS, defended=False), {}
+    for row in rows:
+        list(runner.attack(row))
+        judged[row.name] = runner.judge(row, lambda count: None)
+    attack = next(r.attack for r in rows if r.name == "pgd")
+    gradients, tested = (
+        runner.check_gradients(lambda count: None),
+        runner.binarization_test(attack, lambda count: None),
     )
+    found = summarize(rows, judged, EPS, gradients, tested)
     assert len(found["alarms"]) > 12
     return {
         status: {a["name"] for a in found["alarms"] if a["status"] == status} for status in ("pass", "warn", "fail")
@@ -208,30 +215,30 @@ def climbed(model, test_x, folder):
 
 
 def test_an_undefended_model_trips_no_alarm(test_x, tmp_path):
-    found = climbed(Net(), test_x, tmp_path / "ladder")
+    found = run_suite(Net(), test_x, tmp_path / "ladder")
     assert not found["warn"] | found["fail"]
 
 
 def test_rounding_inside_the_model_trips_alarms(test_x, tmp_path):
-    found = climbed(Net(before=round_to_8_bits), test_x, tmp_path / "ladder")
-    assert {"gradients lead somewhere", "the attack passes its unit test"} <= found["fail"]
+    found = run_suite(Net(before=round_to_8_bits), test_x, tmp_path / "ladder")
+    assert {"gradients are not zero", "the attack passes its unit test"} <= found["fail"]
 
 
 def test_a_saturating_softmax_trips_alarms(test_x, tmp_path):
-    found = climbed(Net(after=lambda z: (z * 1e4).softmax(1)), test_x, tmp_path / "ladder")
-    assert {"gradients lead somewhere", "outputs are logits"} <= found["fail"]
+    found = run_suite(Net(after=lambda z: (z * 1e4).softmax(1)), test_x, tmp_path / "ladder")
+    assert {"gradients are not zero", "outputs are logits"} <= found["fail"]
 
 
 def test_an_undefended_model_is_seen_to_be_sound(few):
-    seen = look_at_gradients(Net(), few, CPU, eot=2, seed=0)
-    assert {a.status for a in alarms([], {}, seen, None)} == {"pass"}
+    seen = check_gradients(Net(), few, MARGIN, 32, CPU)
+    assert {a.status for a in sanity_checks([], {}, seen, None)} == {"pass"}
     assert seen.cosine is None
 
 
 def test_halves_of_a_gradient_agree_where_noise_is_small(few):
     net = Net()
     little, much = (
-        look_at_gradients(DefendedClassifier(NoisePurifier(linear_alpha_bar(), t), net), few, CPU, eot=2, seed=0)
+        check_gradients(DefendedClassifier(NoisePurifier(linear_alpha_bar(), t), net), few, MARGIN, 32, CPU)
         for t in (0.001, 0.9)
     )
     assert little.cosine.value > 0.9
@@ -240,7 +247,7 @@ def test_halves_of_a_gradient_agree_where_noise_is_small(few):
 
 def binarised(model, classifier, few, attack):
     images = few.read(range(4))
-    return binarisation_test(model, classifier, images, few.keys[:4], eps=8 / 255, seed=0, attack=attack)
+    return binarization_test(model, classifier, images, few.keys[:4], 8 / 255, 0, attack)
 
 
 def test_the_unit_test_tells_an_attack_from_none(few, ddpm):
@@ -259,7 +266,9 @@ def test_the_unit_test_tells_an_attack_from_none(few, ddpm):
 
 def test_masked_gradients_fail_the_unit_test(few):
     net = Net(before=round_to_8_bits)
-    tested = binarised(net, net, few, lambda m, x, y: pgd(m, x, y, eps=8 / 255, steps=10, loss="margin", start=False))
+    tested = binarised(
+        net, net, few, lambda m, x, y: pgd(m, x, y, eps=8 / 255, steps=10, loss="margin", random_start=False)
+    )
     assert tested.exists.any()
     assert not tested.broken[tested.exists].any()
 
@@ -293,16 +302,16 @@ def test_the_head_is_the_last_linear_layer_that_is_called(few):
 
 def test_the_worst_case_never_rises():
     judged = sound()
-    rungs = ladder(PRESETS["quick"], EPS, defended=True)
-    few: list[Rung] = [r for r in rungs if r.name in ("clean", "blind")]
-    accuracies = [worst(few, judged, EPS)[1].share.mean()]
+    rungs = build_suite(PRESETS["quick"], EPS, defended=True)
+    few: list[SuiteRow] = [r for r in rungs if r.name in ("clean", "blind")]
+    accuracies = [worst_case(few, judged, EPS)[1].share.mean()]
     for r in rungs:
         if r not in few:
             few.append(r)
-            accuracies.append(worst(few, judged, EPS)[1].share.mean())
+            accuracies.append(worst_case(few, judged, EPS)[1].share.mean())
     assert accuracies == sorted(accuracies, reverse=True)
-    names, _ = worst(rungs, judged, EPS)
+    names, _ = worst_case(rungs, judged, EPS)
     assert "eps-1" in names
     assert "eps-4" not in names
     assert "fixed-noise" not in names
-    assert worst(rungs, judged, 4 / 255)[1].share.mean() <= worst(rungs, judged, EPS)[1].share.mean()
+    assert worst_case(rungs, judged, 4 / 255)[1].share.mean() <= worst_case(rungs, judged, EPS)[1].share.mean()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from advdiff_cli.attacks.eot import Objective
-from advdiff_cli.attacks.pgd import iterates
-from advdiff_cli.attacks.projections import random_start
+from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
+from advdiff_cli.attacks.pgd import Ball, iterates
+from advdiff_cli.attacks.projections import random_point
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
@@ -14,7 +14,7 @@ from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.defended_classifier import row_noise
 from advdiff_cli.purification.purifier import linear_alpha_bar
-from advdiff_cli.training.adversarial import Adversary, Regime
+from advdiff_cli.training.adversarial import Adversary, TrainingInput
 
 EPS = 2 / 255
 ROWS = range(100, 108)
@@ -42,29 +42,29 @@ def buffers(model):
     return {name: b.clone() for name, b in model.named_buffers()}
 
 
-def test_a_plain_regime_is_cross_entropy(model, batch):
+def test_a_plain_inputs_is_cross_entropy(model, batch):
     images, labels = batch
     expected = cross_entropy(model(images), labels)
-    assert torch.equal(Regime().loss(model, model, images, labels, ROWS), expected)
+    assert torch.equal(TrainingInput().loss(model, model, images, labels, ROWS), expected)
 
 
 def test_patches_pass_one_of_the_purifiers_on_noise_of_their_own(batch):
     images, _ = batch
-    regime = Regime((None, noise_purifier()), seed=3)
+    inputs = TrainingInput((None, noise_purifier()), seed=3)
     noise = row_noise(noise_purifier(), images, list(ROWS), seed=3, purpose="train")
     noised = noise_purifier()(images, noise)
     kinds = set()
-    for image, found, alone in zip(images, regime.shown(images, ROWS), noised, strict=True):
+    for image, found, alone in zip(images, inputs.purify(images, ROWS), noised, strict=True):
         kinds.add("plain" if torch.equal(found, image) else "noised" if torch.equal(found, alone) else "other")
     assert kinds == {"plain", "noised"}
 
 
 def test_attacked_patches_are_the_last_iterate_of_pgd(model, batch):
     images, labels = batch
-    found = Regime(adversary=Adversary(EPS, 3, "madry"), seed=5).attacked(model, images, labels, ROWS)
-    x_0 = random_start(images, EPS, "linf", RowStreams(5, "attack-start", ROWS))
-    objective = Objective(model.eval(), labels, seed=5, rows=ROWS)
-    *_, (last, _) = iterates(objective, images, x_0, EPS, 3, EPS * 2.5 / 3, "linf")
+    found = TrainingInput(adversary=Adversary(EPS, 3, "madry"), seed=5).perturb(model, images, labels, ROWS)
+    x_0 = random_point(images, EPS, "linf", RowStreams(5, "attack-start", ROWS))
+    objective = Objective(model.eval(), labels, ROWS, ObjectiveSpec(seed=5))
+    *_, (last, _) = iterates(objective, Ball(images, EPS, "linf", EPS * 2.5 / 3), x_0, 3)
     assert torch.equal(found, last)
     assert (found - images).abs().max() <= EPS + 1e-6
     assert found.min() >= 0
@@ -78,14 +78,14 @@ def test_step_sizes():
 def test_an_attack_leaves_batch_statistics_alone(model, batch):
     """What the statistics see of an adversarial batch is that batch, once."""
     images, labels = batch
-    regime = Regime(adversary=Adversary(EPS, 3, "madry"))
+    inputs = TrainingInput(adversary=Adversary(EPS, 3, "madry"))
     before = buffers(model)
-    adv = regime.attacked(model, images, labels, ROWS)
+    adv = inputs.perturb(model, images, labels, ROWS)
     assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
     model.train()(adv)
     once = buffers(model)
     model.load_state_dict(before, strict=False)
-    loss = regime.loss(model, model, images, labels, ROWS)
+    loss = inputs.loss(model, model, images, labels, ROWS)
     assert model.training
     assert all(torch.equal(once[name], b) for name, b in model.named_buffers())
     assert loss.requires_grad
@@ -94,11 +94,11 @@ def test_an_attack_leaves_batch_statistics_alone(model, batch):
 
 def test_trades_is_clean_cross_entropy_and_the_divergence(model, batch):
     images, labels = batch
-    regime = Regime(adversary=Adversary(EPS, 2, "trades", beta=3.0))
-    adv = regime.attacked(model, images, labels, ROWS)
+    inputs = TrainingInput(adversary=Adversary(EPS, 2, "trades", beta=3.0))
+    adv = inputs.perturb(model, images, labels, ROWS)
     model.train()
     start = buffers(model)
-    found = regime.loss(model, model, images, labels, ROWS)
+    found = inputs.loss(model, model, images, labels, ROWS)
     model.load_state_dict(start, strict=False)
     clean, attacked = (log_softmax(z, 1) for z in model.train()(torch.cat([images, adv])).chunk(2))
     divergence = (clean.exp() * (clean - attacked)).sum(1).mean()
@@ -110,36 +110,36 @@ def test_an_adversary_goes_through_the_purifier(model, batch, ddpm):
     images, labels = batch
     purifier = DiffusionPurifier(load_ddpm(ddpm), 0.1, sampler_steps=1).requires_grad_(False).eval()
     adversary = Adversary(EPS, 3, "madry")
-    through = Regime((purifier,), adversary).attacked(model, images, labels, ROWS)
-    assert not torch.equal(through, Regime(adversary=adversary).attacked(model, images, labels, ROWS))
+    through = TrainingInput((purifier,), adversary).perturb(model, images, labels, ROWS)
+    assert not torch.equal(through, TrainingInput(adversary=adversary).perturb(model, images, labels, ROWS))
     defended = DefendedClassifier(purifier, model.eval()).eval()
-    objective = Objective(defended, labels, seed=0, rows=ROWS)
-    x_0 = random_start(images, EPS, "linf", RowStreams(0, "attack-start", ROWS))
-    *_, (last, _) = iterates(objective, images, x_0, EPS, 3, EPS * 2.5 / 3, "linf")
+    objective = Objective(defended, labels, ROWS)
+    x_0 = random_point(images, EPS, "linf", RowStreams(0, "attack-start", ROWS))
+    *_, (last, _) = iterates(objective, Ball(images, EPS, "linf", EPS * 2.5 / 3), x_0, 3)
     assert torch.equal(through, last)
 
 
 def test_another_row_is_attacked_and_noised_otherwise(model, batch):
     images, labels = batch
-    regime = Regime((noise_purifier(),), Adversary(EPS, 1, "madry"))
-    one, other = (regime.attacked(model, images[:1], labels[:1], [row]) for row in (0, 1))
+    inputs = TrainingInput((noise_purifier(),), Adversary(EPS, 1, "madry"))
+    one, other = (inputs.perturb(model, images[:1], labels[:1], [row]) for row in (0, 1))
     assert not torch.equal(one, other)
-    assert not torch.equal(*(regime.shown(images[:1], [row]) for row in (0, 1)))
+    assert not torch.equal(*(inputs.purify(images[:1], [row]) for row in (0, 1)))
 
 
-def test_training_under_a_regime_end_to_end(advdiff, patches, ddpm, tmp_path):
+def test_training_under_a_inputs_end_to_end(advdiff, patches, ddpm, tmp_path):
     train, valid = (patches / "pcam" / f"camelyonpatch_level_2_split_{s}_x.h5" for s in ("train", "valid"))
     command = ["train-classifier", train, "--valid", valid, "-o", tmp_path / "clf", "--arch", "shufflenet_v2_x0_5"]
     command += ["--epochs", 1, "--batch-size", 16, "--precision", "fp32"]
-    regime = ["--augment", "none", "--augment", f"purify:{ddpm}:0.05:2", "--augment", "noise:0.1", "--adversarial"]
-    made = advdiff(*command, *regime, "--attack-steps", 1, "--json").json
+    inputs = ["--augment", "none", "--augment", f"purify:{ddpm}:0.05:2", "--augment", "noise:0.1", "--adversarial"]
+    made = advdiff(*command, *inputs, "--attack-steps", 1, "--json").json
     assert set(made["published"]) == {"epoch", "n", "valid_accuracy", "valid_robust_accuracy"}
     told = advdiff("info", tmp_path / "clf", "--json").json["provenance"]["recipe"]["parameters"]
     assert told["adversary"] == {"eps": EPS, "steps": 1, "loss": "madry", "beta": 6.0}
     assert [a and a["t_star"] for a in told["augment"]] == [None, 0.05, 0.1]
     assert told["augment"][1]["sampler_steps"] == 2
-    assert "up to date" in advdiff(*command, *regime, "--attack-steps", 1).err
-    assert "made otherwise" in advdiff(*command, code=1).err
+    assert "up to date" in advdiff(*command, *inputs, "--attack-steps", 1).err
+    assert "made with other settings" in advdiff(*command, code=1).err
     plain = [*command[:5], tmp_path / "plain", *command[6:]]
     for wrong, says in (
         (["--augment", "noise"], "give none, noise:T"),
@@ -147,9 +147,9 @@ def test_training_under_a_regime_end_to_end(advdiff, patches, ddpm, tmp_path):
         (["--augment", "purify:"], "give none, noise:T"),
         (["--augment", f"purify:{ddpm}:0.05:1.5"], "give none, noise:T"),
         (["--augment", f"purify:{ddpm}:0.05:0"], "at least one U-Net evaluation"),
-        (["--augment", "purify:nowhere"], "no diffusion model called nowhere"),
-        (["--eps", "2/255"], "are of --adversarial"),
-        (["--adversarial", "--beta", "3"], "--beta is of --loss trades"),
+        (["--augment", "purify:nowhere"], "no diffusion model is called nowhere"),
+        (["--eps", "2/255"], "require --adversarial"),
+        (["--adversarial", "--beta", "3"], "--beta requires --loss trades"),
         (["--adversarial", "--eps", "0"], "--eps must be above 0"),
     ):
         assert says in advdiff(*plain, *wrong, code=1).err

@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from advdiff_cli.data.patch_writer import OutputSpec
 from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
-from advdiff_cli.purification.equations import add_noise
+from advdiff_cli.purification.equations import forward_process
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.training.adversarial import Adversary, Regime
-from advdiff_cli.training.augmentation import turn, vary_stain
+from advdiff_cli.training.adversarial import Adversary, TrainingInput
+from advdiff_cli.training.augmentation import random_symmetry, vary_stain
 from advdiff_cli.training.checkpoints import WorkFolder
-from advdiff_cli.training.fit_classifier import PLAIN, ClassifierPlan, channel_statistics, fit_classifier
-from advdiff_cli.training.fit_ddpm import DdpmPlan, fit_ddpm
+from advdiff_cli.training.fit_classifier import CLEAN, ClassifierFit, ClassifierRecipe, channel_statistics
+from advdiff_cli.training.fit_ddpm import DdpmFit, DdpmRecipe
 from advdiff_cli.training.loader import TrainingRows
 from advdiff_cli.training.optim import cosine
-from advdiff_cli.training.platt import platt
+from advdiff_cli.training.platt import fit_platt
 
 CPU = torch.device("cpu")
 
@@ -35,16 +36,16 @@ def rows(test_x):
 
 
 def work(folder, name="m"):
-    return WorkFolder(folder / name, recipe("test", {}), None, overwrite=False)
+    return WorkFolder(OutputSpec(folder / name, recipe("test", {})), None)
 
 
-def classifier_fit(rows, valid, folder, steps=None, name="m", regime=PLAIN, arch="shufflenet_v2_x0_5"):
+def classifier_fit(rows, valid, folder, steps=None, name="m", inputs=CLEAN, arch="shufflenet_v2_x0_5"):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Classifier(ClassifierConfig(arch, (0.7, 0.5, 0.7), (0.2, 0.2, 0.2)))
-    plan = ClassifierPlan(2, 8, 1e-3, 0.01, 0.05, 0, "fp32")
-    records = fit_classifier(model, rows, valid, plan, work(folder, name), CPU, regime, checkpoint_seconds=0)
-    made = list(itertools.islice(records, steps))
+    plan = ClassifierRecipe(2, 8, 1e-3, 0.01, 0.05, 0, "fp32")
+    fit = ClassifierFit(model, rows, valid, plan, work(folder, name), CPU, inputs, checkpoint_seconds=0)
+    made = list(itertools.islice(fit.run(), steps))
     return model, made
 
 
@@ -53,15 +54,15 @@ def dropout_fit(*args, **named):
 
 
 def adversarial_fit(*args, **named):
-    regime = Regime((None, NoisePurifier(linear_alpha_bar(), 0.1)), Adversary(2 / 255, 1, "trades"))
-    return classifier_fit(*args, **named, regime=regime)
+    inputs = TrainingInput((None, NoisePurifier(linear_alpha_bar(), 0.1)), Adversary(2 / 255, 1, "trades"))
+    return classifier_fit(*args, **named, inputs=inputs)
 
 
 def ddpm_fit(rows, valid, folder, steps=None, name="m"):
     model = build_ddpm("tiny", 96, 0.3, 0)
-    plan = DdpmPlan(6, 4, 1e-3, 0.9, 0.3, 0, "fp32")
-    records = fit_ddpm(model, rows, valid, plan, work(folder, name), CPU, checkpoint_seconds=0, every=3)
-    return model, list(itertools.islice(records, steps))
+    plan = DdpmRecipe(6, 4, 1e-3, 0.9, 0.3, 0, "fp32")
+    fit = DdpmFit(model, rows, valid, plan, work(folder, name), CPU, checkpoint_seconds=0, validate_every=3)
+    return model, list(itertools.islice(fit.run(), steps))
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +86,16 @@ def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path
 
 def test_fits_of_one_process_may_differ_in_precision(rows, tmp_path):
     for precision in ("bf16", "fp32"):
-        plan = DdpmPlan(1, 4, 1e-3, 0.9, 0.3, 0, precision)
-        (record,) = fit_ddpm(build_ddpm("tiny", 96, 0.3, 0), rows, None, plan, work(tmp_path, precision), CPU)
+        plan = DdpmRecipe(1, 4, 1e-3, 0.9, 0.3, 0, precision)
+        model = build_ddpm("tiny", 96, 0.3, 0)
+        (record,) = DdpmFit(model, rows, None, plan, work(tmp_path, precision), CPU).run()
         assert record["loss"] > 0
 
 
 def test_a_fit_leaves_no_mixed_precision_behind(rows, tmp_path):
     model = build_ddpm("tiny", 96, 0.3, 0)
-    plan = DdpmPlan(1, 4, 1e-3, 0.9, 0.3, 0, "bf16")
-    list(fit_ddpm(model, rows, None, plan, work(tmp_path, "m"), CPU))
+    plan = DdpmRecipe(1, 4, 1e-3, 0.9, 0.3, 0, "bf16")
+    list(DdpmFit(model, rows, None, plan, work(tmp_path, "m"), CPU).run())
     x, t = torch.rand(1, 3, 96, 96), torch.zeros(1)
     other = copy.deepcopy(model.unet)
     with torch.no_grad():
@@ -103,9 +105,9 @@ def test_a_fit_leaves_no_mixed_precision_behind(rows, tmp_path):
 def test_published_weights_are_the_ema(rows, tmp_path):
     """The fit ends in the moving average, recomputed here from the weights after each step."""
     model = build_ddpm("tiny", 96, 0.3, 0)
-    plan = DdpmPlan(6, 4, 1e-3, 0.9, 0.3, 0, "fp32")
+    plan = DdpmRecipe(6, 4, 1e-3, 0.9, 0.3, 0, "fp32")
     average = model.unet.conv_in.weight.detach().clone()
-    for record in fit_ddpm(model, rows, None, plan, work(tmp_path), CPU):
+    for record in DdpmFit(model, rows, None, plan, work(tmp_path), CPU).run():
         raw = model.unet.conv_in.weight.detach().clone()
         decay = min(0.9, 1 - (1 + max(0, record["step"] - 1)) ** -0.75)  # diffusers' warm-up
         average += (1 - max(decay, 0)) * (raw - average)
@@ -120,15 +122,15 @@ def test_a_model_learns_in_its_own_range(rows, tmp_path):
         model = build_ddpm("tiny", 96, 0.3, 0, data_range)
         images, _ = next(rows.batches(0, 1, 4, 0))
         rng = stream(0, "augment", 0, 0)
-        x_0 = turn(images, rng) * (data_range[1] - data_range[0]) + data_range[0]
+        x_0 = random_symmetry(images, rng) * (data_range[1] - data_range[0]) + data_range[0]
         t, noise = (
             torch.from_numpy(rng.integers(0, 300, 4)),
             torch.from_numpy(rng.standard_normal(x_0.shape, np.float32)),
         )
-        x_t = add_noise(x_0, noise, model.alpha_bar[t].view(-1, 1, 1, 1))
+        x_t = forward_process(x_0, noise, model.alpha_bar[t].view(-1, 1, 1, 1))
         expected = torch.nn.functional.mse_loss(model(x_t, t), noise).item()
-        plan = DdpmPlan(1, 4, 1e-3, 0.9, 0.3, 0, "fp32")
-        (record,) = fit_ddpm(model, rows, None, plan, work(tmp_path, name), CPU)
+        plan = DdpmRecipe(1, 4, 1e-3, 0.9, 0.3, 0, "fp32")
+        (record,) = DdpmFit(model, rows, None, plan, work(tmp_path, name), CPU).run()
         losses[name] = record["loss"]
         assert record["loss"] == pytest.approx(expected, rel=1e-5)
     assert losses["centred"] != losses["papers"]
@@ -173,10 +175,10 @@ def test_a_set_named_twice_counts_twice(test_x):
 
 def test_turns_are_the_eight_symmetries():
     image = torch.arange(9.0).view(1, 1, 3, 3).expand(400, 3, 3, 3)
-    seen = {tuple(t[0].flatten().tolist()) for t in turn(image, np.random.default_rng(0))}
+    seen = {tuple(t[0].flatten().tolist()) for t in random_symmetry(image, np.random.default_rng(0))}
     assert len(seen) == 8
     wide = torch.rand(50, 3, 4, 6)
-    assert turn(wide, np.random.default_rng(0)).shape == wide.shape
+    assert random_symmetry(wide, np.random.default_rng(0)).shape == wide.shape
 
 
 def test_stain_variation_keeps_the_range_and_does_nothing_at_0():
@@ -205,11 +207,11 @@ def test_statistics(rows):
 def test_work_of_another_recipe_is_not_taken_over(tmp_path):
     work(tmp_path)
     with pytest.raises(AdvdiffError, match="unfinished work of another recipe"):
-        WorkFolder(tmp_path / "m", recipe("test", {"seed": 1}), None, overwrite=False)
+        WorkFolder(OutputSpec(tmp_path / "m", recipe("test", {"seed": 1})), None)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
-    with pytest.raises(AdvdiffError, match="no model folder of advdiff"):
-        WorkFolder(tmp_path / "other", recipe("test", {}), None, overwrite=True)
+    with pytest.raises(AdvdiffError, match="is not a model folder of advdiff"):
+        WorkFolder(OutputSpec(tmp_path / "other", recipe("test", {}), overwrite=True), None)
 
 
 def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
@@ -227,15 +229,15 @@ def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
     )
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "training.jsonl"]
     assert "up to date" in advdiff(*command).err
-    assert "made otherwise (seed 0 -> 1)" in advdiff(*command, "--seed", 1, code=1).err
+    assert "made with other settings (seed 0 -> 1)" in advdiff(*command, "--seed", 1, code=1).err
     assert advdiff("info", out, "--json").json["provenance"]["recipe"]["command"] == "train-classifier"
     second = ["train-ddpm", train, "-o", tmp_path / "ddpm", "--preset", "tiny", "--steps", 2, "--batch-size", 4]
     papers = [*second[:3], tmp_path / "papers", *second[4:], "--precision", "fp32"]
     advdiff(*papers, "--data-range", "0,1")
     assert load_ddpm(tmp_path / "papers").card.data_range == (0.0, 1.0)
-    assert "pixels scaled to [0, 1]" in advdiff(*papers, "--overwrite", "--init", tmp_path / "papers", code=1).err
+    assert "trained on pixels in [0, 1]" in advdiff(*papers, "--overwrite", "--init", tmp_path / "papers", code=1).err
     second += ["--precision", "fp32", "--max-t", "0.2", "--init", tmp_path / "begun"]
-    assert "no diffusion model called" in advdiff(*second, code=1).err
+    assert "no diffusion model is called" in advdiff(*second, code=1).err
     advdiff(*second[:-2])
     shutil.copytree(tmp_path / "ddpm", tmp_path / "begun")
     advdiff(*second, "--overwrite", "--valid", valid)
@@ -247,7 +249,7 @@ def test_calibration_recovers_a_known_line():
     generator = torch.Generator().manual_seed(0)
     odds = torch.randn(40_000, generator=generator, dtype=torch.float64) * 3
     labels = (torch.rand(40_000, generator=generator, dtype=torch.float64) < torch.sigmoid(0.5 * odds + 1)).long()
-    slope, bias = platt(torch.stack([torch.zeros_like(odds), odds], 1), labels)
+    slope, bias = fit_platt(torch.stack([torch.zeros_like(odds), odds], 1), labels)
     assert slope == pytest.approx(0.5, abs=0.02)
     assert bias == pytest.approx(1, abs=0.04)
 
@@ -255,7 +257,7 @@ def test_calibration_recovers_a_known_line():
 def test_calibration_leaves_alone_what_cannot_be_calibrated():
     odds = torch.tensor([-3.0, -2.0, 2.0, 3.0])
     logits = torch.stack([torch.zeros(4), odds], 1)
-    assert platt(logits, torch.tensor([1, 1, 1, 1])) == (1.0, 0.0)
-    assert platt(-logits, torch.tensor([0, 0, 1, 1])) == (1.0, 0.0)
-    slope, _ = platt(logits, torch.tensor([0, 0, 1, 1]))  # told apart without error: the slope stays finite
+    assert fit_platt(logits, torch.tensor([1, 1, 1, 1])) == (1.0, 0.0)
+    assert fit_platt(-logits, torch.tensor([0, 0, 1, 1])) == (1.0, 0.0)
+    slope, _ = fit_platt(logits, torch.tensor([0, 0, 1, 1]))  # told apart without error: the slope stays finite
     assert 0 < slope < 5
