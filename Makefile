@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint reference clean
 
 demo: $(VENV)/.installed
 	$(BIN)/advdiff demo
@@ -15,6 +15,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: $(VENV)/.installed-dev
+	$(BIN)/typer advdiff_cli.main utils docs --name advdiff --output docs/reference.md
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -35,15 +35,15 @@ import torch
 from PIL import Image
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.pcam_files import PREFIX
 from advdiff_cli.datasets import download
-from advdiff_cli.datasets.pcam import PREFIX, RemoteFile
+from advdiff_cli.datasets.pcam import RemoteFile
 from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.main import main
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
 from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
-from advdiff_cli.models.registry import folder_fingerprint
-from advdiff_cli.training.fit_classifier import fit_classifier
-from advdiff_cli.training.fit_ddpm import fit_ddpm
+from advdiff_cli.models.fingerprint import folder_fingerprint
+from advdiff_cli.training import checkpoints
 
 PATCHES = 24
 NAME = f"{PREFIX}_test_x.h5"
@@ -73,8 +73,7 @@ def prepare(work: Path) -> None:
     config = ClassifierConfig("squeezenet1_1", (0.7, 0.55, 0.7), (0.2, 0.25, 0.2))
     save_classifier(Classifier(config), work / "classifier", {"recipe": {"command": "test", "parameters": {}}})
     save_ddpm(build_ddpm("tiny", 96, 0.3, 0), work / "ddpm")
-    for fit in (fit_classifier, fit_ddpm):
-        fit.__kwdefaults__["checkpoint_seconds"] = 0.2
+    checkpoints.CHECKPOINT_SECONDS = 0.2
 
 
 def tasks(work: Path, mirror: str, registry: dict[str, RemoteFile]) -> list[Task]:

@@ -1,12 +1,12 @@
-"""Fine-tune a diffusion model to be a one-step purifier, for itself alone or through a classifier that stays as it is.
+"""Fine-tune a diffusion model as a one-step purifier, alone or through a frozen classifier.
 
 python examples/one_step_purifier.py DDPM TRAIN... -o OUT [--classifier C] [--steps N]
 
-Each batch is noised to one of the levels of --t-star and denoised in one evaluation of the U-Net. The loss is the
-squared error of the purified pixels (x0-weighted: Salimans and Ho 2022, arXiv:2202.00512, section 4), alone, or with -c
-added to the classifier's cross-entropy on patches that one step of random-start PGD, l-inf 2/255, attacked through the
-purification: adversarial training (Madry et al. 2018) of the purifier in the classifier's place. OUT is a diffusion
-model folder like any other. There are no checkpoints: an interrupted run begins again.
+Each batch is noised to one of the levels of --t-star and denoised in one U-Net evaluation. The loss is the squared
+error of the purified pixels (Salimans and Ho 2022, arXiv:2202.00512, section 4). With -c, the classifier's cross-entropy
+is added, on patches that one step of PGD from a random start, l-inf 2/255, attacked through the purifier: adversarial
+training (Madry et al. 2018) of the purifier instead of the classifier. OUT is a diffusion model folder. There are no
+checkpoints; an interrupted run starts again.
 """
 
 from dataclasses import replace
@@ -23,7 +23,8 @@ from advdiff_cli.data.rng import stream
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import PurificationSettings, load_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision
-from advdiff_cli.models.registry import find_classifier, find_ddpm, folder_fingerprint
+from advdiff_cli.models.fingerprint import folder_fingerprint
+from advdiff_cli.models.registry import find_classifier, find_ddpm
 from advdiff_cli.purification import DiffusionPurifier
 from advdiff_cli.training.adversarial import Adversary, TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry
@@ -31,7 +32,7 @@ from advdiff_cli.training.loader import TrainingRows
 from advdiff_cli.training.optim import cosine
 
 EPS = 2 / 255
-PIXELS = 30.0  # weight of the squared error of pixels in [0, 1] beside the cross-entropy: both are near 0.4 at first
+PIXELS = 30.0  # weight of the squared pixel error; both losses then start near 0.4
 
 
 def main(
@@ -46,25 +47,25 @@ def main(
     seed: int = 0,
 ) -> None:
     """Write the fine-tuned model to OUT."""
-    chip = resolve_device("auto")
-    precision = resolve_precision("auto", chip)
-    model = load_ddpm(find_ddpm(ddpm)).to(chip).train()
-    judge = classifier and load_classifier(find_classifier(classifier)).to(chip).requires_grad_(False)
+    device = resolve_device("auto")
+    precision = resolve_precision("auto", device)
+    model = load_ddpm(find_ddpm(ddpm)).to(device).train()
+    judge = classifier and load_classifier(find_classifier(classifier)).to(device).requires_grad_(False)
     sets = [open_patches(name) for name in train]
     rows = TrainingRows(sets, labelled=bool(judge))
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
     for step, (images, labels) in enumerate(rows.batches(0, steps, batch_size, seed)):
         rng = stream(seed, "augment", step)
         purifier = DiffusionPurifier(model, float(rng.choice(t_star)), sampler_steps=1)
-        x, y = random_symmetry(images, rng).to(chip), labels.to(chip)
-        shown = x
+        x, y = random_symmetry(images, rng).to(device), labels.to(device)
+        inputs = x
         if judge:
             names = range(step * batch_size, (step + 1) * batch_size)
             model.requires_grad_(False)
-            shown = TrainingInput((purifier,), Adversary(EPS, 1, "madry"), precision, seed).attacked(judge, x, y, names)
+            inputs = TrainingInput((purifier,), Adversary(EPS, 1, "madry"), precision, seed).perturb(judge, x, y, names)
             model.requires_grad_(True)
-        with autocast(precision, chip):
-            purified = purifier(shown).float()
+        with autocast(precision, device):
+            purified = purifier(inputs).float()
         loss = PIXELS * mse_loss(purified, x)
         if judge:
             loss = loss + cross_entropy(judge(purified), y)
@@ -76,10 +77,18 @@ def main(
         optimizer.step()
         if step % 20 == 0 or step == steps - 1:
             print(f"step {step + 1} of {steps}: loss {loss.item():.4f}", flush=True)
-    told = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "t_star": t_star, "seed": seed}
-    inputs = {"data": [s.recipe_input() for s in sets], "init": folder_fingerprint(find_ddpm(ddpm))}
-    inputs["classifier"] = folder_fingerprint(find_classifier(classifier)) if classifier else None
-    made_by = provenance(recipe("one_step_purifier.py", told | {"precision": precision}, **inputs), device=chip.type)
+    parameters = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "t_star": t_star,
+        "seed": seed,
+    }
+    sources = {"data": [s.recipe_input() for s in sets], "init": folder_fingerprint(find_ddpm(ddpm))}
+    sources["classifier"] = folder_fingerprint(find_classifier(classifier)) if classifier else None
+    made_by = provenance(
+        recipe("one_step_purifier.py", parameters | {"precision": precision}, **sources), device=device.type
+    )
     settings = PurificationSettings(t_star[1], sampler_steps=1)
     model.card = replace(model.card, recommended=settings, provenance=made_by)
     save_ddpm(model.cpu().eval(), out)

@@ -74,7 +74,7 @@ t_ddpm=$(choose ddpm adapted --values "$T_STARS" "${ddpm[@]}")
 echo "chosen on valid: NoiseDefense t* $t_noise, with its own classifier $t_noised; DDPM t* $t_frozen, adapted $t_ddpm" >&2
 
 # 3. Standard and robust accuracy on test (Figure 3). The paper's attack knows the classifier alone (blind); those that know
-# the defence go through it, each gradient the mean of EOT draws, and are judged over DRAWS others.
+# the defense go through it, each gradient the mean of EOT draws, and are judged over DRAWS others.
 test=("$(split test)" --shuffle-seed 0 --limit "$TEST_N")
 few=("$(split test)" --shuffle-seed 0 --limit "$ADAPTIVE_N")
 attack() { # NAME CLASSIFIER OPTIONS...

@@ -1,4 +1,4 @@
-"""`compare`: predictions of several models or defences, written by `evaluate`, put side by side."""
+"""`compare`: predictions of several models or defenses, written by `evaluate`, put side by side."""
 
 import itertools
 
@@ -28,20 +28,20 @@ def test_predictions_are_read_as_they_were_written(tmp_path, draws):
         np.testing.assert_allclose(found.predictions.p1, one.predictions.p1, rtol=1e-8)
 
 
-def test_defences_attacked_on_their_own_are_compared_by_place(advdiff, test_x, classifier, ddpm, tmp_path):
-    defences = {
+def test_defenses_attacked_on_their_own_are_compared_by_place(advdiff, test_x, classifier, ddpm, tmp_path):
+    defenses = {
         "noise": ["--defense", "noise", "--t-star", "0.1"],
         "ddpm": ["-m", ddpm, "--t-star", "0.1", "--sampler-steps", 1],
     }
     shares = {}
-    for name, defence in defences.items():
+    for name, defense in defenses.items():
         adv, rows = tmp_path / f"{name}.h5", ["--limit", 8 if name == "noise" else 6]
-        advdiff("attack", test_x, *rows, "-c", classifier, *defence, "--steps", 1, "-o", adv)
-        judge = ["evaluate", test_x, adv, *rows, "-c", classifier, *defence, "--draws", 3]
+        advdiff("attack", test_x, *rows, "-c", classifier, *defense, "--steps", 1, "-o", adv)
+        judge = ["evaluate", test_x, adv, *rows, "-c", classifier, *defense, "--draws", 3]
         sets = advdiff(*judge, "--predictions", tmp_path / f"{name}.csv", "--json").json["sets"]
         shares[name] = [read.predictions.share for read in read_predictions(tmp_path / f"{name}.csv")]
         assert [s["accuracy"]["value"] for s in sets] == pytest.approx([share.mean() for share in shares[name]])
-    both = ["compare", *(tmp_path / f"{name}.csv" for name in defences)]
+    both = ["compare", *(tmp_path / f"{name}.csv" for name in defenses)]
     found = advdiff(*both, "--json").json
     assert [(s["place"], s["n"]) for s in found["sets"]] == [(1, 8), (1, 6), (2, 8), (2, 6)]
     assert [c["n"] for c in found["comparisons"]] == [6, 6]

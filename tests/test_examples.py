@@ -15,7 +15,8 @@ import torch
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import PurificationSettings, load_ddpm
-from advdiff_cli.models.registry import find_classifier, find_ddpm, folder_fingerprint
+from advdiff_cli.models.fingerprint import folder_fingerprint
+from advdiff_cli.models.registry import find_classifier, find_ddpm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -86,8 +87,8 @@ def test_other_attack_libraries(test_x, classifier, ddpm):
     command = [sys.executable, str(EXAMPLES / "other_attack_libraries.py"), *map(str, (test_x, classifier, ddpm))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # pyautoattack stops debuggers' tracing
     assert done.returncode == 0, done.stderr
-    assert re.search(r"foolbox PGD-5 through the defence: accuracy [01]\.\d\d over 5 draws", done.stdout)
-    assert re.search(r"pyautoattack on frozen noise: accuracy [01]\.\d\d", done.stdout)
+    assert re.search(r"foolbox PGD-5 through the defense: accuracy [01]\.\d\d over 5 draws", done.stdout)
+    assert re.search(r"pyautoattack on fixed noise: accuracy [01]\.\d\d", done.stdout)
 
 
 @pytest.mark.slow
@@ -162,13 +163,13 @@ def test_batchnorm_collapse():
     images, labels = torch.rand(4, 3, 96, 96), torch.tensor([0, 1, 0, 1])
     classifier = find_classifier("synthetic-classifier")
     before = load_classifier(classifier).state_dict()
-    for batch, rate, follow in collapse.VARIANTS.values():
+    for batch, rate, update in collapse.VARIANTS.values():
         model = load_classifier(classifier)
-        collapse.train(model, images, labels, batch, rate, gradient_model=follow)
+        collapse.train(model, images, labels, batch, rate, update=update)
         moved = {
             k for k, v in model.state_dict().items() if v.is_floating_point() and (v - before[k]).abs().max() > 1e-7
         }
-        assert any("running" in k for k in moved) == follow
+        assert any("running" in k for k in moved) == update
         assert any("running" not in k for k in moved) == (rate > 1e-6)
     clean, attacked = collapse.judge(model, images, labels)
     assert clean.value >= attacked.value

@@ -326,7 +326,7 @@ def test_an_output_inside_the_input_is_not_read_back(advdiff, folder, ddpm):
     assert purify(advdiff, folder, folder / "out", ddpm).json["files"] == 5
 
 
-def test_the_noise_defence_needs_no_model(advdiff, folder, tmp_path):
+def test_the_noise_defense_needs_no_model(advdiff, folder, tmp_path):
     result = advdiff("purify", folder, "--defense", "noise", "-o", tmp_path / "n", "--json").json
     assert result["purified"] == 5
 

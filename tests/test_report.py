@@ -28,9 +28,9 @@ def page(advdiff, inputs):
     root, x, c, m = (inputs[k] for k in ("root", "x", "c", "m"))
     out = root / "out"
     if not out.exists():
-        rows, defence = ["--limit", N], ["--t-star", "0.05", "--sampler-steps", 1]
+        rows, defense = ["--limit", N], ["--t-star", "0.05", "--sampler-steps", 1]
         advdiff("attack", x, *rows, "-c", c, "--steps", 3, "-o", root / "adv.safetensors")
-        for name, more in (("plain", []), ("ddpm", ["-m", m, *defence, "--draws", 2])):
+        for name, more in (("plain", []), ("ddpm", ["-m", m, *defense, "--draws", 2])):
             found = advdiff("evaluate", x, root / "adv.safetensors", *rows, "-c", c, *more, "--json").out
             (root / f"{name}.json").write_text(found)
         sweep = ["--values", "0.02,0.1", "--steps", 1, "--sampler-steps", 1, "-o", root / "sweep"]
@@ -40,7 +40,7 @@ def page(advdiff, inputs):
         made = ["--result", f"undefended={root / 'plain.json'}", "--result", f"DDPM <b>={root / 'ddpm.json'}"]
         made += ["--sweep", f"over <i>={root / 'sweep'}", "--sweep", root / "sweep"]
         made += ["--ladder", root / "ladder", "--patches", 5, "-o", out]
-        gallery = ["--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "-m", m, *defence]
+        gallery = ["--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "-m", m, *defense]
         told = advdiff("report", *made, *gallery, "--json").json
         assert sorted(told["files"] + ["panel.png"]) == sorted(p.name for p in out.iterdir())
     return out / "report.html"

@@ -56,8 +56,6 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
         assert r["clean"]["value"] == pytest.approx(result["rungs"][0]["accuracy"]["value"]) or r["draws"] == 1
         if r["name"] in result["worst"]["of"]:
             assert result["worst"]["accuracy"]["value"] <= r["accuracy"]["value"]
-    assert {a["status"] for a in result["alarms"]} <= {"pass", "warn", "fail"}
-
     assert result["recipe"]["parameters"]["seed"] == 0
 
     again = advdiff(*command, "-o", out, "--overwrite", "--json").json
@@ -94,43 +92,43 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, class
 
 
 def test_precision_of_attack_and_judging(advdiff, test_x, classifier, ddpm, tmp_path):
-    defence = ["-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1]
-    attack = ["attack", test_x, "--limit", 2, "-c", classifier, *defence, "--steps", 1, "--batch-size", 2]
+    defense = ["-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1]
+    attack = ["attack", test_x, "--limit", 2, "-c", classifier, *defense, "--steps", 1, "--batch-size", 2]
     blind = advdiff(*attack, "--gradient", "blind", "--precision", "bf16", "-o", tmp_path / "a.h5", "--json").json
     assert (blind["parameters"]["precision"], blind["precision"]) == ("fp32", "bf16")
     words = ["--gradient", "full", "--eot", 1, "--overwrite", "--precision", "bf16", "-o", tmp_path / "a.h5"]
     assert advdiff(*attack, *words, "--json").json["parameters"]["precision"] == "bf16"
-    judge = ["evaluate", test_x, tmp_path / "a.h5", "--limit", 2, "-c", classifier, *defence, "--draws", 1]
+    judge = ["evaluate", test_x, tmp_path / "a.h5", "--limit", 2, "-c", classifier, *defense, "--draws", 1]
     assert "in bf16, and is judged in fp32" in advdiff(*judge, "--precision", "fp32").err
     assert "is judged" not in advdiff(*judge, "--precision", "bf16").err
 
 
 def test_what_an_evaluation_does_not_show_is_told(advdiff, test_x, classifier, ddpm, tmp_path):
     adv, fixed, rows, exact = tmp_path / "a.h5", tmp_path / "f.h5", ["--limit", 2], ["--precision", "fp32"]
-    defence = ["-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1]
-    attack = ["attack", test_x, *rows, "-c", classifier, *defence, "--steps", 1, *exact, "--batch-size", 2, "-q"]
+    defense = ["-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1]
+    attack = ["attack", test_x, *rows, "-c", classifier, *defense, "--steps", 1, *exact, "--batch-size", 2, "-q"]
     advdiff(*attack, "--eot", 1, "-o", adv)
     advdiff(*attack, "--fixed-draw", "--seed", 3, "-o", fixed)
 
-    def told(*sets, of=defence, seed=0):
+    def told(*sets, of=defense, seed=0):
         judge = ["evaluate", test_x, *sets, *rows, "-c", classifier, *of, *exact, "--seed", seed]
         return advdiff(*judge, *(["--draws", 1] if of else []))
 
     sound = told(adv)
     assert "another model" not in sound.err
     assert "(pgd linf 2/255, steps 1, loss ce, gradient full, eot 1) through (defense ddpm, t_star 0.03" in sound.out
-    assert "another model (t_star): a transferred attack is weaker" in told(adv, of=[*defence, "--t-star", "0.04"]).err
+    assert "another model (t_star): a transferred attack is weaker" in told(adv, of=[*defense, "--t-star", "0.04"]).err
     assert "another model (defense, t_star, diffusion model)" in told(adv, of=["--defense", "noise"]).err
     assert "is judged without it" in told(adv, of=[]).err
     assert "on a draw of --seed 3, which is none of these draws" in told(fixed).err
     assert "look at the vote of 1" in told(fixed, seed=3).err
-    advdiff("purify", adv, *defence, "-o", tmp_path / "p.h5", "-q")
+    advdiff("purify", adv, *defense, "-o", tmp_path / "p.h5", "-q")
     assert "was purified before" in told(tmp_path / "p.h5").err
     other = tmp_path / "other"
     shutil.copytree(classifier, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"bias": 0.5}))
-    judged = advdiff("evaluate", test_x, adv, *rows, "-c", other, *defence, "--draws", 1)
+    judged = advdiff("evaluate", test_x, adv, *rows, "-c", other, *defense, "--draws", 1)
     assert "another model (classifier)" in judged.err
 
 
@@ -180,11 +178,11 @@ def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
     assert timeless(result) == timeless(expected)
 
 
-def test_evaluate_judges_a_defence_over_draws(advdiff, test_x, classifier, ddpm, tmp_path):
+def test_evaluate_judges_a_defense_over_draws(advdiff, test_x, classifier, ddpm, tmp_path):
     adv, csv = tmp_path / "adv.h5", tmp_path / "p.csv"
-    defence = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1]
-    advdiff("attack", test_x, "--limit", 6, "-c", classifier, *defence, "--steps", 2, "--eot", 2, "-o", adv)
-    both = ["evaluate", test_x, adv, "-c", classifier, *defence, "--limit", 6, "--draws", 5, "--precision", "fp32"]
+    defense = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1]
+    advdiff("attack", test_x, "--limit", 6, "-c", classifier, *defense, "--steps", 2, "--eot", 2, "-o", adv)
+    both = ["evaluate", test_x, adv, "-c", classifier, *defense, "--limit", 6, "--draws", 5, "--precision", "fp32"]
     result = advdiff(*both, "--predictions", csv, "--json")
     assert "control" not in result.err
     clean, attacked = result.json["sets"]
@@ -196,7 +194,7 @@ def test_evaluate_judges_a_defence_over_draws(advdiff, test_x, classifier, ddpm,
     assert len(lines) == 2 * 6 * 5
     mean = sum((float(p) > 0.5) == (label == "1") for s, *_, label, _, p in lines if s == str(test_x)) / 30
     assert clean["accuracy"]["value"] == pytest.approx(mean)
-    alone = advdiff("evaluate", adv, "-c", classifier, *defence, "--draws", 1)
+    alone = advdiff("evaluate", adv, "-c", classifier, *defense, "--draws", 1)
     assert "clean control is missing" in alone.err
     noise = advdiff("evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 3, "--limit", 6, "--json")
     assert noise.json["defense"]["defense"] == "noise"
@@ -208,8 +206,8 @@ def test_images_unchanged_are_judged_the_same(advdiff, patches, form, test_x, cl
     test_x = test_x if form == "file" else patches / "images" / "test"
     same = tmp_path / "same.h5"
     advdiff("attack", test_x, "--limit", 6, "-c", classifier, "--steps", 1, "--eps", "1e-30", "-o", same)
-    defence = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1, "--draws", 5]
-    result = advdiff("evaluate", test_x, same, "-c", classifier, *defence, "--limit", 6, "--json").json
+    defense = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1, "--draws", 5]
+    result = advdiff("evaluate", test_x, same, "-c", classifier, *defense, "--limit", 6, "--json").json
     clean, adv = result["sets"]
     assert {k: v for k, v in clean.items() if k not in ("data", "history")} == {
         k: v for k, v in adv.items() if k not in ("data", "history")
@@ -226,7 +224,7 @@ def test_images_unchanged_are_judged_the_same(advdiff, patches, form, test_x, cl
         (["--t-star", "0.1"], "give -m, or --defense noise"),
     ],
 )
-def test_settings_of_a_defence_need_one(advdiff, test_x, classifier, words, message):
+def test_settings_of_a_defense_need_one(advdiff, test_x, classifier, words, message):
     assert message in advdiff("evaluate", test_x, "-c", classifier, *words, code=1).err
 
 

@@ -43,8 +43,8 @@ def test_a_point_is_what_the_other_commands_make_of_it(advdiff, common, test_x, 
     plain = advdiff(*evaluate, "--json").json["sets"]
     assert found["undefended"]["value"] == plain[0]["accuracy"]["value"]
     for row in found["rows"]:
-        defence = ["-m", ddpm, "--t-star", row["value"], "--sampler-steps", 1, "--draws", 3, "--precision", "fp32"]
-        clean, adv = advdiff(*evaluate, *defence, "--json").json["sets"]
+        defense = ["-m", ddpm, "--t-star", row["value"], "--sampler-steps", 1, "--draws", 3, "--precision", "fp32"]
+        clean, adv = advdiff(*evaluate, *defense, "--json").json["sets"]
         assert (row["standard"], row["robust"]) == (clean["accuracy"], adv["accuracy"])
         assert row["undefended_robust"]["value"] == plain[1]["accuracy"]["value"]
         assert row["unet_evaluations"] == 1
@@ -89,7 +89,7 @@ def test_over_eps_steps_and_adaptive(advdiff, common, tmp_path):
     assert advdiff(*noise, "--json").json["rows"][0]["unet_evaluations"] == 0
 
 
-def test_square_through_a_defence_and_steps_that_low_levels_have_not(advdiff, common, tmp_path):
+def test_square_through_a_defense_and_steps_that_low_levels_have_not(advdiff, common, tmp_path):
     square = ["--method", "square", "--gradient", "full", "--eot", 1, "--sampler-steps", 3, "--values", "0.002,0.05"]
     dry = advdiff(*common, *square, "-o", tmp_path / "q", "--dry-run", "--json").json
     assert dry["points"] == ["t-star-0.002", "t-star-0.05"]

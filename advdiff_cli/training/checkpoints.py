@@ -21,6 +21,7 @@ from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
 
 CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_SECONDS = 120.0  # between checkpoints
 LOG = "training.jsonl"
 _RECIPE = "recipe.json"
 _STATE = "state"

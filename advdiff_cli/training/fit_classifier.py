@@ -20,6 +20,7 @@ from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import stream, torch_seeded
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.device import Precision
+from advdiff_cli.training import checkpoints
 from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry, vary_stain
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, with_prefix
@@ -130,7 +131,7 @@ class ClassifierFit:
     work: WorkFolder
     device: torch.device
     inputs: TrainingInput = CLEAN
-    checkpoint_seconds: float = 120
+    checkpoint_seconds: float = field(default_factory=lambda: checkpoints.CHECKPOINT_SECONDS)
     _best: float = field(default=-1.0, init=False)
 
     def run(self) -> Iterator[JsonObject]:

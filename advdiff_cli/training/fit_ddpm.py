@@ -6,7 +6,7 @@ Source: Ho et al. 2020, algorithm 1 and eq. 14. Timesteps are drawn below max_t,
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from advdiff_cli.data.rng import RowStreams, stream
 from advdiff_cli.models.ddpm import Ddpm
 from advdiff_cli.models.device import Precision
 from advdiff_cli.purification.equations import estimate_x_0, forward_process, noise_levels
+from advdiff_cli.training import checkpoints
 from advdiff_cli.training.augmentation import random_symmetry
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, with_prefix
 from advdiff_cli.training.loader import TrainingRows
@@ -82,7 +83,7 @@ class DdpmFit:
     settings: DdpmRecipe
     work: WorkFolder
     device: torch.device
-    checkpoint_seconds: float = 120
+    checkpoint_seconds: float = field(default_factory=lambda: checkpoints.CHECKPOINT_SECONDS)
     validate_every: int = 500
 
     def run(self) -> Iterator[JsonObject]:

@@ -1,4 +1,4 @@
-"""The attacks against foolbox and pyautoattack from one start, on a classifier and on a defence of frozen noise."""
+"""The attacks against foolbox and pyautoattack from one start, on a classifier and on a defense of frozen noise."""
 
 import foolbox
 import pytest
@@ -34,7 +34,7 @@ def batch(classifier):
 
 @pytest.fixture(scope="module")
 def frozen(classifier, ddpm):
-    """A defence of frozen noise, the same for any batch."""
+    """A defense of frozen noise, the same for any batch."""
     defended = DefendedClassifier(DiffusionPurifier(load_ddpm(ddpm).requires_grad_(False), 0.1, "ddpm", 3), classifier)
     noise = torch.randn(1, *defended.purifier.noise_shape(40, 40), generator=torch.Generator().manual_seed(3))
     return defended.fixed(noise).eval()

@@ -131,7 +131,7 @@ def test_settings_that_do_not_fit_are_refused(model, t_star, steps, message):
         DiffusionPurifier(model, t_star, "ddpm", steps)
 
 
-def test_noise_defence_is_the_forward_process_clamped(images):
+def test_noise_defense_is_the_forward_process_clamped(images):
     purifier = NoisePurifier(linear_alpha_bar(), 0.04)
     noise = torch.randn(3, 1, 3, 96, 96)
     scheduler = DDPMScheduler(num_train_timesteps=1000)

@@ -1,4 +1,4 @@
-"""Gradients through the defence: exact whatever is recomputed, and the mean of the draws' own."""
+"""Gradients through the defense: exact whatever is recomputed, and the mean of the draws' own."""
 
 import copy
 from dataclasses import replace
@@ -145,7 +145,7 @@ def test_the_gradient_is_the_mean_of_the_draws_own(model, classifier, images):
     assert torch.allclose(loss, losses.detach(), atol=1e-6)
 
 
-def test_bpda_is_the_defence_forward_and_the_identity_backward(model, classifier, images):
+def test_bpda_is_the_defense_forward_and_the_identity_backward(model, classifier, images):
     purifier = DiffusionPurifier(model, 0.1, "ddpm", 2)
     defended, through = DefendedClassifier(purifier, classifier), BpdaClassifier(purifier, classifier)
     noise = defended.noise(images, rows=ROWS, seed=0, purpose="x")

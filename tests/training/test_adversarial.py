@@ -1,4 +1,4 @@
-"""What a classifier learns from: behind a defence, attacked, and both; batch statistics see no iterate of an attack."""
+"""What a classifier learns from: behind a defense, attacked, and both; batch statistics see no iterate of an attack."""
 
 import pytest
 import torch
