@@ -3,9 +3,9 @@
 python examples/batchnorm_collapse.py CLASSIFIER VALID TEST [N]
 
 The paper's code trains a GoogLeNet on 1,000 attacked patches, one at a time, with Adam at a learning rate of 1e-10. No
-weight changes, but batch normalization replaces its running statistics by those of single patches. Here a classifier is
-trained on the same N patches of VALID (default 1,000) one and 64 at a time, with and without a useful learning rate, and
-with batch normalization frozen. Each is evaluated on N patches of TEST, clean and under PGD-10, l-inf 2/255.
+weight changes, but batch normalization replaces its running statistics by those of single patches. Here a classifier
+is trained on the same N patches of VALID (default 1,000) one and 64 at a time, with and without a useful learning rate,
+and with batch normalization frozen. Each is evaluated on N patches of TEST, clean and under PGD-10, l-inf 2/255.
 """
 
 import sys

@@ -3,10 +3,10 @@
 python examples/one_step_purifier.py DDPM TRAIN... -o OUT [--classifier C] [--steps N]
 
 Each batch is noised to one of the levels of --t-star and denoised in one U-Net evaluation. The loss is the squared
-error of the purified pixels (Salimans and Ho 2022, arXiv:2202.00512, section 4). With -c, the classifier's cross-entropy
-is added, on patches that one step of PGD from a random start, l-inf 2/255, attacked through the purifier: adversarial
-training (Madry et al. 2018) of the purifier instead of the classifier. OUT is a diffusion model folder. There are no
-checkpoints; an interrupted run starts again.
+error of the purified pixels (Salimans and Ho 2022, arXiv:2202.00512, section 4). With -c, the classifier's
+cross-entropy is added, on patches that one step of PGD from a random start, l-inf 2/255, attacked through the purifier:
+adversarial training (Madry et al. 2018) of the purifier instead of the classifier. OUT is a diffusion model folder.
+There are no checkpoints; an interrupted run starts again.
 """
 
 from dataclasses import replace

@@ -3,12 +3,12 @@
 #
 #   examples/parallel.sh IN_DIR OUT_DIR N [more options of `advdiff purify`]
 #
-# Killed or failed, the same line goes on where it was; the last command joins the journals and names what failed.
+# After a failure, run the same line again to resume. The last command merges the journals and names the files that failed.
 set -uo pipefail
 in=$1 out=$2 n=$3
 shift 3
 OMP_NUM_THREADS=1 parallel -j "$n" --line-buffer advdiff purify "$in" -o "$out" --shard {}/"$n" -q "$@" \
     ::: $(seq 0 $((n - 1))) >/dev/null
-again=() # what the shards have just made again is not to be made a third time
+again=() # the last command must not repeat the work of the shards
 for option in "$@"; do [ "$option" = --overwrite ] || again+=("$option"); done
 advdiff purify "$in" -o "$out" -q "${again[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Purify every image of a folder, keep the names, and list what failed.
+# Purify every image of a folder, keep the names, and list the files that failed.
 #
 #   examples/purify_folder.sh IN_DIR OUT_DIR [more options of `advdiff purify`]
 set -uo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Attack one patch set in N processes and join the parts: the same rows, to the bit, as one process gives.
+# Attack one patch set in N processes and merge the shards: the same rows, to the bit, as from one process.
 #
 #   examples/shards.sh DATA CLASSIFIER OUT.h5 N
 set -euo pipefail

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Attack a patch set on many GPUs of a Slurm cluster, a shard a task, then join the shards.
+# Attack a patch set on many GPUs of a Slurm cluster, one shard for each task, then merge the shards.
 #
 #   sbatch --array=0-99 examples/slurm_array.sh DATA CLASSIFIER PARTS_DIR
 #   sbatch --dependency=afterany:JOB --wrap "advdiff merge PARTS_DIR/*.h5 -o OUT.h5"     # JOB is the array's number
 #
-# Submit the same line again when tasks failed: shards that are done are left as they are, those that were begun go
-# on, and merge says which rows are still missing. --requeue does so on preemption. To submit some of a hundred tasks alone,
-# say of how many they are: SHARDS=100 sbatch --array=3,17 ...
+# Submit the same line again when tasks failed: finished shards are kept, unfinished ones resume, and merge says which
+# rows are missing. --requeue does this after preemption. To submit only some of a hundred tasks, give the total:
+# SHARDS=100 sbatch --array=3,17 ...
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8
 #SBATCH --requeue
