@@ -1,4 +1,4 @@
-# Two commands do all set-up: `make demo` and `make test`.
+# `make demo` and `make test` install everything that they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

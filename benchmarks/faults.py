@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Faults at random moments of every long command; after each the same command goes on, and the end is compared.
+"""Inject faults at random moments into every long command, run the command again, and compare the result.
 
     python benchmarks/faults.py WORK_DIR [--faults 20] [--seed 0] [--only attack ...]
 
-Commands: train-ddpm, train-classifier, attack to HDF5, purify to safetensors, purify of a folder, and the download of a
-file from a server on this machine. Faults: kill -9; SIGTERM, which must end in 143 and one line; a limit on the size of
-files; a clock that jumps by years at every look; and, where this process may mount one, a disk that is full. Each falls
-at a moment, or at a size, drawn anew.
+The commands are train-ddpm, train-classifier, attack to HDF5, purify to safetensors, purify of a folder, and the
+download of a file from a local server. The faults are kill -9; SIGTERM, which must end in status 143 and one line; a
+limit on file sizes; a clock that jumps by years whenever it is read; and, if this process may mount one, a full disk.
+Each fault strikes at a random moment or size.
 
-A fault is survived when nothing stands under the final name that is not the whole result, and the run that follows it
-ends in the rows, files or weights of a run without faults, to the bit. The tables count faults by kind and command.
+A command survives a fault if nothing but the complete result stands under the final name, and if the next run ends in
+the same rows, files or weights, to the bit, as a run without faults. The tables count faults by kind and command.
 """
 
 import argparse
@@ -95,13 +95,23 @@ def tasks(work: Path, mirror: str, registry: dict[str, RemoteFile]) -> list[Task
     fit = ["--valid", data, "--batch-size", 4]
     return [
         command("train-ddpm", "d", _model, "train-ddpm", data, *fit, "--preset", "tiny", "--steps", 24),
-        command("train-classifier", "c", _model, "train-classifier", data, *fit, "--arch", "mobilenet_v3_small",
-                "--epochs", 4),
+        command(
+            "train-classifier",
+            "c",
+            _model,
+            "train-classifier",
+            data,
+            *fit,
+            "--arch",
+            "mobilenet_v3_small",
+            "--epochs",
+            4,
+        ),
         command("attack, HDF5", "a.h5", _rows, "attack", data, *models, "--steps", 6, "--batch-size", 2),
         command("purify, safetensors", "p.safetensors", _rows, "purify", data, *through),
         command("purify, folder", "f", _files, "purify", work / "images", *through),
         Task("download", f"pcam/{NAME}", fetch, lambda path: hashlib.sha256(path.read_bytes()).hexdigest()),
-    ]  # fmt: skip
+    ]
 
 
 def _rows(path: Path) -> str:

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""`advdiff purify` on a folder of N mixed images, good and bad, and what became of each.
+"""Run `advdiff purify` on a folder of N mixed images, valid and invalid, and check the outcome of each.
 
     python benchmarks/folder.py WORK_DIR [-n 10000] [--seed 0]
 
-The good: png, jpg, tif and bmp; RGB, greyscale, 1-bit, palette and CMYK; turned by EXIF; upper-case suffixes, nested
-folders, spaces and letters beyond ASCII, stems that collide, links; 32 to 2,048 pixels a side. The bad: 16 bits a
-channel, transparency, no bytes, half a file, no image at all, 100 megapixels, too small, links to nothing and in
-circles, a pipe. The output lies inside the input. Denoised by the bundled synthetic-ddpm in one step.
+Valid images are png, jpg, tif and bmp; RGB, greyscale, 1-bit, palette and CMYK; rotated by EXIF; with upper-case
+suffixes, in nested folders, with spaces and non-ASCII letters, with equal stems, and behind links; 32 to 2,048 pixels a
+side. Invalid ones have 16 bits a channel, transparency, no bytes, half a file, other content, 100 megapixels or too few
+pixels, or are broken links, circular links or pipes. The output lies inside the input. The model is the bundled
+synthetic-ddpm in one step.
 
-Each image must be purified, at its size, or be named with its reason; a second run must touch nothing; and of two
-processes on one output at once the files must come out as of one.
+Each image must be purified at its own size, or be reported with a reason. A second run must change nothing. Two
+processes that write to one output at once must make the same files as one.
 """
 
 import argparse
@@ -26,16 +27,34 @@ import numpy as np
 from PIL import Image
 
 GOOD = {
-    "png": ("png", "RGB"), "jpg": ("jpg", "RGB"), "tif": ("tif", "RGB"), "bmp": ("bmp", "RGB"), "upper": ("PNG", "RGB"),
-    "grey": ("png", "L"), "grey tif": ("tif", "L"), "one bit": ("png", "1"), "palette": ("png", "P"),
-    "CMYK": ("jpg", "CMYK"), "turned": ("jpeg", "RGB"), "collides": ("bmp", "RGB"), "link": ("png", "RGB"),
-}  # fmt: skip
+    "png": ("png", "RGB"),
+    "jpg": ("jpg", "RGB"),
+    "tif": ("tif", "RGB"),
+    "bmp": ("bmp", "RGB"),
+    "upper": ("PNG", "RGB"),
+    "grey": ("png", "L"),
+    "grey tif": ("tif", "L"),
+    "one bit": ("png", "1"),
+    "palette": ("png", "P"),
+    "CMYK": ("jpg", "CMYK"),
+    "turned": ("jpeg", "RGB"),
+    "collides": ("bmp", "RGB"),
+    "link": ("png", "RGB"),
+}
 BAD = {
-    "16 bits": "more than 8 bits", "16 bits RGB": "more than 8 bits", "transparent": "is transparent",
-    "transparent palette": "is transparent", "no bytes": "not an image", "half a file": "cannot be decoded",
-    "no image": "not an image", "100 megapixels": "cut it into tiles", "too small": "at least 32x32",
-    "link to nothing": "is a link to nothing", "link in a circle": "is a link to nothing", "pipe": "is no regular file",
-}  # fmt: skip
+    "16 bits": "more than 8 bits",
+    "16 bits RGB": "more than 8 bits",
+    "transparent": "is transparent",
+    "transparent palette": "is transparent",
+    "no bytes": "not an image",
+    "half a file": "cannot be decoded",
+    "no image": "not an image",
+    "100 megapixels": "cut it into tiles",
+    "too small": "at least 32x32",
+    "link to nothing": "is a broken symbolic link",
+    "link in a circle": "is a broken symbolic link",
+    "pipe": "is not a regular file",
+}
 FOLDERS = (".", "deep/er/est", "with spaces", "Präparate/リンパ節")
 
 

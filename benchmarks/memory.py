@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Peak memory and time of purify and attack over the number of patches, and of a gradient over draws and steps.
+"""Peak memory and time of purify and attack for growing numbers of patches, and of a gradient for draws and steps.
 
     python benchmarks/memory.py WORK_DIR [--sizes 1000 10000] [--forms safetensors hdf5 pcam folder]
 
-Random patches of 96x96 in each form; `purify` with one step of the bundled synthetic-ddpm, `attack` with one on the
-bundled synthetic-classifier, each in a process of its own, whose peak resident memory (VmHWM) and seconds in all
-are reported. Memory that grew with N would show: 10,000 patches are 1.1 GB as float32. So would time that grew faster
-than N: the difference of two sizes' seconds is what their difference in patches took.
+Random patches of 96x96 are written in each form. `purify` runs with one step of the bundled synthetic-ddpm, `attack`
+with one step on the bundled synthetic-classifier. Each runs in its own process, whose peak resident memory (VmHWM) and
+total seconds are reported. The sizes reveal memory that grows with N (10,000 patches are 1.1 GB as float32) and time
+that grows faster than N.
 
-Then `attack -m` through the bundled pcam-ddpm on 8 patches of synthetic tissue, in one step of exact gradients:
-over the draws that one averages, and over the reverse steps it goes back through.
+Then `attack -m` runs through the bundled pcam-ddpm on 8 patches of synthetic tissue, in one step of exact gradients,
+with more and more draws and reverse steps.
 """
 
 import argparse

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Every table that rests on pcam-ddpm and the classifier adapted to it, made again: those of the README's "Results" on real
-# patches, and those of benchmarks/README.md on steps.
+# Make every table that uses pcam-ddpm or the classifier adapted to it: those of docs/results.md on real patches, and those of
+# benchmarks/README.md on numbers of steps.
 #
 #   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]      # sections: blind choose ladder steps sampler paper; all by default
 #
-# PCAM_DIR holds pcam/camelyonpatch_level_2_split_*_x.h5 and may hold images/lossless_valid. What is made is kept in OUT_DIR
-# and resumed: run it again after an interruption. Sections may run beside each other, a thread each (OMP_NUM_THREADS=1), but
-# `blind` and `steps` share files.
-# Each step leaves its figures as OUT_DIR/NAME.json, a sweep or a ladder its own folder.
+# PCAM_DIR holds pcam/camelyonpatch_level_2_split_*_x.h5 and may hold images/lossless_valid. Results stay in OUT_DIR; after an
+# interruption, the same command resumes. Sections can run in parallel with one thread each (OMP_NUM_THREADS=1), except for
+# `blind` and `steps`, which write the same files. A step writes its figures to OUT_DIR/NAME.json; a sweep and an attack suite
+# write a folder.
 set -euo pipefail
 shopt -s inherit_errexit
 PCAM=$1 OUT=$2
@@ -25,7 +25,7 @@ evaluate() { # NAME SETS AND OPTIONS...
 }
 purify() { advdiff purify "$1" -o "$OUT/$2.safetensors" -q "${@:3}"; } # SET NAME OPTIONS...
 
-blind() { # the attack knows the classifier alone
+blind() { # the attack knows only the classifier
     local set
     for set in test lossless; do
         local data=$TEST

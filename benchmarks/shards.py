@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""A hundred shards of one purification, as a hundred GPUs would make them: some die or are never started.
+"""Purify in one hundred shards, as on one hundred GPUs, some of which are killed or never started.
 
     python benchmarks/shards.py WORK_DIR [--shards 100] [--patches 3200] [--failing 0.3] [--seed 0]
 
-Each shard is a process of its own, four at a time and in random order; a share of them is killed with SIGKILL at a
-random moment, or left out. What is missing is then told by `merge`, the same commands are run again until nothing is,
-and the merged file must be that of one process, to the bit. NoiseDefense stands in for the network: only the data side
-is tried.
+Each shard is its own process; four run at once, in random order. Some are killed with SIGKILL at a random moment, or
+left out. `merge` must report what is missing. The same commands run again until nothing is missing, and the merged file
+must equal that of one process, to the bit. NoiseDefense replaces the network, since only the data handling is tested.
 """
 
 import argparse
@@ -94,8 +93,10 @@ if __name__ == "__main__":
         parts = sorted((asked.work / "parts").glob("*.h5"))
         done = subprocess.run(
             [sys.executable, "-m", "advdiff_cli", "merge", *map(str, parts), "-o", str(merged)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         print(f"round {rounds}: {len(todo)} shards, {lost} killed or left out, {len(missing)} not there")
         print(f"  merge: {(done.stderr or done.stdout).strip()}")
         if bool(missing) != bool(done.returncode):

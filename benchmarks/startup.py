@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""How long `advdiff purify` takes to its first batch, beyond importing torch and diffusers.
+"""Time from the start of `advdiff purify` to its first batch, less the import of torch and diffusers.
 
     python benchmarks/startup.py WORK_DIR [--rounds 5]
 
-In turns, in processes of their own: importing both, and purifying one patch in one step with the bundled pcam-ddpm; the
-medians and their difference, which holds the command line, the model's loading, a U-Net evaluation and the writing.
+Two kinds of process take turns: one imports both libraries, the other purifies one patch in one step with the bundled
+pcam-ddpm. The medians and their difference are printed. The difference contains the command line, the loading of the
+model, one U-Net evaluation and the writing.
 """
 
 import argparse

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# The whole paper on PCam: every model trained, every setting chosen on valid, Figures 1 to 3 on test, one page.
+# Reproduce the paper on PCam: train every model, choose every setting on valid, make Figures 1 to 3 on test, write one report.
 #
 #   examples/reproduce_paper.sh PCAM_DIR OUT_DIR
 #
-# PCAM_DIR holds pcam/camelyonpatch_level_2_split_*.h5 (what `advdiff download-pcam` writes), and may hold lossless patches
-# in images/lossless_train/{0,1}: they are mixed in, named twice, since PCam's own files are lossless. Every model and every
-# patch set is made once: run it again and it goes on where it ended; only evaluations are made again. On a GPU with the whole
-# data set raise EPOCHS, STEPS, N and TEST_N. A model of yours, or a bundled one, stands for one that would be trained when a
-# variable of its name in capitals tells it: PLAIN=pcam-resnet18 DDPM=pcam-ddpm ADAPTED=pcam-resnet18-adapted.
+# PCAM_DIR holds pcam/camelyonpatch_level_2_split_*.h5, as written by `advdiff download-pcam`. It may also hold lossless patches
+# in images/lossless_train/{0,1}; they count twice in training, since PCam's own files are lossless. Models and patch sets are
+# kept in OUT_DIR: after an interruption the same command resumes, and only repeats evaluations. On a GPU, with the whole data
+# set, raise EPOCHS, STEPS, N and TEST_N. A variable with the name of a model in capitals replaces the training of that model
+# with a model of yours or a bundled one: PLAIN=pcam-resnet18 DDPM=pcam-ddpm ADAPTED=pcam-resnet18-adapted.
 set -euo pipefail
 shopt -s inherit_errexit
 PCAM=$1 OUT=$2
 : "${ARCH:=resnet18}" "${ROBUST_ARCH:=googlenet}"  # the classifier, and the one trained adversarially (the paper's)
-: "${EPOCHS:=12}" "${STEPS:=12000}" "${PRESET:=tiny}" # classifier epochs, DDPM optimiser steps and size
-: "${MORE_EPOCHS:=4}"                              # of the classifiers that go on from the plain one
-: "${NOISE:=0.085}"                                # t* of the noise that one of them is trained on
-: "${ADAPT_T_STARS:=0.2 0.25}"                     # t* of the purified patches that another is trained on
+: "${EPOCHS:=12}" "${STEPS:=12000}" "${PRESET:=tiny}" # classifier epochs, DDPM optimizer steps and size
+: "${MORE_EPOCHS:=4}"                              # of the classifiers that are fine-tuned from the plain one
+: "${NOISE:=0.085}"                                # t* of the noise that one of them is trained with
+: "${ADAPT_T_STARS:=0.2 0.25}"                     # t* of the purified patches that another is trained with
 : "${T_STARS:=0.001,0.005,0.01,0.02,0.04,0.06,0.085,0.1,0.15,0.2,0.25,0.3}" # Figure 1
-: "${TRAINING_STEPS:=500 1500}"                    # of the DDPMs that tell what more training is worth
+: "${TRAINING_STEPS:=500 1500}"                    # of the DDPMs that show the effect of longer training
 : "${SAMPLER_STEPS:=1}"                            # U-Net evaluations a patch; the paper's 40 is `--t-star 0.04` with all
-: "${N:=500}" "${TEST_N:=1000}"                    # patches of valid that choose, and of test that are reported
+: "${N:=500}" "${TEST_N:=1000}"                    # patches of valid for choices, and of test for results
 : "${ATTACK_STEPS:=40}" "${EOT:=8}" "${DRAWS:=11}"
 : "${ADAPTIVE_N:=128}" "${ADAPTIVE_STEPS:=40}"      # patches of test attacked through the diffusion model
 : "${QUERIES:=500}"                                # of Square
-: "${OTHER_ARCHS:=googlenet mobilenet_v2}"         # classifiers that the same purifier stands before
+: "${OTHER_ARCHS:=googlenet mobilenet_v2}"         # classifiers to be defended by the same purifier
 : "${CLASSIFIER_OPTIONS:=}" "${DDPM_OPTIONS:=}" "${ADVERSARIAL_OPTIONS:=}"
 mkdir -p "$OUT"
 split() { echo "$PCAM/pcam/camelyonpatch_level_2_split_$1_x.h5"; }
@@ -73,8 +73,8 @@ t_frozen=$(choose frozen plain --values "$T_STARS" "${ddpm[@]}")
 t_ddpm=$(choose ddpm adapted --values "$T_STARS" "${ddpm[@]}")
 echo "chosen on valid: NoiseDefense t* $t_noise, with its own classifier $t_noised; DDPM t* $t_frozen, adapted $t_ddpm" >&2
 
-# 3. Standard and robust accuracy on test (Figure 3). The paper's attack knows the classifier alone (blind); those that know
-# the defense go through it, each gradient the mean of EOT draws, and are judged over DRAWS others.
+# 3. Standard and robust accuracy on test (Figure 3). The attack of the paper knows only the classifier (blind). Adaptive attacks
+# differentiate through the defense, with the mean gradient of EOT draws, and are evaluated over DRAWS other draws.
 test=("$(split test)" --shuffle-seed 0 --limit "$TEST_N")
 few=("$(split test)" --shuffle-seed 0 --limit "$ADAPTIVE_N")
 attack() { # NAME CLASSIFIER OPTIONS...
@@ -112,7 +112,7 @@ attack adapted-full adapted "${through[@]}" "${adapted[@]}" --eot "$EOT"
 measure frozen-full frozen-full plain "${frozen[@]}" "${many[@]}"
 measure adapted-full adapted-full adapted "${adapted[@]}" "${many[@]}"
 
-# 4. The paper's claims. One frozen purifier before classifiers of other architectures:
+# 4. The claims of the paper. One frozen purifier in front of classifiers of other architectures:
 for arch in $OTHER_ARCHS; do
     classifier "$arch" "$arch" "$EPOCHS"
     rows=("${test[@]}")
@@ -120,7 +120,7 @@ for arch in $OTHER_ARCHS; do
     measure "$arch" "$arch" "$arch"
     measure "$arch-ddpm" "$arch" "$arch" "${frozen[@]}" "${one[@]}"
 done
-# Adversarial training and the purifier under attacks that neither was made for:
+# Adversarial training and the purifier under attacks that neither was trained against:
 other() { # NAME OPTIONS...
     local name=$1
     shift
@@ -154,7 +154,7 @@ done
     done
 } >/dev/null
 
-# 7. One table of everything, and one page with the patches that tell most (Figure 2).
+# 7. One table of everything, and one page with the most informative patches (Figure 2).
 python - "$OUT"/*.json <<'PY'
 import json, sys
 from pathlib import Path
@@ -164,7 +164,7 @@ for path in sorted(map(Path, sys.argv[1:])):
     cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * s["accuracy"][k] for k in ("value", "low", "high"))) for s in sets]
     print(f"{path.stem:18}{sets[1]['n']:6}{cells[0]:>24}{cells[1]:>24}")
 PY
-# In pairs on the patches they share, each under the attack made for it; then the purifier under the paper's kind of attack:
+# Paired comparisons on the shared patches, each model under its own attack; then the purifier under the attack of the paper:
 advdiff compare "$OUT"/{undefended,noise,noised,robust,frozen-full,adapted-full}.csv | tee "$OUT/compare.txt"
 advdiff compare "$OUT"/{undefended,noise,robust,frozen,adapted}.csv | tee "$OUT/compare-blind.txt"
 result() { results+=(--result "$2=$OUT/$1.json"); }

@@ -120,19 +120,22 @@ def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):
     assert not (tmp_path / "o.h5").exists()
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    (["-c", "nonesuch"], "no classifier is called nonesuch"),
-    (["-o", "out.png"], r"written as \.safetensors or \.h5"),
-    (["--limit", "2", "--range", "99:"], "no patches selected"),
-    (["--method", "fgsm", "--steps", "3"], "does not apply to --method fgsm"),
-    (["--eps", "0"], "--eps must be above 0"),
-    (["--eps", "2"], "did you mean 2/255"),
-    (["--norm", "l2"], "--norm l2 needs --eps"),
-    (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),
-    (["--shard", "7/9"], "--shard 7/9 is empty"),
-    (["--compile"], "--compile: this attack takes no gradient of a U-Net"),
-    (["--defense", "noise", "--compile"], "--compile: this attack takes no gradient of a U-Net"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["-c", "nonesuch"], "no classifier is called nonesuch"),
+        (["-o", "out.png"], r"written as \.safetensors or \.h5"),
+        (["--limit", "2", "--range", "99:"], "no patches selected"),
+        (["--method", "fgsm", "--steps", "3"], "does not apply to --method fgsm"),
+        (["--eps", "0"], "--eps must be above 0"),
+        (["--eps", "2"], "did you mean 2/255"),
+        (["--norm", "l2"], "--norm l2 needs --eps"),
+        (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),
+        (["--shard", "7/9"], "--shard 7/9 is empty"),
+        (["--compile"], "--compile: this attack takes no gradient of a U-Net"),
+        (["--defense", "noise", "--compile"], "--compile: this attack takes no gradient of a U-Net"),
+    ],
+)
 def test_settings_that_cannot_be(extra, message, advdiff, classifier, test_x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = advdiff("attack", test_x, "-c", classifier, "-o", "adv.h5", "--steps", 1, "--limit", 4, *extra, code=1)
@@ -140,12 +143,15 @@ def test_settings_that_cannot_be(extra, message, advdiff, classifier, test_x, tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    (["--t-star", "0.4"], r"t\* = 0\.4 is above max_t = 0\.3"),
-    (["-m", "nonesuch"], "no diffusion model is called nonesuch"),
-    (["--t-star", "0.01", "--sampler-steps", "20"], "more than the 10 noise levels"),
-    (["-o", "folder"], "give a .safetensors or .h5 file as --out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--t-star", "0.4"], r"t\* = 0\.4 is above max_t = 0\.3"),
+        (["-m", "nonesuch"], "no diffusion model is called nonesuch"),
+        (["--t-star", "0.01", "--sampler-steps", "20"], "more than the 10 noise levels"),
+        (["-o", "folder"], "give a .safetensors or .h5 file as --out"),
+    ],
+)
 def test_purify_settings_that_cannot_be(extra, message, advdiff, ddpm, test_x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = advdiff("purify", test_x, "-m", ddpm, "-o", "pure.h5", "--limit", 2, *extra, code=1)

@@ -78,7 +78,7 @@ def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     cases = {
         "needs at least two different files": [],
-        "is no file of predictions": [tmp_path / "other.csv"],
+        "is not a file of predictions": [tmp_path / "other.csv"],
         "is not whole": [tmp_path / "cut.csv"],
         "holds 1 sets": [predictions("few.csv", "clean")],
         "share no patches": [predictions("elsewhere.csv", "clean", "adv", origin="elsewhere")],

@@ -71,13 +71,14 @@ def steps(test_x, classifier, ddpm, tmp_path):
         "models": [],
         "train-ddpm": [test_x, "--preset", "tiny", "--steps", 1, "--batch-size", 2, "-o", tmp_path / "d"],
         "train-classifier": [
-            adv, "--valid", adv, "--arch", "squeezenet1_1", "--epochs", 1, "--batch-size", 2, "-o", tmp_path / "c",
+            *[adv, "--valid", adv, "-o", tmp_path / "c"],
+            *"--arch squeezenet1_1 --epochs 1 --batch-size 2".split(),
         ],
         "sweep": [test_x, *through[:4], *few, "--values", "0.02,0.05", "--steps", 1, "-o", tmp_path / "sweep"],
         "robustness": [test_x, *through, *few, "--only", "random", "-o", tmp_path / "ladder"],
         "report": ["--result", f"plain={plain}", "-o", tmp_path / "report"],
         "download-pcam": ["--split", "test", "--data-dir", tmp_path, "--dry-run"],
-    }  # fmt: skip
+    }
 
 
 PRINT_NUMBERS = {"evaluate", "sweep", "robustness"}
@@ -136,8 +137,11 @@ def test_narrow_terminals(test_x, classifier):
     for columns in ("20", "1"):
         done = subprocess.run(
             [sys.executable, "-m", "advdiff_cli", "evaluate", str(test_x), "-c", str(classifier), "--limit", "2"],
-            env={**os.environ, "COLUMNS": columns}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            env={**os.environ, "COLUMNS": columns},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert "accuracy" in done.stdout  # a table is not cut: it may be read by a program
 
@@ -150,8 +154,11 @@ def test_no_colour_when_asked(test_x, ddpm, tmp_path, colour):
     env = {**ENV, "TERM": "xterm-256color"} | ({} if colour else {"NO_COLOR": "1"})
     done = subprocess.Popen(
         [sys.executable, "-m", "advdiff_cli", *map(str, command), "-o", str(tmp_path / "p.h5")],
-        env=env, stdout=subprocess.PIPE, stderr=theirs, text=True,
-    )  # fmt: skip
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+    )
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal ends with the process
@@ -199,8 +206,10 @@ def test_a_signal_is_one_line_and_resumable(command, signum, code, test_x, class
     words = [command, test_x, *how, "-o", out, "--batch-size", 2, "--limit", 10]
     process = subprocess.Popen(
         [sys.executable, "-m", "advdiff_cli", *map(str, words)],
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "3"},
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "3"},
+    )
     _wait_for(out.with_name(out.name + ".part.rows"))
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)

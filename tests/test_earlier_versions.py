@@ -13,26 +13,23 @@ import pytest
 from advdiff_cli.data.patches import open_patches
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version-0.1.0"
-CLASSIFIER, DDPM = ["-c", "synthetic-classifier"], ["-m", "synthetic-ddpm"]
-COMPUTE = ["--precision", "fp32", "--batch-size", 2]
-TRAIN = ["--precision", "fp32", "--batch-size", 4]
-FEW = ["--limit", 4]
+COMPUTE = "--precision fp32 --batch-size 2"
+ATTACK = f"attack tissue -c synthetic-classifier {COMPUTE}"
+TRAIN = "--precision fp32 --batch-size 4"
 
 MADE = {
-    "through.safetensors": [
-        "attack", "tissue", *CLASSIFIER, *DDPM, *COMPUTE, "--steps", 2, "--eot", 2, *FEW, "--shuffle-seed", 0,
-    ],
-    "part0.h5": ["attack", "tissue", *CLASSIFIER, *COMPUTE, "--steps", 2, "--shard", "0/2"],
-    "purified.h5": ["purify", "tissue", *DDPM, *COMPUTE, *FEW],
-    "classifier": [
-        "train-classifier", "tissue", "--valid", "tissue", "--arch", "shufflenet_v2_x0_5", "--epochs", 1, *TRAIN,
-    ],
-    "ddpm": ["train-ddpm", "tissue", "--steps", 1, "--max-t", "0.3", *TRAIN],
-}  # fmt: skip
+    "through.safetensors": f"{ATTACK} -m synthetic-ddpm --steps 2 --eot 2 --limit 4 --shuffle-seed 0",
+    "part0.h5": f"{ATTACK} --steps 2 --shard 0/2",
+    "purified.h5": f"purify tissue -m synthetic-ddpm {COMPUTE} --limit 4",
+    "classifier": f"train-classifier tissue --valid tissue --arch shufflenet_v2_x0_5 --epochs 1 {TRAIN}",
+    "ddpm": f"train-ddpm tissue --steps 1 --max-t 0.3 {TRAIN}",
+}
 """Output -> the command that made it."""
-UNFINISHED = ["attack", "tissue", *CLASSIFIER, *COMPUTE, "--method", "apgd", "--steps", 2]
+UNFINISHED = f"{ATTACK} --method apgd --steps 2"
 """What made unfinished.safetensors.part, killed after its first batch."""
-SUITE = ["--preset", "quick", "--only", "random", "--only", "pgd-short", "--only", "bpda"]
+DEFENDED = f"tissue -c synthetic-classifier -m synthetic-ddpm {COMPUTE} --limit 4"
+SUITE = f"robustness {DEFENDED} --preset quick --only random --only pgd-short --only bpda -o ladder"
+SWEEP = f"sweep {DEFENDED} --values 0.1 --steps 2 -o sweep"
 
 
 @pytest.fixture
@@ -45,18 +42,18 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("out", MADE)
 def test_a_result_is_up_to_date(advdiff, folder, out):
-    done = advdiff(*MADE[out], "-o", out, "-q")
+    done = advdiff(*MADE[out].split(), "-o", out, "-q")
     assert f"{out} is up to date" in done.err
 
 
 def test_a_folder_is_up_to_date(advdiff, folder):
-    done = advdiff("purify", "tissue", *DDPM, *COMPUTE, "-o", "purified", "--json").json
+    done = advdiff(*f"purify tissue -m synthetic-ddpm {COMPUTE} -o purified --json".split()).json
     assert (done["status"], done["kept"]) == ("up to date", 8)
 
 
 def test_unfinished_work_resumes(advdiff, folder):
     begun = Path("unfinished.safetensors.part").read_bytes()
-    advdiff(*UNFINISHED, "-o", "unfinished.safetensors", "-q")
+    advdiff(*UNFINISHED.split(), "-o", "unfinished.safetensors", "-q")
     ended = Path("unfinished.safetensors").read_bytes()
     images = len(begun) - 8 * 3 * 32 * 32 * 4
     kept = images + 2 * 3 * 32 * 32 * 4  # the header and the first batch
@@ -66,13 +63,13 @@ def test_unfinished_work_resumes(advdiff, folder):
 
 def test_shards_merge(advdiff, folder):
     advdiff("merge", "part1.h5", "part0.h5", "-o", "whole.h5")
-    advdiff("attack", "tissue", *CLASSIFIER, *COMPUTE, "--steps", 2, "-o", "whole.h5", "-q")
+    advdiff(*f"{ATTACK} --steps 2 -o whole.h5 -q".split())
     assert len(open_patches("whole.h5")) == 8
 
 
 def test_a_suite_is_not_attacked_again(advdiff, folder):
     made = {p: p.read_bytes() for p in Path("ladder").glob("*.safetensors")}
-    done = advdiff("robustness", "tissue", *CLASSIFIER, *DDPM, *COMPUTE, *FEW, *SUITE, "-o", "ladder", "--json").json
+    done = advdiff(*SUITE.split(), "--json").json
     assert [r["name"] for r in done["rungs"]] == ["clean", "random", "bpda", "pgd-short"]
     assert {p: p.read_bytes() for p in Path("ladder").glob("*.safetensors")} == made
 
@@ -80,15 +77,14 @@ def test_a_suite_is_not_attacked_again(advdiff, folder):
 def test_a_sweep_is_not_computed_again(advdiff, folder):
     made = {p: p.read_bytes() for p in Path("sweep").glob("*.safetensors")}
     before = json.loads(Path("sweep/sweep.json").read_text())
-    sweep = ["sweep", "tissue", *CLASSIFIER, *DDPM, *COMPUTE, *FEW, "--values", "0.1", "--steps", 2]
-    after = advdiff(*sweep, "-o", "sweep", "--json").json
+    after = advdiff(*SWEEP.split(), "--json").json
     assert after["rows"] == before["rows"]
     assert after["recipe"] == before["recipe"]
     assert {p: p.read_bytes() for p in Path("sweep").glob("*.safetensors")} == made
 
 
 def test_results_are_read(advdiff, folder):
-    page = advdiff("report", "--result", "ddpm=evaluation.json", "--sweep", "sweep", "-o", "page", "-q").out.strip()
+    page = advdiff(*"report --result ddpm=evaluation.json --sweep sweep -o page -q".split()).out.strip()
     assert "t_star" in Path(page).read_text()
     assert "attack: " in advdiff("info", "through.safetensors").out
     shutil.copy("predictions.csv", "others.csv")

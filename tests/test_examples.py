@@ -35,14 +35,28 @@ def run(warm):
 @pytest.mark.slow
 def test_reproduce_paper(run, patches, tmp_path):
     small = {
-        "EPOCHS": "1", "MORE_EPOCHS": "1", "STEPS": "2", "N": "6", "TEST_N": "8", "ADAPTIVE_N": "4", "DRAWS": "3",
-        "TRAINING_STEPS": "1", "T_STARS": "0.02,0.05", "ADAPT_T_STARS": "0.1", "ATTACK_STEPS": "1",
-        "ADAPTIVE_STEPS": "1", "EOT": "1", "QUERIES": "2",
+        "EPOCHS": "1",
+        "MORE_EPOCHS": "1",
+        "STEPS": "2",
+        "N": "6",
+        "TEST_N": "8",
+        "ADAPTIVE_N": "4",
+        "DRAWS": "3",
+        "TRAINING_STEPS": "1",
+        "T_STARS": "0.02,0.05",
+        "ADAPT_T_STARS": "0.1",
+        "ATTACK_STEPS": "1",
+        "ADAPTIVE_STEPS": "1",
+        "EOT": "1",
+        "QUERIES": "2",
         "NOISED": "synthetic-classifier",  # a model that is there already is not trained
-        "ARCH": "shufflenet_v2_x0_5", "ROBUST_ARCH": "squeezenet1_1", "OTHER_ARCHS": "squeezenet1_1",
-        "CLASSIFIER_OPTIONS": "--batch-size 16", "DDPM_OPTIONS": "--batch-size 4",
+        "ARCH": "shufflenet_v2_x0_5",
+        "ROBUST_ARCH": "squeezenet1_1",
+        "OTHER_ARCHS": "squeezenet1_1",
+        "CLASSIFIER_OPTIONS": "--batch-size 16",
+        "DDPM_OPTIONS": "--batch-size 4",
         "ADVERSARIAL_OPTIONS": "--attack-steps 1",
-    }  # fmt: skip
+    }
     done = run("reproduce_paper.sh", patches, tmp_path, **small)
     assert done.returncode == 0, done.stderr
     chosen = re.search(r"^chosen on valid: .* adapted (0\.\d+)$", done.stderr, re.M)[1]

@@ -29,9 +29,13 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def command(test_x, classifier, ddpm):
-    return ["robustness", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1,
-            "--preset", "quick", "--precision", "fp32", "--batch-size", B]  # fmt: skip
+def defended(classifier, ddpm):
+    return ["-c", classifier, "-m", ddpm, *"--t-star 0.03 --sampler-steps 1".split(), "--batch-size", B]
+
+
+@pytest.fixture
+def command(test_x, defended):
+    return ["robustness", test_x, *defended, *"--preset quick --precision fp32".split()]
 
 
 def timeless(result):
@@ -72,16 +76,17 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     assert "all draws correct" in text
 
 
-def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, classifier, ddpm, tmp_path):
+def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, defended, tmp_path):
     out = tmp_path / "ladder"
     advdiff(*command, "-o", out, "--only", "pgd", "-q")
     assert sorted(p.name for p in out.iterdir()) == [
-        "clean.predictions.safetensors", "pgd.predictions.safetensors", "pgd.safetensors", "seconds.jsonl",
-    ]  # fmt: skip
-    attack = [
-        "attack", test_x, "-c", classifier, "-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1, "--steps", 2,
-        "--eot", 2, "--batch-size", B, "--shuffle-seed", 0, "--limit", N, "-o", out / "pgd.safetensors",
-    ]  # fmt: skip
+        "clean.predictions.safetensors",
+        "pgd.predictions.safetensors",
+        "pgd.safetensors",
+        "seconds.jsonl",
+    ]
+    attack = ["attack", test_x, *defended, *f"--steps 2 --eot 2 --shuffle-seed 0 --limit {N}".split()]
+    attack += ["-o", out / "pgd.safetensors"]
     assert "up to date" in advdiff(*attack).err  # at the precision it was begun with
     assert "precision" in advdiff(*attack, "--precision", "bf16", code=1).err
     assert "gradients underflow" in advdiff(*command, "-o", out, "--precision", "fp16", code=1).err

@@ -4,10 +4,12 @@ import csv
 
 import numpy as np
 import pytest
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.models.ddpm import Ddpm, load_ddpm, save_ddpm
 from advdiff_cli.robustness.sweep import JudgedPoint, choose
 
 N = 16
@@ -67,6 +69,15 @@ def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
     assert (tmp_path / "s" / "adv.safetensors").stat().st_mtime_ns == stamps["adv.safetensors"]
     assert "made with other settings" in advdiff(*run, "--eps", "4/255", code=1).err
     assert "would sweep t-star-0.1" in advdiff(*run, "--dry-run").out
+
+
+def test_steps_are_limited_by_the_timesteps_of_the_model(advdiff, common, ddpm, tmp_path):
+    """t* 0.1 of T = 100 has 10 noise levels, of T = 1000 it has 100."""
+    model = load_ddpm(ddpm)
+    save_ddpm(Ddpm(model.unet, DDPMScheduler(num_train_timesteps=100), model.card), tmp_path / "short")
+    sweep = [*common, "-m", tmp_path / "short", *"--limit 2 --values 0.1,0.3 --sampler-steps 20 --steps 1".split()]
+    found = advdiff(*sweep, "--draws", 1, "-o", tmp_path / "s", "--json").json
+    assert [row["unet_evaluations"] for row in found["rows"]] == [10, 20]
 
 
 def test_over_eps_steps_and_adaptive(advdiff, common, tmp_path):

@@ -1,5 +1,6 @@
 """`advdiff demo`."""
 
+import json
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advdiff_cli import console
-from advdiff_cli.cli.groups import OutputOptions, RowOptions, SeededComputeOptions, with_option_groups
+from advdiff_cli.cli.groups import OutputOptions, SeededComputeOptions, with_option_groups
 from advdiff_cli.cli.progress import follow_rows
 from advdiff_cli.errors import AdvdiffError
 
@@ -40,7 +41,6 @@ class DemoOutputOptions(OutputOptions):
 
 @with_option_groups
 def demo(
-    rows: RowOptions,
     compute: SeededComputeOptions,
     output: DemoOutputOptions,
     data: Annotated[str | None, typer.Argument(help="Patches with labels.", show_default="examples/patches")] = None,
@@ -52,16 +52,20 @@ def demo(
 
     Example: advdiff demo
     """
+    from advdiff_cli.data.patches import open_patches
     from advdiff_cli.purification.defense import DefenseRequest, build_defense
 
     if data is None and not EXAMPLE_PATCHES.is_dir():
         raise AdvdiffError("the example patches are only in a clone of the repository; give patches of your own")
     data = data or os.path.relpath(EXAMPLE_PATCHES)
-    clean = rows.open(data)
+    clean = open_patches(data)
+    clean.require_labels()
     device = compute.resolve_device()
     output.out.mkdir(parents=True, exist_ok=True)
     model = compute.load_classifier(CLASSIFIER, device)
-    pipeline = _Pipeline(model, compute.seed, compute.resolve_precision(device), device, output)
+    flags = f" --seed {compute.seed}" if compute.seed else ""
+    flags += f" --precision {compute.precision}" if compute.precision != "auto" else ""
+    pipeline = _Pipeline(model, compute.seed, compute.resolve_precision(device), device, flags, output)
     adv = pipeline.attack(clean)
     ddpm = build_defense(DefenseRequest("ddpm", DDPM))
     sets = {"undefended": (clean, adv)}
@@ -73,7 +77,7 @@ def demo(
             pipeline.purify(clean, defense, f"clean-{defense.spec.defense}"),
             pipeline.purify(adv, defense, f"adv-{defense.spec.defense}"),
         )
-    results = {name: pipeline.evaluate(*pair) for name, pair in sets.items()}
+    results = {name: pipeline.evaluate(name, *pair) for name, pair in sets.items()}
     page = pipeline.report(results, clean, adv, ddpm)
     accuracies = {
         name: {"standard": result["sets"][0]["accuracy"], "robust": result["sets"][1]["accuracy"]}
@@ -98,11 +102,15 @@ class _Pipeline:
     seed: int
     precision: "Precision"
     device: "torch.device"
+    flags: str
     output: DemoOutputOptions
 
-    def _log(self, command: str) -> None:
+    def _log(self, command: str, redirection: str = "") -> None:
         if not self.output.quiet:
-            console.log(f"$ advdiff {command}")
+            console.log(f"$ advdiff {command}{self.flags}{redirection}")
+
+    def _result(self, name: str) -> Path:
+        return self.output.out / f"{name}.json"
 
     def attack(self, clean: "PatchSet") -> "PatchSet":
         from advdiff_cli.attacks.spec import resolve
@@ -138,11 +146,12 @@ class _Pipeline:
         ShardedOutput(spec, patches, job.batch_size, work).make(None, ProcessGroup())
         return open_patches(out)
 
-    def evaluate(self, clean: "PatchSet", attacked: "PatchSet") -> "JsonObject":
+    def evaluate(self, name: str, clean: "PatchSet", attacked: "PatchSet") -> "JsonObject":
+        from advdiff_cli.data.atomic_files import atomic_write
         from advdiff_cli.evaluation.comparison import compare
         from advdiff_cli.jobs.evaluate import evaluate_set
 
-        self._log(f"evaluate {clean.path} {attacked.path} -c {CLASSIFIER} --json")
+        self._log(f"evaluate {clean.path} {attacked.path} -c {CLASSIFIER} --json", f" > {self._result(name)}")
         with console.progress(len(clean) + len(attacked), "evaluate", quiet=self.output.quiet) as advance:
             sets = [
                 evaluate_set(str(s.path), s, self.model, self.device, draws=range(1), seed=self.seed, advance=advance)
@@ -150,14 +159,19 @@ class _Pipeline:
             ]
         classifier = {"name": CLASSIFIER, "fingerprint": self.model.fingerprint}
         judged = [s.as_dict() for s in sets]
-        return {"classifier": classifier, "defense": None, "sets": judged, "comparisons": compare(sets)}
+        result = {"classifier": classifier, "defense": None, "sets": judged, "comparisons": compare(sets)}
+        with atomic_write(self._result(name)) as part:
+            part.write_text(json.dumps(result, indent=2) + "\n")
+        return result
 
     def report(self, results: "dict[str, JsonObject]", clean: "PatchSet", adv: "PatchSet", defense: "Defense") -> Path:
         from advdiff_cli.report.gallery import GalleryModel, PairedSets, build_gallery, judge_pairs
         from advdiff_cli.report.page import PAGE, Report
 
         out = self.output.out
-        self._log(f"report --clean {clean.path} --attacked {adv.path} -c {CLASSIFIER} --result ... -o {out}")
+        named = " ".join(f"--result {name}={self._result(name)}" for name in results)
+        gallery_options = f"--clean {clean.path} --attacked {adv.path} -c {CLASSIFIER} -m {DDPM} --patches {_SHOWN}"
+        self._log(f"report {named} {gallery_options} -o {out}")
         by = GalleryModel(self.model.behind(defense, self.device, self.precision), self.device, self.seed)
         pairs = PairedSets.match(clean, adv)
         with console.progress(len(pairs), "report: judge", quiet=self.output.quiet) as advance:

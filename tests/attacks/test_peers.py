@@ -20,9 +20,14 @@ def classifier():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         net = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(9), nn.Flatten(),
+            nn.Conv2d(3, 8, 3, 2),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(9),
+            nn.Flatten(),
             nn.Linear(8 * 81, 2),
-        )  # fmt: skip
+        )
     return net.eval().requires_grad_(False)
 
 

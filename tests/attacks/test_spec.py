@@ -56,12 +56,20 @@ def run(model, purifier, spec, images, labels, rows, seed):
 
 def test_defaults():
     assert resolved(defended=False).parameters() == {
-        "method": "pgd", "norm": "linf", "eps": EPS, "loss": "ce", "steps": 40, "step_size": EPS / 4, "restarts": 1,
-    }  # fmt: skip
+        "method": "pgd",
+        "norm": "linf",
+        "eps": EPS,
+        "loss": "ce",
+        "steps": 40,
+        "step_size": EPS / 4,
+        "restarts": 1,
+    }
     assert resolved("fgsm", defended=False).step_size == EPS
     assert {k: resolved().parameters()[k] for k in ("gradient", "eot", "fixed_draw")} == {
-        "gradient": "full", "eot": 8, "fixed_draw": False,
-    }  # fmt: skip
+        "gradient": "full",
+        "eot": 8,
+        "fixed_draw": False,
+    }
     assert resolved("paper", defended=False).parameters() == {"method": "paper", "norm": "linf", "eps": EPS, "steps": 5}
     assert resolved(gradient="blind").eot is None
     assert resolved("square").gradient is None
@@ -125,9 +133,12 @@ def test_whose_gradient_is_followed(classifier, purifier):
 
 
 SMALL = {
-    "pgd": {"steps": 3}, "fgsm": {}, "apgd": {"steps": 6}, "square": {"queries": 8},
+    "pgd": {"steps": 3},
+    "fgsm": {},
+    "apgd": {"steps": 6},
+    "square": {"queries": 8},
     "ensemble": {"steps": 3, "queries": 4},
-}  # fmt: skip
+}
 
 
 def small(method, gradient, **asked):
@@ -141,7 +152,7 @@ def small(method, gradient, **asked):
 @pytest.mark.parametrize("method", SMALL)
 def test_no_draw_that_judges_is_seen_and_none_that_chooses_is_climbed(
     classifier, purifier, batch, method, gradient, monkeypatch
-):  # fmt: skip
+):
     opened = []
 
     class Recorded(RowStreams):

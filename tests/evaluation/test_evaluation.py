@@ -115,8 +115,12 @@ def test_figures_of_a_known_table():
     p1 = np.repeat([0.9, 0.1, 0.1, 0.9], [30, 10, 45, 15])
     found = classification_metrics(Predictions(labels, p1))
     assert {k: round(v.value, 4) for k, v in found.items()} == {
-        "accuracy": 0.75, "balanced_accuracy": 0.75, "sensitivity": 0.75, "specificity": 0.75, "auroc": 0.75,
-    }  # fmt: skip
+        "accuracy": 0.75,
+        "balanced_accuracy": 0.75,
+        "sensitivity": 0.75,
+        "specificity": 0.75,
+        "auroc": 0.75,
+    }
     for value in found.values():
         assert value.low < value.value < value.high
 

@@ -58,7 +58,7 @@ def test_sets_are_matched_by_row(advdiff, test_x, classifier, ddpm, tmp_path):
     assert found["ssim"]["value"] == pytest.approx(by_hand.ssim.mean())
     assert found["nuclear_mass"]["value"] == pytest.approx(by_hand.nuclei_after.sum() / by_hand.nuclei_before.sum())
     text = advdiff(*evaluate).out
-    assert f"faithful to {test_x}" in text
+    assert f"fidelity to {test_x}" in text
     assert "decisions changed, label 0 %" in text
 
 
@@ -70,7 +70,7 @@ def test_one_class_alone_is_told_as_such(advdiff, test_x, classifier, tmp_path):
     assert found["flipped"]["0"] is None
     assert found["psnr"] is None
     assert "NaN" not in advdiff(*evaluate, "--json").out
-    assert "nan" not in advdiff(*evaluate).out.split("faithful")[1].split("paired")[0]
+    assert "nan" not in advdiff(*evaluate).out.split("fidelity")[1].split("paired")[0]
 
 
 def test_what_was_made_of_something_else_is_refused(advdiff, test_x, classifier, tmp_path):

@@ -123,9 +123,15 @@ def test_any_size_is_padded_and_cropped_back(model, size):
     assert out.max() <= 1
 
 
-@pytest.mark.parametrize(("t_star", "steps", "message"), [
-    (0.31, None, "above max_t = 0.3"), (0.0, None, "not in"), (1.2, None, "not in"), (0.01, 11, "the 10 noise levels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("t_star", "steps", "message"),
+    [
+        (0.31, None, "above max_t = 0.3"),
+        (0.0, None, "not in"),
+        (1.2, None, "not in"),
+        (0.01, 11, "the 10 noise levels"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(model, t_star, steps, message):
     with pytest.raises(AdvdiffError, match=message):
         DiffusionPurifier(model, t_star, "ddpm", steps)

@@ -53,7 +53,7 @@ def test_checkpointing_changes_nothing(model, classifier, images, sampler, steps
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of much that is its own
 def test_a_compiled_unet_has_the_same_gradient_and_the_forward_pass_stays_as_it_is(
     ddpm, classifier, images, monkeypatch
-):  # fmt: skip
+):
     model = load_ddpm(ddpm).requires_grad_(False)
     names = list(model.state_dict())
     defended = DefendedClassifier(DiffusionPurifier(model, 0.1, "ddpm", 1), classifier)

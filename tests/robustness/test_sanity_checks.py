@@ -73,8 +73,10 @@ def test_votes_and_means_of_a_known_table():
     assert p.share.tolist() == [0.6, 0.2, 1.0]
     found = vote_accuracies(p)
     assert {k: round(v.value, 6) for k, v in found.items()} == {
-        "vote_1": 1.0, "vote_5": round(2 / 3, 6), "all_correct": round(1 / 3, 6),
-    }  # fmt: skip
+        "vote_1": 1.0,
+        "vote_5": round(2 / 3, 6),
+        "all_correct": round(1 / 3, 6),
+    }
     assert classification_metrics(p)["accuracy"].value == pytest.approx(0.6)
     assert classification_metrics(p)["sensitivity"].value == pytest.approx(0.4)
     assert classification_metrics(Predictions(p.labels, p1[:, 0]))["accuracy"] == wilson(3, 3)
@@ -101,10 +103,25 @@ def test_a_wrong_point_estimate_alone_is_a_warning():
 
 
 SOUND = {
-    "clean": 0.9, "random": 0.89, "blind": 0.8, "transfer": 0.85, "bpda": 0.7, "square": 0.8, "fgsm": 0.75,
-    "pgd-short": 0.65, "pgd": 0.6, "apgd-ce": 0.58, "apgd-margin": 0.57, "pgd-one-draw": 0.72, "fixed-noise": 0.4,
-    "eps-0.5": 0.85, "eps-1": 0.78, "eps-4": 0.3, "eps-8": 0.1, "eps-64": 0.0,
-}  # fmt: skip
+    "clean": 0.9,
+    "random": 0.89,
+    "blind": 0.8,
+    "transfer": 0.85,
+    "bpda": 0.7,
+    "square": 0.8,
+    "fgsm": 0.75,
+    "pgd-short": 0.65,
+    "pgd": 0.6,
+    "apgd-ce": 0.58,
+    "apgd-margin": 0.57,
+    "pgd-one-draw": 0.72,
+    "fixed-noise": 0.4,
+    "eps-0.5": 0.85,
+    "eps-1": 0.78,
+    "eps-4": 0.3,
+    "eps-8": 0.1,
+    "eps-64": 0.0,
+}
 
 
 def sound():
