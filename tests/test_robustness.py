@@ -44,7 +44,7 @@ def timeless(result):
 
 
 def test_the_whole_ladder(advdiff, command, tmp_path):
-    out, command = tmp_path / "ladder", [*command[:-1], N]
+    out, command = tmp_path / "ladder", [*command, "--batch-size", N]
     plan = advdiff(*command, "-o", out, "--dry-run", "--json").json
     assert not out.exists()
     *names, gradients, unit_test = (r["name"] for r in plan["rungs"])
