@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from advdiff_cli.attacks.ankile2022 import ankile2022
 from advdiff_cli.attacks.apgd import apgd
+from advdiff_cli.attacks.bpda import BpdaClassifier
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.fab import fab
 from advdiff_cli.attacks.losses import LossName
@@ -18,7 +19,7 @@ from advdiff_cli.attacks.square import square
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import Precision
-from advdiff_cli.purification.defended_classifier import BpdaClassifier, DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier
 
 _MEMBERS: dict[Member, tuple[str, LossName | None]] = {

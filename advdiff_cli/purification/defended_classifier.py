@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from advdiff_cli.data.rng import RowKey, RowStreams
@@ -116,27 +114,3 @@ class FixedNoiseClassifier(nn.Module):
         """Return logits (B, classes)."""
         logits: Tensor = self.defended(images, self.frozen.expand(len(images), *self.frozen.shape[1:]))
         return logits
-
-
-class BpdaClassifier(DefendedClassifier):
-    """BPDA: purification in the forward pass, and the identity in the backward pass (Athalye et al. 2018,
-    arXiv:1802.00420)."""
-
-    def purify(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return the purified images, with the gradient of the images themselves."""
-        with torch.no_grad():
-            purified = super().purify(images, noise)
-        replaced: Tensor = _StraightThrough.apply(images, purified)
-        return replaced
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Return the second argument; pass the gradient to the first."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, purified: Tensor) -> Tensor:
-        return purified
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from advdiff_cli.attacks.cost import Cost, attack_cost
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
+from advdiff_cli.attacks.model_passes import Cost, attack_cost
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.patch_writer import OutputSpec, PatchWriter, is_complete, shard_rows
 from advdiff_cli.data.patches import PatchSet, open_patches
@@ -22,7 +22,7 @@ from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, sto
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, DefenseSpec, EvaluatedModel
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.robustness.binarization_test import PROBE_PASSES, BinarizationResult, run_binarization_test
+from advdiff_cli.robustness.binarization import PROBE_PASSES, BinarizationResult, run_binarization_test
 from advdiff_cli.robustness.gradient_checks import GradientFindings, check_gradients
 from advdiff_cli.robustness.suite import Budget, SuiteRow
 from advdiff_cli.robustness.timing_log import TimingLog

@@ -1,18 +1,17 @@
-"""The summary of a suite: its rows, the worst case for each patch, and the sanity checks."""
+"""The summary of a suite: its rows, the worst case and the sanity checks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import numpy as np
 
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions, vote_accuracies
 from advdiff_cli.evaluation.statistics import mean_share
-from advdiff_cli.robustness.binarization_test import BinarizationResult
+from advdiff_cli.robustness.binarization import BinarizationResult
 from advdiff_cli.robustness.gradient_checks import GradientFindings
 from advdiff_cli.robustness.sanity_checks import NOT_TESTED, sanity_checks
 from advdiff_cli.robustness.suite import CLEAN, SuiteRow
+from advdiff_cli.robustness.worst_case import worst_case
 
 
 def summarize(
@@ -38,22 +37,6 @@ def summarize(
         "unit_test": tested and tested.as_dict(),
         "alarms": [check.as_dict() for check in checks],
     }
-
-
-def worst_case(
-    rows: Sequence[SuiteRow], judged: Mapping[str, Predictions], eps: float
-) -> tuple[list[str], Predictions]:
-    """Return the names of the rows with at most `eps`, and the predictions under each patch's worst of them.
-
-    The worst row has the smallest share of correct draws. It is chosen on the draws that judge it, so that any bias is
-    against the defense.
-    """
-    limit = eps * (1 + 1e-9)
-    names = [r.name for r in rows if r.name in judged and r.judged_on == "all" and r.eps <= limit]
-    shares = np.stack([judged[name].share for name in names])
-    chosen = shares.argmin(0)
-    p1 = np.stack([judged[name].p1 for name in names])[chosen, np.arange(shares.shape[1])]
-    return names, Predictions(judged[names[0]].labels, p1)
 
 
 def summarize_row(row: SuiteRow, found: Predictions, clean: Predictions) -> JsonObject:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from advdiff_cli.attacks.bpda import BpdaClassifier
 from advdiff_cli.attacks.dispatch import AttackBatch, build_target, run_attack
 from advdiff_cli.attacks.fab import fab
 from advdiff_cli.attacks.spec import AttackRequest, AttackSpec, resolve
@@ -13,7 +14,6 @@ from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import (
-    BpdaClassifier,
     DefendedClassifier,
     DiffusionPurifier,
     NoisePurifier,

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from advdiff_cli.attacks.bpda import BpdaClassifier
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import Ddpm, DdpmCard, load_ddpm
-from advdiff_cli.purification import BpdaClassifier, DefendedClassifier, DiffusionPurifier, NoisePurifier
+from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.purifier import linear_alpha_bar
 
 ROWS = ["a", "b", "c"]

@@ -15,12 +15,13 @@ from advdiff_cli.evaluation.statistics import wilson
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.defense import EvaluatedModel
 from advdiff_cli.purification.purifier import linear_alpha_bar
-from advdiff_cli.robustness.binarization_test import BinarizationResult, binarization_test
+from advdiff_cli.robustness.binarization import BinarizationResult, binarization_test
 from advdiff_cli.robustness.gradient_checks import check_gradients
 from advdiff_cli.robustness.runner import SuiteRunner
 from advdiff_cli.robustness.sanity_checks import not_above, sanity_checks
 from advdiff_cli.robustness.suite import PRESETS, Budget, SuiteRow, build_suite
-from advdiff_cli.robustness.summary import summarize, worst_case
+from advdiff_cli.robustness.summary import summarize
+from advdiff_cli.robustness.worst_case import worst_case
 
 EPS = 2 / 255
 CPU = torch.device("cpu")
