@@ -3,7 +3,7 @@
 
     python benchmarks/folder.py WORK_DIR [-n 10000] [--seed 0]
 
-Valid images are png, jpg, tif and bmp; RGB, greyscale, 1-bit, palette and CMYK; rotated by EXIF; with upper-case
+Valid images are png, jpg, tif and bmp; RGB, grayscale, 1-bit, palette and CMYK; rotated by EXIF; with upper-case
 suffixes, in nested folders, with spaces and non-ASCII letters, with equal stems, and behind links; 32 to 2,048 pixels a
 side. Invalid ones have 16 bits a channel, transparency, no bytes, half a file, other content, 100 megapixels or too few
 pixels, or are broken links, circular links or pipes. The output lies inside the input. The model is the bundled
@@ -32,8 +32,8 @@ GOOD = {
     "tif": ("tif", "RGB"),
     "bmp": ("bmp", "RGB"),
     "upper": ("PNG", "RGB"),
-    "grey": ("png", "L"),
-    "grey tif": ("tif", "L"),
+    "gray": ("png", "L"),
+    "gray tif": ("tif", "L"),
     "one bit": ("png", "1"),
     "palette": ("png", "P"),
     "CMYK": ("jpg", "CMYK"),

@@ -146,12 +146,12 @@ def test_narrow_terminals(test_x, classifier):
         assert "accuracy" in done.stdout  # a table is not cut: it may be read by a program
 
 
-@pytest.mark.parametrize("colour", [True, False])
-def test_no_colour_when_asked(test_x, ddpm, tmp_path, colour):
-    """On a terminal there is a live bar; NO_COLOR keeps colour out of it, and of nothing else."""
+@pytest.mark.parametrize("color", [True, False])
+def test_no_color_when_asked(test_x, ddpm, tmp_path, color):
+    """On a terminal there is a live bar; NO_COLOR keeps color out of it, and of nothing else."""
     ours, theirs = pty.openpty()
     command = ["purify", test_x, "-m", ddpm, "--t-star", "0.02", "--sampler-steps", 1, "--limit", 2]
-    env = {**ENV, "TERM": "xterm-256color"} | ({} if colour else {"NO_COLOR": "1"})
+    env = {**ENV, "TERM": "xterm-256color"} | ({} if color else {"NO_COLOR": "1"})
     done = subprocess.Popen(
         [sys.executable, "-m", "advdiff_cli", *map(str, command), "-o", str(tmp_path / "p.h5")],
         env=env,
@@ -166,7 +166,7 @@ def test_no_colour_when_asked(test_x, ddpm, tmp_path, colour):
             shown += piece
     assert "\x1b" not in done.communicate()[0]
     assert b"purify" in shown
-    assert bool(re.search(rb"\x1b\[[0-9;]*m", shown)) == colour
+    assert bool(re.search(rb"\x1b\[[0-9;]*m", shown)) == color
 
 
 def test_names_as_long_as_a_disk_takes(advdiff, test_x, ddpm, tmp_path):

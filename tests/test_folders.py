@@ -75,14 +75,14 @@ def test_resolution_and_profile_are_kept(advdiff, ddpm, tmp_path):
     picture = Image.new("RGB", (64, 96), "pink")
     for name in ("a.png", "b.tif", "c.jpg"):
         picture.save(root / name, dpi=(300, 150), icc_profile=profile)
-    picture.convert("L").save(root / "grey.png", icc_profile=profile)
+    picture.convert("L").save(root / "gray.png", icc_profile=profile)
     purify(advdiff, root, out, ddpm)
     for name in ("a.png", "b.tif", "c.png"):
         with Image.open(out / name) as found:
             assert found.info["dpi"] == pytest.approx((300, 150), abs=0.1)
             assert found.info["icc_profile"] == profile
-    with Image.open(out / "grey.png") as found:
-        assert "icc_profile" not in found.info  # it is of grey, and the result is RGB
+    with Image.open(out / "gray.png") as found:
+        assert "icc_profile" not in found.info  # it is of gray, and the result is RGB
 
 
 def test_large_images_are_purified_alone_and_the_same_in_any_company(advdiff, folder, ddpm, tmp_path):

@@ -1,4 +1,4 @@
-"""Color deconvolution: haematoxylin, eosin and residual stain in optical density.
+"""Color deconvolution: hematoxylin, eosin and residual stain in optical density.
 
 Source: Ruifrok & Johnston 2001, Quantification of histochemical staining by color deconvolution.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 HED = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
-"""Optical density of one unit of haematoxylin, eosin and residual (DAB) in red, green and blue."""
+"""Optical density of one unit of hematoxylin, eosin and residual (DAB) in red, green and blue."""
 
 _UNIT = HED / HED.norm(dim=1, keepdim=True)
 _INVERSE = torch.linalg.inv(_UNIT)

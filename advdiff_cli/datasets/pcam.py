@@ -77,4 +77,4 @@ METADATA: Registry = {
     f"{PREFIX}_valid_meta.csv": RemoteFile(None, md5="67589e00a4a37ec317f2d1932c7502ca"),
     f"{PREFIX}_test_meta.csv": RemoteFile(None, md5="3455fd69135b66734e1008f3af684566"),
 }
-"""Where each patch was cut from: coordinates, slide (wsi), and whether it holds tumour."""
+"""Where each patch was cut from: coordinates, slide (wsi), and whether it holds tumor."""

@@ -1,8 +1,8 @@
 """Synthetic H&E-like tissue: deterministic patches, for tests and training without real data.
 
 Stains are mixed in optical density (Ruifrok & Johnston 2001). Every patch shows stroma, background, small round dark
-lymphocytes and oval benign nuclei. Tumour adds larger, paler, irregular nuclei with nucleoli. As in PCam, the label is
-1 if tumour reaches the central 32x32 pixels, and 0 if it is in the outer ring only. Stain varies from slide to slide
+lymphocytes and oval benign nuclei. Tumor adds larger, paler, irregular nuclei with nucleoli. As in PCam, the label is
+1 if tumor reaches the central 32x32 pixels, and 0 if it is in the outer ring only. Stain varies from slide to slide
 and the density of nuclei is the same in both classes, so that color alone does not separate them.
 """
 
@@ -59,13 +59,13 @@ def draw_patch(seed: int, index: int, label: int) -> NDArray[np.uint8]:
     rng = stream(seed, "tissue", index)
     side = SIZE + 2 * _MARGIN
     eosin = _stroma(rng, side)
-    haematoxylin = np.clip(0.10 + 0.05 * _noise(rng, side, 5.0), 0, None) * (eosin > 0.05)
+    hematoxylin = np.clip(0.10 + 0.05 * _noise(rng, side, 5.0), 0, None) * (eosin > 0.05)
     for (cy, cx), mask, stain, displaced in _nuclei(rng, side, label):
         top, left = round(cy) - _REACH, round(cx) - _REACH
         window = np.s_[top : top + 2 * _REACH + 1, left : left + 2 * _REACH + 1]
-        haematoxylin[window] = np.maximum(haematoxylin[window], mask * stain)
+        hematoxylin[window] = np.maximum(hematoxylin[window], mask * stain)
         eosin[window] *= 1 - displaced * np.minimum(mask, 1)
-    stains = np.stack([haematoxylin * (1 + 0.12 * _noise(rng, side, 1.0)), eosin])
+    stains = np.stack([hematoxylin * (1 + 0.12 * _noise(rng, side, 1.0)), eosin])
     stains = gaussian_filter(stains, (0, 0.6, 0.6))[:, _MARGIN : _MARGIN + SIZE, _MARGIN : _MARGIN + SIZE]
     return _render(stains, stream(seed, "slide", index // _SLIDE), rng)
 
@@ -93,9 +93,9 @@ Nucleus = tuple[tuple[float, float], Field, float, float]
 
 
 def _nuclei(rng: np.random.Generator, side: int, label: int) -> Iterator[Nucleus]:
-    """Yield each nucleus: its centre, its mask, its haematoxylin, and the share of eosin it displaces."""
-    tumour = _tumour_spots(rng, side, label)
-    count = max(8, int(rng.integers(15, 110)) - len(tumour))
+    """Yield each nucleus: its center, its mask, its hematoxylin, and the share of eosin it displaces."""
+    tumor = _tumor_spots(rng, side, label)
+    count = max(8, int(rng.integers(15, 110)) - len(tumor))
     lymphoid = rng.beta(0.7, 0.7)
     cluster = rng.uniform(_MARGIN, side - _MARGIN, 2)
     for _ in range(count):
@@ -105,12 +105,12 @@ def _nuclei(rng: np.random.Generator, side: int, label: int) -> Iterator[Nucleus
             yield spot, _oval(rng, rng.uniform(2.7, 3.8), rng.uniform(1.0, 1.2), 0.10), rng.uniform(1.0, 1.6), 0.7
         else:
             yield spot, _oval(rng, rng.uniform(3.2, 5.4), rng.uniform(1.2, 2.2), 0.16), rng.uniform(0.6, 1.1), 0.5
-    for center in tumour:
-        yield center, _tumour_nucleus(rng), rng.uniform(0.65, 1.15), 0.5
+    for center in tumor:
+        yield center, _tumor_nucleus(rng), rng.uniform(0.65, 1.15), 0.5
 
 
-def _tumour_spots(rng: np.random.Generator, side: int, label: int) -> list[tuple[float, float]]:
-    """Return centres of tumour nuclei: a nest in the centre for label 1; none, or a nest in the ring, for label 0."""
+def _tumor_spots(rng: np.random.Generator, side: int, label: int) -> list[tuple[float, float]]:
+    """Return centers of tumor nuclei: a nest in the center for label 1; none, or a nest in the ring, for label 0."""
     if label == 0 and rng.random() < 0.6:
         return []
     center = side / 2 + rng.uniform(-16, 16, 2)
@@ -118,7 +118,7 @@ def _tumour_spots(rng: np.random.Generator, side: int, label: int) -> list[tuple
         angle = rng.uniform(0, 2 * np.pi)
         center = side / 2 + 42 * np.array([np.sin(angle), np.cos(angle)])
     spots = [center, *rng.normal(center, 11, (rng.integers(0, 10), 2))]
-    outside = [max(abs(s - side / 2)) > 16 + 8 for s in spots]  # half the centre, and a nucleus
+    outside = [max(abs(s - side / 2)) > 16 + 8 for s in spots]  # half the center, and a nucleus
     kept = [s for s, out in zip(spots, outside, strict=True) if label == 1 or out]
     return [(_inside(y, side), _inside(x, side)) for y, x in kept]
 
@@ -144,7 +144,7 @@ def _oval(rng: np.random.Generator, radius: float, stretch: float, mottle: float
     return nucleus
 
 
-def _tumour_nucleus(rng: np.random.Generator) -> Field:
+def _tumor_nucleus(rng: np.random.Generator) -> Field:
     """Return a large irregular outline with a dark rim, clumped chromatin and nucleoli."""
     y, x = _grid()
     angle, distance = np.arctan2(y, x), np.hypot(y, x)

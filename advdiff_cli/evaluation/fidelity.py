@@ -1,7 +1,7 @@
 """Fidelity of images to those they were made from: PSNR, SSIM, nuclei, and changed decisions.
 
 SSIM is that of Wang et al. 2004, IEEE TIP 13(4), with a Gaussian window of 1.5 pixels. Nuclei are measured by the
-haematoxylin of dark pixels in the center, where PCam's label is decided.
+hematoxylin of dark pixels in the center, where PCam's label is decided.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.statistics import bootstrap, wilson
 
 CENTER = 32
-"""Side in pixels of the central square of a patch; PCam's label is 1 if a pixel in it is tumour."""
+"""Side in pixels of the central square of a patch; PCam's label is 1 if a pixel in it is tumor."""
 _BATCH = 64
 
 
@@ -51,7 +51,7 @@ def patch_fidelity(before: Tensor, after: Tensor) -> PatchFidelity:
 
 
 def nuclear_mass(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Return the haematoxylin (optical density) of dark nuclei in the center of two images (1, 3, H, W).
+    """Return the hematoxylin (optical density) of dark nuclei in the center of two images (1, 3, H, W).
 
     Dark means above Otsu's threshold (1979) of the first image, for both images.
     """

@@ -1,6 +1,6 @@
-"""Classifiers: modules from images in [0, 1] to logits, with the normalisation inside.
+"""Classifiers: modules from images in [0, 1] to logits, with the normalization inside.
 
-A classifier folder holds config.json (architecture and normalisation) and model.safetensors. Folders of timm, for an
+A classifier folder holds config.json (architecture and normalization) and model.safetensors. Folders of timm, for an
 architecture that torchvision has too, are read as well.
 """
 
@@ -24,7 +24,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """The architecture, normalisation and calibration of a classifier.
+    """The architecture, normalization and calibration of a classifier.
 
     Args:
         arch: A torchvision architecture, or `tiatoolbox:` and the backbone of a TIAToolbox architecture.

@@ -2,7 +2,7 @@
 
 TIAToolbox's CNNModel (tiatoolbox.models.architecture.vanilla) is a torchvision network cut before its pooling, followed
 by global average pooling and one linear layer. It returns a softmax, which is left out here. Its preprocessing for PCam
-is ToTensor: pixels in [0, 1], without normalisation.
+is ToTensor: pixels in [0, 1], without normalization.
 """
 
 import importlib

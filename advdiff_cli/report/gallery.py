@@ -28,7 +28,7 @@ OUTCOMES = {
     "held": "the attack failed, and the decision after purification is still correct",
     "wrong": "the classifier was wrong before the attack",
 }
-TRUTHS = ("no tumour in the center", "tumour in the center")
+TRUTHS = ("no tumor in the center", "tumor in the center")
 """The meaning of each label."""
 
 _BATCH = 16

@@ -29,7 +29,7 @@ class Column:
 
 
 def amplified(images: Tensor, reference: Tensor, eps: float) -> Tensor:
-    """Return the difference (B, 3, H, W): grey is no difference, eps in [0, 1] pixels is full contrast."""
+    """Return the difference (B, 3, H, W): gray is no difference, eps in [0, 1] pixels is full contrast."""
     return ((images - reference) / (2 * eps) + 0.5).clamp(0, 1)
 
 
@@ -130,7 +130,7 @@ def suite_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
         value, low, high = (100 * estimate[k] for k in ("value", "low", "high"))
         axes.barh(i, value, 0.7, color=color, alpha=0.85)
         axes.errorbar(
-            value, i, xerr=[[value - low], [high - value]], fmt="none", ecolor="grey", capsize=2, linewidth=0.9
+            value, i, xerr=[[value - low], [high - value]], fmt="none", ecolor="gray", capsize=2, linewidth=0.9
         )
         axes.text(high + 1, i, f"{value:.1f}", va="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)

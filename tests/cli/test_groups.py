@@ -18,7 +18,7 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Colour:
+class Color:
     name: str = "red"
 
 
@@ -28,16 +28,16 @@ def run():
 
     @app.command()
     @with_option_groups
-    def draw(size: Size, title: str, colour: Colour, times: int = 1) -> None:
+    def draw(size: Size, title: str, color: Color, times: int = 1) -> None:
         """Draw."""
-        print(size, title, colour, times)
+        print(size, title, color, times)
 
     return lambda *words: CliRunner().invoke(app, words)
 
 
 def test_fields_are_options(run):
     done = run("-w", "3", "--name", "blue", "a title")
-    assert done.output == "Size(width=3, height=2) a title Colour(name='blue') 1\n"
+    assert done.output == "Size(width=3, height=2) a title Color(name='blue') 1\n"
 
 
 def test_required_fields_and_limits_hold(run):

@@ -1,4 +1,4 @@
-"""The synthetic tissue: deterministic, labelled, and not told apart by colour."""
+"""The synthetic tissue: deterministic, labelled, and not told apart by color."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def test_looks_like_stained_tissue():
     assert images.max() > 0.95
 
 
-def test_mean_colour_does_not_tell_the_label():
+def test_mean_color_does_not_tell_the_label():
     source = SyntheticSource(300, 0)
     means = source.read(np.arange(300)).mean((2, 3))
     for channel in means.T:

@@ -34,7 +34,7 @@ def test_paler_nuclei_lose_their_mass_and_only_the_centre_counts(images):
         before, same = nuclear_mass(image, image)
         stains[:, 0] *= 0.5
         _, paler = nuclear_mass(image, mix(stains))
-        assert paler <= same == before  # a patch may have no nucleus in its centre
+        assert paler <= same == before  # a patch may have no nucleus in its center
         lost += before - paler
         ring = image.clone()
         ring[..., :30, :] = ring[..., -30:, :] = 1.0

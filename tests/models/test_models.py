@@ -120,7 +120,7 @@ def test_any_architecture_gives_two_logits(tmp_path, arch):
     assert back(images).shape == (2, 2)
 
 
-def test_normalisation_is_inside(classifier):
+def test_normalization_is_inside(classifier):
     model = load_classifier(classifier)
     images = torch.rand(1, 3, 96, 96)
     mean, std = torch.tensor([0.7, 0.55, 0.7]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.2]).view(3, 1, 1)

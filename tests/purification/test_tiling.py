@@ -48,7 +48,7 @@ def test_small_images_pass_whole():
 
 
 def test_no_seam_shows(monkeypatch):
-    """At the borders of windows, columns differ no more from their neighbours than elsewhere; hard cuts would show."""
+    """At the borders of windows, columns differ no more from their neighbors than elsewhere; hard cuts would show."""
     rng = np.random.default_rng(0)
     tissue = gaussian_filter(rng.standard_normal((3, 96, 640)), (0, 4, 4))
     images = torch.from_numpy(tissue / np.abs(tissue).max() * 0.5 + 0.5).float()[None]

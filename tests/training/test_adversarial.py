@@ -28,7 +28,7 @@ def batch(test_x):
 
 @pytest.fixture
 def model():
-    """A network with batch normalisation, in training mode."""
+    """A network with batch normalization, in training mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Classifier(ClassifierConfig("shufflenet_v2_x0_5", (0.7, 0.5, 0.7), (0.2, 0.2, 0.2))).train()

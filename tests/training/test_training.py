@@ -118,7 +118,7 @@ def test_published_weights_are_the_ema(rows, tmp_path):
 def test_a_model_learns_in_its_own_range(rows, tmp_path):
     """On [0, 1] data the first loss is that of images as they are, noised."""
     losses = {}
-    for name, data_range in (("centred", (-1.0, 1.0)), ("papers", (0.0, 1.0))):
+    for name, data_range in (("centered", (-1.0, 1.0)), ("papers", (0.0, 1.0))):
         model = build_ddpm("tiny", 96, 0.3, 0, data_range)
         images, _ = next(rows.batches(0, 1, 4, 0))
         rng = stream(0, "augment", 0, 0)
@@ -133,7 +133,7 @@ def test_a_model_learns_in_its_own_range(rows, tmp_path):
         (record,) = DdpmFit(model, rows, None, plan, work(tmp_path, name), CPU).run()
         losses[name] = record["loss"]
         assert record["loss"] == pytest.approx(expected, rel=1e-5)
-    assert losses["centred"] != losses["papers"]
+    assert losses["centered"] != losses["papers"]
 
 
 def test_looking_does_not_change_the_weights(rows, valid, tmp_path):
