@@ -1,5 +1,7 @@
 """Errors that a user can fix, and exit codes."""
 
+import os
+
 EXIT_ERROR = 1
 EXIT_PARTIAL = 3
 
@@ -23,3 +25,8 @@ class Stopped(BaseException):
         """Set the exit code to 128 + signum."""
         super().__init__(signum)
         self.exit_code = 128 + signum
+
+
+def is_debugging() -> bool:
+    """Return whether ADVDIFF_DEBUG=1 asks for tracebacks."""
+    return os.environ.get("ADVDIFF_DEBUG") == "1"

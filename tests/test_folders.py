@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from advdiff_cli.data.folder_writer import FolderEntry, FolderWriter, output_names
+from advdiff_cli.data.folder_journal import FolderEntry, output_name
+from advdiff_cli.data.folder_writer import FolderWriter
+from advdiff_cli.data.image_files import read_image
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.patch_writer import OutputSpec
 from advdiff_cli.errors import AdvdiffError
@@ -50,7 +52,7 @@ def test_every_file_keeps_its_name_and_size(advdiff, folder, ddpm, tmp_path):
     out = tmp_path / "out"
     result = purify(advdiff, folder, out, ddpm).json
     assert (result["purified"], result["failed"]) == (5, 0)
-    assert set(files(out)) == {"a.png", "sub dir/b é.png", "c.tif", "D.png", "c.png"}
+    assert set(files(out)) == {"a.png", "sub dir/b é.jpg.png", "c.tif", "D.BMP", "c.jpg.png"}
     with Image.open(out / "c.tif") as tif, Image.open(out / "a.png") as png:
         assert (tif.size, tif.format, png.mode) == ((70, 50), "TIFF", "RGB")
 
@@ -77,7 +79,7 @@ def test_resolution_and_profile_are_kept(advdiff, ddpm, tmp_path):
         picture.save(root / name, dpi=(300, 150), icc_profile=profile)
     picture.convert("L").save(root / "gray.png", icc_profile=profile)
     purify(advdiff, root, out, ddpm)
-    for name in ("a.png", "b.tif", "c.png"):
+    for name in ("a.png", "b.tif", "c.jpg.png"):
         with Image.open(out / name) as found:
             assert found.info["dpi"] == pytest.approx((300, 150), abs=0.1)
             assert found.info["icc_profile"] == profile
@@ -104,7 +106,7 @@ def test_a_rerun_touches_nothing_and_new_and_changed_files_are_done(advdiff, fol
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     Image.new("RGB", (96, 96), "white").save(folder / "a.png")
     Image.new("RGB", (96, 96), "pink").save(folder / "new.png")
-    (out / "D.png").unlink()
+    (out / "D.BMP").unlink()
     result = purify(advdiff, folder, out, ddpm).json
     assert (result["purified"], result["kept"]) == (3, 3)
 
@@ -142,7 +144,7 @@ def test_rows_do_not_depend_on_the_company(advdiff, folder, ddpm, tmp_path):
     purify(advdiff, folder, tmp_path / "fewer", ddpm)
     assert all(k.is_file() for k in kept)
     one, two = files(tmp_path / "all"), files(tmp_path / "fewer")
-    for name in ("a.png", "c.png", "c.tif"):
+    for name in ("a.png", "c.jpg.png", "c.tif"):
         assert one[name] == two[name]
 
 
@@ -184,18 +186,15 @@ def test_a_list_of_files(advdiff, folder, ddpm, tmp_path, monkeypatch):
     out, listed = tmp_path / "out", tmp_path / "list.txt"
     listed.write_text("a.png\nsub dir/b é.jpg\n\n./a.png\n")
     assert purify(advdiff, folder, out, ddpm, "--files-from", listed).json["purified"] == 2
-    assert set(files(out)) == {"a.png", "sub dir/b é.png"}
-    listed.write_text("c.jpg\n")
-    purify(advdiff, folder, tmp_path / "one", ddpm, "--files-from", listed)
-    (folder / "c.bmp").write_bytes((folder / "D.BMP").read_bytes())
-    purify(advdiff, folder, tmp_path / "two", ddpm, "--files-from", listed)
-    assert (set(files(tmp_path / "one")), set(files(tmp_path / "two"))) == ({"c.png"}, {"c.jpg.png"})
+    assert set(files(out)) == {"a.png", "sub dir/b é.jpg.png"}
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"a.png\n{folder}/c.tif\nno such.png\n".encode())))
     result = purify(advdiff, folder, out, ddpm, "--files-from", "-", code=3)
     assert (result.json["purified"], result.json["kept"], result.json["failed"]) == (1, 1, 1)
     assert "no such.png does not exist" in result.err
     listed.write_text("../elsewhere.png\n")
     assert "is not below" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
+    listed.write_text("notes.txt\n")
+    assert "not named as an image" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
     listed.write_text("\n")
     assert "lists no images" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
 
@@ -228,7 +227,7 @@ def test_what_would_lose_or_ignore_something_is_named(advdiff, folder, ddpm, tmp
     assert "large.png does not fit into memory" in result.err
     table = tmp_path / "labels.csv"
     table.touch()
-    assert "with options for rows" in purify(advdiff, folder, tmp_path / "o", ddpm, "--labels", table, code=1).err
+    assert "with --split or --labels" in purify(advdiff, folder, tmp_path / "o", ddpm, "--labels", table, code=1).err
 
 
 def test_a_folder_that_another_shard_is_beginning(tmp_path):
@@ -249,7 +248,7 @@ def test_strict_stops_at_the_first_that_fails(advdiff, folder, ddpm, tmp_path):
         shutil.copy(folder / "a.png", folder / f"z{k}.png")
     one = ["--strict", "--batch-size", 1]
     result = purify(advdiff, folder, tmp_path / "out", ddpm, *one, code=1)
-    assert "b.png is not an image that can be read (--strict" in result.err.splitlines()[-1]
+    assert "b.png is not a PNG, JPEG, TIFF or BMP image that can be read (--strict" in result.err.splitlines()[-1]
     assert result.out == ""
     (folder / "b.png").unlink()
     result = purify(advdiff, folder, tmp_path / "out", ddpm, *one).json
@@ -303,14 +302,14 @@ def test_links_out_of_the_output_are_not_written_through(advdiff, folder, ddpm, 
     (out / "sub dir").symlink_to(elsewhere)
     (out / "a.png").unlink()
     (out / ".a.part.png").symlink_to(precious)
-    (out / "D.png").unlink()
-    (out / "D.png").symlink_to(precious)
+    (out / "D.BMP").unlink()
+    (out / "D.BMP").symlink_to(precious)
     result = purify(advdiff, folder, out, ddpm, "--overwrite", code=3)
     assert "is a link to a place outside" in result.err
     assert result.json["failed"] == 1
     assert [p.name for p in elsewhere.iterdir()] == ["precious"]
     assert precious.read_text() == "mine"
-    assert not (out / "D.png").is_symlink()
+    assert not (out / "D.BMP").is_symlink()
 
 
 def test_globs_and_single_images(advdiff, folder, ddpm, tmp_path):
@@ -346,12 +345,176 @@ def test_half_a_line_in_the_journal_is_forgotten(advdiff, folder, ddpm, tmp_path
         assert (result["purified"], result["kept"]) == expected
 
 
-def test_stems_that_collide_keep_their_whole_name():
-    names = {"a.jpg": "a.jpg.png", "a.bmp": "a.bmp.png", "b.jpg": "b.png", "c.tif": "c.tif", "c.png": "c.png"}
-    names["d/a.jpg"] = "d/a.png"
-    assert output_names(list(names)) == names
-    chain = output_names(["a.jpg", "a.bmp", "a.jpg.png"])
-    assert len(set(chain.values())) == 3
+def test_no_two_inputs_have_one_output():
+    stems = ["a", "a.jpg", "a.jpeg", "a.png", "a.tif", "a.bmp", "d/a", "a.JPG.PNG", "a.jpg.tif"]
+    names = [
+        stem + suffix for stem in stems for suffix in (".png", ".jpg", ".jpeg", ".tif", ".bmp", ".PNG", ".jpg.png")
+    ]
+    outputs = {name: output_name(name) for name in names}
+    assert len(set(outputs.values())) == len(set(names))
+    assert outputs["a.png"] == "a.png"
+    assert outputs["a.jpg"] == "a.jpg.png"
+    assert outputs["a.jpg.png"] == "a.jpg.png.png"
+    assert outputs["d/a.bmp"] == "d/a.bmp"
+
+
+def test_an_image_added_later_changes_no_other_output(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    (folder / "a.png").rename(tmp_path / "later.png")
+    shutil.copy(folder / "c.jpg", folder / "a.jpg")
+    purify(advdiff, folder, out, ddpm)
+    before = files(out)
+    (tmp_path / "later.png").rename(folder / "a.png")
+    assert purify(advdiff, folder, out, ddpm).json["purified"] == 1
+    assert {k: v for k, v in files(out).items() if k != "a.png"} == before
+
+
+def test_an_output_name_of_an_earlier_version_is_replaced(advdiff, folder, ddpm, tmp_path):
+    """Version 0.1.0 wrote c.jpg to c.png; the output is written again under its present name."""
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    whole = files(out)
+    journal = out / "advdiff.jsonl"
+    journal.write_text(journal.read_text().replace("c.jpg.png", "c.png"))
+    (out / "c.jpg.png").rename(out / "c.png")
+    (out / "mine.png").write_bytes(b"of the user")
+    assert purify(advdiff, folder, out, ddpm).json["purified"] == 1
+    assert files(out) == whole | {"mine.png": b"of the user"}
+
+
+def test_a_file_of_the_user_is_not_replaced(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder / "a.png", out, ddpm)
+    (out / "c.tif").write_bytes(b"of the user")
+    result = purify(advdiff, folder, out, ddpm, code=3)
+    assert "c.tif exists and was not made by advdiff" in result.err
+    assert (out / "c.tif").read_bytes() == b"of the user"
+
+
+@pytest.mark.parametrize("out", ["y.png", "y.txt", "in", "."])
+def test_an_output_that_is_no_folder_of_its_own(advdiff, folder, ddpm, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    result = purify(advdiff, "in", out, ddpm, code=1)
+    assert {"in": "is the folder of the images themselves", ".": "are below --out"}.get(
+        out, "name of a file"
+    ) in result.err
+    listed = tmp_path / "in" / "list.txt"
+    listed.write_text("a.png\n")
+    if out == "in":
+        again = purify(advdiff, "in/*.png", out, ddpm, "--overwrite", "--files-from", listed, code=1)
+        assert "would replace" in again.err
+    listed.unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_few_of_a_folder(advdiff, folder, ddpm, tmp_path):
+    assert purify(advdiff, folder, tmp_path / "o", ddpm, "--limit", 2).json["files"] == 2
+    assert purify(advdiff, folder, tmp_path / "o", ddpm, "--range", "1:4").json["kept"] == 1
+    assert purify(advdiff, folder, tmp_path / "o", ddpm, "--shuffle-seed", 0).json["files"] == 5
+    assert "check --limit and --range" in purify(advdiff, folder, tmp_path / "o", ddpm, "--range", "9:", code=1).err
+
+
+def test_subfolders_that_are_not_searched_are_named(advdiff, folder, ddpm, tmp_path, monkeypatch):
+    (folder / "closed").mkdir()
+    (folder / "linked").symlink_to(tmp_path)
+    scandir = os.scandir
+
+    def refusing(place="."):
+        if os.fspath(place).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    result = purify(advdiff, folder, tmp_path / "out", ddpm, code=3)
+    assert (result.json["purified"], result.json["failed"]) == (5, 2)
+    assert "closed cannot be searched (Permission denied)" in result.err
+    assert "linked is a symbolic link to a folder" in result.err
+    listed = advdiff("info", folder, code=1)
+    assert "closed cannot be searched" in listed.err or "linked is a symbolic link" in listed.err
+
+
+def test_hidden_files_are_no_patches(advdiff, folder, ddpm, tmp_path):
+    (folder / ".cache").mkdir()
+    shutil.copy(folder / "a.png", folder / ".cache" / "a.png")
+    shutil.copy(folder / "a.png", folder / ".p4.0of2.part.png")
+    assert purify(advdiff, folder, tmp_path / "out", ddpm).json["files"] == 5
+
+
+def test_what_a_killed_process_left_is_swept(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    whole = files(out)
+    left = [
+        ".a.0of2.part.png",
+        ".c.part.tif",
+        ".advdiff.0of2.0123456789abcdef.part.png",
+        "sub dir/.advdiff.0123456789abcdef.part.png",
+    ]
+    for name in [*left, ".mine.part.png"]:
+        (out / name).write_bytes(b"half")
+    purify(advdiff, folder, out, ddpm)
+    assert files(out) == whole | {".mine.part.png": b"half"}
+
+
+def test_a_damaged_output_is_made_again(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    whole = files(out)
+    (out / "a.png").write_bytes(b"")
+    (out / "c.tif").write_bytes(whole["c.tif"][:100])
+    assert purify(advdiff, folder, out, ddpm).json["purified"] == 2
+    assert files(out) == whole
+
+
+def test_a_damaged_journal_line_is_told(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    journal = out / "advdiff.jsonl"
+    lines = journal.read_text().splitlines()
+    lines[-1], lines[-2] = '{"file": 7}', "[" * 5000
+    journal.write_text("\n".join(lines) + "\n")
+    result = purify(advdiff, folder, out, ddpm)
+    assert "2 lines of the journal are damaged" in result.err
+    assert (result.json["purified"], result.json["kept"]) == (2, 3)
+
+
+def test_one_odd_file_does_not_stop_a_folder(advdiff, folder, ddpm, tmp_path):
+    picture = Image.new("RGB", (96, 64), "pink")
+    for name, kind in (("ascii", b"\x02\x00"), ("undefined", b"\x07\x00"), ("nine", b"\x03\x00")):
+        exif = Image.Exif()
+        exif[0x0112] = 9
+        raw = exif.tobytes()
+        at = raw.index(b"\x12\x01\x03\x00") if raw[6:8] == b"II" else raw.index(b"\x01\x12\x00\x03")
+        kind = kind if raw[6:8] == b"II" else kind[::-1]
+        picture.save(folder / f"{name}.jpg", exif=raw[: at + 2] + kind + raw[at + 4 :])
+    (folder / ("n" * 247 + ".png")).write_bytes((folder / "a.png").read_bytes())
+    (folder / ("n" * 249 + ".jpg")).write_bytes((folder / "c.jpg").read_bytes())
+    result = purify(advdiff, folder, tmp_path / "out", ddpm, code=3)
+    assert (result.json["purified"], result.json["failed"]) == (9, 1)
+    assert "too long a name" in result.err
+    for name in ("ascii", "undefined", "nine"):
+        with Image.open(tmp_path / "out" / f"{name}.jpg.png") as found:
+            assert found.size == (96, 64)
+
+
+def test_an_opaque_alpha_channel_is_rgb(advdiff, ddpm, tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8))
+    rgb.save(root / "rgb.png")
+    rgb.convert("RGBA").save(root / "rgba.png")
+    noise = ["purify", root, "--defense", "noise", "-o", tmp_path / "rows.h5", "--json"]
+    assert advdiff(*noise).json["patches"] == 2
+    assert np.array_equal(*(read_image(root / name) for name in ("rgb.png", "rgba.png")))
+
+
+def test_only_four_decoders_open_a_file(advdiff, folder, ddpm, tmp_path):
+    (folder / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 96\nshowpage\n")
+    Image.new("RGB", (96, 96)).save(folder / "picture.png", format="GIF")
+    result = purify(advdiff, folder, tmp_path / "out", ddpm, code=3)
+    assert result.json["failed"] == 2
+    assert "script.png is not a PNG, JPEG, TIFF or BMP image" in result.err
 
 
 def test_large_images_are_read_computed_and_written_one_at_a_time(advdiff, ddpm, tmp_path, monkeypatch):
@@ -399,7 +562,7 @@ def test_a_large_image_waits_for_the_batches_before_it(advdiff, ddpm, tmp_path, 
     assert all(most)
 
 
-def test_a_file_with_spoilt_exif_is_named_and_the_others_go_on(advdiff, tmp_path, ddpm):
+def test_a_picture_with_spoilt_exif_is_read_upright(advdiff, tmp_path, ddpm):
     root = tmp_path / "in"
     root.mkdir()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
@@ -410,6 +573,5 @@ def test_a_file_with_spoilt_exif_is_named_and_the_others_go_on(advdiff, tmp_path
     whole = (root / "bad.jpg").read_bytes()
     head = whole.index(b"Exif\0\0") + 6
     (root / "bad.jpg").write_bytes(whole[:head] + bytes(8) + whole[head + 8 :])  # the TIFF header of the metadata
-    done = purify(advdiff, root, tmp_path / "out", ddpm, code=3)
-    assert "bad.jpg cannot be decoded" in done.err
-    assert set(files(tmp_path / "out")) == {"good.png"}
+    purify(advdiff, root, tmp_path / "out", ddpm)
+    assert set(files(tmp_path / "out")) == {"good.png", "bad.jpg.png"}

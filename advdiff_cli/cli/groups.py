@@ -21,7 +21,7 @@ from advdiff_cli.errors import AdvdiffError
 if TYPE_CHECKING:
     import torch
 
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patches import PatchSet, Selection
     from advdiff_cli.models.device import Precision
     from advdiff_cli.purification.defense import Defense, DefenseKind, DefenseRequest, EvaluatedModel
 
@@ -91,11 +91,16 @@ class RowOptions:
         Raises:
             AdvdiffError: There is no such set, or no such row.
         """
-        from advdiff_cli.data.patches import Selection, open_patches
+        from advdiff_cli.data.patches import open_patches
 
-        bounds = None if self.rows is None else self.rows.bounds
-        selection = Selection(self.limit, bounds, self.shuffle_seed)
-        return open_patches(data, split=self.split, labels=self.labels, selection=selection)
+        return open_patches(data, split=self.split, labels=self.labels, selection=self.selection)
+
+    @property
+    def selection(self) -> Selection:
+        """The selected rows."""
+        from advdiff_cli.data.patches import Selection
+
+        return Selection(self.limit, None if self.rows is None else self.rows.bounds, self.shuffle_seed)
 
     def sample(self, limit: int | None = None) -> RowOptions:
         """Return the rows of a shuffled sample, of at most `limit`, unless --range names rows."""
@@ -103,11 +108,6 @@ class RowOptions:
             return self
         seed = 0 if self.shuffle_seed is None else self.shuffle_seed
         return replace(self, limit=limit if self.limit is None else self.limit, shuffle_seed=seed)
-
-    @property
-    def are_default(self) -> bool:
-        """Whether no option was given."""
-        return self == RowOptions()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ def info(
 
     Example: advdiff info purified.safetensors
     """
-    from advdiff_cli.data.folder_writer import JOURNAL
+    from advdiff_cli.data.folder_journal import JOURNAL
     from advdiff_cli.data.provenance import parse_provenance
     from advdiff_cli.models import registry
     from advdiff_cli.models.fingerprint import folder_fingerprint

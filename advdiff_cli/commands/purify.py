@@ -4,7 +4,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,9 +27,16 @@ if TYPE_CHECKING:
 
     from advdiff_cli.data.distributed import ProcessGroup
     from advdiff_cli.data.folder_writer import FolderWriter
+    from advdiff_cli.data.image_folder import FoundImages
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.jobs.purify_rows import PurifyJob
+
+_FILE_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".svs"),
+    *(".txt", ".csv", ".json", ".jsonl", ".npy", ".npz", ".pt", ".pth", ".zip", ".tar", ".gz"),
+}
+"""Suffixes that are those of files, not of a folder for images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +61,14 @@ def purify(
 ) -> None:
     """Purify patches: a file to a .safetensors or .h5 file, a folder or glob of images to a folder of the same names.
 
-    Run again, the command resumes; in a folder it purifies new, changed and failed files only, and exits with 3 if any
-    file fails. Shards of a folder share the folder, and shards of a file are joined by merge.
+    PNG, TIFF and BMP images keep their names; a.jpg becomes a.jpg.png. Run again, the command resumes; in a folder it
+    purifies new, changed and failed files only, and exits with 3 if any file fails. Shards of a folder share the
+    folder, and shards of a file are joined by merge.
 
     Example: advdiff purify patches/ -o purified/
     """
     from advdiff_cli.data.distributed import process_group
-    from advdiff_cli.data.folder_writer import folder_resume_params
+    from advdiff_cli.data.folder_journal import folder_resume_params
     from advdiff_cli.data.patch_writer import resume_params
     from advdiff_cli.data.patches import PATCH_FILES
 
@@ -68,11 +76,8 @@ def purify(
     to_file = out.suffix in PATCH_FILES
     if to_file and folder != FolderOptions():
         raise AdvdiffError(f"--out {out}: --files-from and --strict need a folder of images and a folder as --out")
-    if not to_file and not (rows.are_default and Path(data).suffix.lower() not in PATCH_FILES):
-        raise AdvdiffError(
-            f"--out {out}: for a patch set, or with options for rows, give a .safetensors or .h5 file as --out; "
-            "a whole folder of images goes to a folder"
-        )
+    if not to_file:
+        _check_folder(data, out, rows)
     compute.refuse_auto_for_parts()
     device = compute.resolve_device()
     resume: Mapping[str, object] = {}
@@ -84,7 +89,8 @@ def purify(
         if patches is not None:
             result = _purify_rows(job, patches, compute, output, group)
         else:
-            result = _purify_folder(job, _find_images(data, out, folder, group), folder, compute, output, group)
+            images = _find_images(data, out, folder, rows, group)
+            result = _purify_folder(job, images, folder, compute, output, group)
     counts = ", ".join(f"{v} {k}" for k, v in result.items() if isinstance(v, int))
     output.emit(result, f"{out}: {result['status']}, {counts}", out)
     if result.get("failed"):
@@ -135,35 +141,53 @@ def _purify_rows(
     return {"out": str(output.out), "status": status, "patches": count}
 
 
-@dataclass(frozen=True)
-class FoundImages:
-    """Images to purify: the folder that names are relative to, the files, and the output name of each name."""
+def _check_folder(data: str, out: Path, rows: RowOptions) -> None:
+    """Check that images can go from `data` to a folder `out`.
 
-    root: Path
-    files: list[Path]
-    names: dict[str, str]
-
-
-def _find_images(data: str, out: Path, folder: FolderOptions, group: "ProcessGroup") -> FoundImages:
-    """Return the images to purify, without those in the output folder.
-
-    Output names depend on all images of the folder, not only on the listed ones.
+    Raises:
+        AdvdiffError: The input is not a folder of images, or the output is not a folder, or the input itself.
     """
-    from advdiff_cli.data.folder_writer import output_names
-    from advdiff_cli.data.image_folder import list_images, named_images
+    from advdiff_cli.data.patches import PATCH_FILES
 
+    if Path(data).suffix.lower() in PATCH_FILES or rows.split is not None or rows.labels is not None:
+        raise AdvdiffError(
+            f"--out {out}: for a patch set, or with --split or --labels, give a .safetensors or .h5 file as --out; "
+            "a folder of images goes to a folder"
+        )
     if not Path(data).exists() and not any(c in data for c in "*?["):
         raise AdvdiffError(f"no such file or folder: {data}")
-    root, found = list_images(data)
+    if out.suffix.lower() in _FILE_SUFFIXES and not out.is_dir():
+        raise AdvdiffError(f"--out {out} is the name of a file; images go to a folder, so give the name of one")
+    if Path(data).is_dir() and out.exists() and out.samefile(data):
+        raise AdvdiffError(f"--out {out} is the folder of the images themselves; give another folder")
+
+
+def _find_images(data: str, out: Path, folder: FolderOptions, rows: RowOptions, group: "ProcessGroup") -> "FoundImages":
+    """Return the images to purify, without those in the output folder.
+
+    Raises:
+        AdvdiffError: There are none, or an output would replace its input.
+    """
+    from advdiff_cli.data.folder_journal import output_name
+    from advdiff_cli.data.image_folder import find_images, named_images
+
+    found = find_images(data)
     own = os.path.realpath(out) + os.sep
-    files = found = [f for f in found if not os.path.realpath(f).startswith(own)]
+    files = [f for f in found.files if not os.path.realpath(f).startswith(own)]
     if folder.files_from is not None:
-        files = named_images(root, _listed_names(folder.files_from, group))
-    if not files:
+        files = named_images(found.root, _listed_names(folder.files_from, group))
+    if not files and not found.unread:
+        if found.files and folder.files_from is None:
+            raise AdvdiffError(f"all images in {data} are below --out {out}; give another --out")
         problem = f"no images in {data}" if folder.files_from is None else f"{folder.files_from} lists no images"
         raise AdvdiffError(problem)
-    names = output_names(sorted({f.relative_to(root).as_posix() for f in [*found, *files]}))
-    return FoundImages(root, files, names)
+    for file in files:
+        if os.path.realpath(file) == own + output_name(found.name(file)):
+            raise AdvdiffError(f"--out {out}: the result would replace {file}; give another --out")
+    selected = rows.selection.rows(len(files))
+    if files and not len(selected):
+        raise AdvdiffError(f"no images selected among {len(files)} in {data}; check --limit and --range")
+    return replace(found, files=[files[i] for i in selected])
 
 
 def _listed_names(files_from: str, group: "ProcessGroup") -> list[str]:
@@ -175,7 +199,7 @@ def _listed_names(files_from: str, group: "ProcessGroup") -> list[str]:
 
 def _purify_folder(
     job: "PurifyJob",
-    images: FoundImages,
+    images: "FoundImages",
     folder: FolderOptions,
     compute: ShardedComputeOptions,
     output: PlannedOutputOptions,
@@ -190,7 +214,9 @@ def _purify_folder(
         if shard is not None:
             raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
         shard = (group.rank, group.size)
-    files = images.files if shard is None else images.files[shard[0] :: shard[1]]
+    part, parts = shard or (0, 1)
+    files = images.files[part::parts]
+    unread = images.unread if part == 0 else {}
     if output.dry_run:
         return {"out": str(out), "status": "would purify", "files": group.sum([len(files)])[0]}
     spec = OutputSpec(out, job.recipe(), job.device.type, output.overwrite)
@@ -200,8 +226,15 @@ def _purify_folder(
         group.wait()
         spec = OutputSpec(out, job.recipe(), job.device.type)
     with FolderWriter(spec, shard) as writer:
-        counts = _purify_files(job, images, files, writer, strict=folder.strict, quiet=output.quiet)
-    ok, kept, failed, total = group.sum([*(counts[k] for k in ("ok", "kept", "failed")), len(files)])
+        if writer.damaged_lines:
+            console.warn(f"{out}: {writer.damaged_lines} lines of the journal are damaged; their files are done again")
+        for name, reason in unread.items():
+            writer.record_failure(name, None, reason)
+            console.warn(reason)
+        counts = _purify_files(job, images.root, files, writer, strict=folder.strict, quiet=output.quiet)
+    counts["failed"] += len(unread)
+    total = len(files) + len(unread)
+    ok, kept, failed, total = group.sum([*(counts[k] for k in ("ok", "kept", "failed")), total])
     if group.is_main and group.size > 1:
         FolderWriter(OutputSpec(out, job.recipe(), job.device.type)).close()  # merges the journals
     status = "up to date" if kept == total else "done"
@@ -209,14 +242,14 @@ def _purify_folder(
 
 
 def _purify_files(
-    job: "PurifyJob", images: FoundImages, files: list[Path], writer: "FolderWriter", *, strict: bool, quiet: bool
+    job: "PurifyJob", root: Path, files: list[Path], writer: "FolderWriter", *, strict: bool, quiet: bool
 ) -> Counter[str]:
     """Purify files and return how many have which outcome."""
     from advdiff_cli.jobs.purify_folder import FolderPurifier
 
     counts: Counter[str] = Counter()
     with console.progress(len(files), "purify", quiet=quiet) as advance:
-        for outcome in FolderPurifier(job, images.root, images.names, writer).run(files):
+        for outcome in FolderPurifier(job, root, writer).run(files):
             counts[outcome.status] += 1
             if outcome.status == "failed" and strict:
                 raise AdvdiffError(f"{outcome.reason} (--strict: files that were not written yet are left out)")

@@ -26,14 +26,25 @@ def reserve(file: int, size: int) -> None:
         os.ftruncate(file, size)
 
 
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; it replaces `path` when the block ends without an exception."""
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+    temporary = path.with_name(f".advdiff.{secrets.token_hex(8)}.part{path.suffix}")
     try:
         yield temporary
         set_default_mode(temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,93 +1,40 @@
-"""Write folders: a lossless 8-bit file for each input, each by atomic rename, and the journal OUT/advdiff.jsonl.
+"""Write folders: a lossless 8-bit file for each input, each by atomic rename, and the journal of `folder_journal`."""
 
-The first line of the journal holds the recipe. Every further line is about one file: input, hash, output, status and
-reason. The last line about a file counts. Each shard of a folder keeps its own journal, advdiff.IofN.jsonl, so that
-machines with a shared disk never write to the same file. The next process that is not a shard merges them.
-"""
-
-import json
+import errno
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
 from threading import Lock
+from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from advdiff_cli.data.atomic_files import sync
+from advdiff_cli.data.folder_journal import (
+    FolderEntry,
+    JournalLine,
+    is_current,
+    is_purified_folder,
+    journals,
+    parse_lines,
+)
 from advdiff_cli.data.image_files import Metadata, write_image
 from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.patch_writer import OutputSpec
-from advdiff_cli.data.provenance import (
-    JsonObject,
-    Provenance,
-    canonical_json,
-    parse_provenance,
-    provenance,
-)
+from advdiff_cli.data.provenance import Provenance, canonical_json, parse_provenance, provenance
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
 
-JOURNAL = "advdiff.jsonl"
-_LOSSLESS = (".tif", ".tiff")  # kept; every other format becomes png
-
-
-@dataclass(frozen=True)
-class FolderEntry:
-    """An input of a folder: its relative name, its SHA-256, and the relative name of its output."""
-
-    file: str
-    sha256: str
-    out: str
-
-
-def output_names(files: Sequence[str]) -> dict[str, str]:
-    """Return the output name of each relative input name; inputs whose outputs collide get the full name plus .png."""
-
-    def first_choice(name: str) -> str:
-        path = Path(name)
-        return name if path.suffix.lower() in _LOSSLESS else path.with_suffix(".png").as_posix()
-
-    names = {f: first_choice(f) for f in files}
-    while True:
-        times = Counter(names.values())
-        collisions = [f for f in files if times[names[f]] > 1 and names[f] != f"{f}.png"]
-        if not collisions:
-            return names
-        names |= {f: f"{f}.png" for f in collisions}
-
-
-def folder_resume_params(out: Path) -> Mapping[str, object]:
-    """Return the parameters that the files in `out` were made with; empty if there is no journal."""
-    for journal in _journals(out):
-        if lines := complete_lines(journal):
-            parameters: Mapping[str, object] = parse_provenance(lines[0], journal)["recipe"]["parameters"]
-            return parameters
-    return {}
-
-
-def _line(record: Mapping[str, object]) -> str:
-    """Return a journal line, in ASCII, since file names may hold line separators or invalid UTF-8."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":")) + "\n"
-
-
-def _journals(out: Path) -> list[Path]:
-    """Return the journals of a folder, its own before those of shards."""
-    return [out / JOURNAL] * (out / JOURNAL).is_file() + sorted(out.glob("advdiff.*of*.jsonl"))
-
-
-def _may_write(out: Path) -> bool:
-    """Return whether a folder is empty or was begun by a FolderWriter."""
-    if not out.is_dir():
-        return False
-    names = [f.name for f in out.iterdir()]  # one listing, since another process may add the first file
-    empty = all(f.endswith(".lock") or fnmatch(f, "advdiff.*new") for f in names)
-    return empty or any(f == JOURNAL or fnmatch(f, "advdiff.*of*.jsonl") for f in names)
+_COMMIT_SECONDS, _COMMIT_FILES = 1.0, 64  # written files that get their final names together
+_TEMPORARY = re.compile(r"\.advdiff\.(\d+of\d+\.)?[0-9a-f]{16}\.part\.\w+")
+_TEMPORARY_0_1_0 = re.compile(r"\.(?P<stem>.+?)\.(\d+of\d+\.)?part(?P<suffix>\.(png|tiff?))", re.IGNORECASE)
 
 
 class FolderWriter:
@@ -103,9 +50,14 @@ class FolderWriter:
         self.out = out = output.path
         self._tag = "" if shard is None else f"{shard[0]}of{shard[1]}."
         self._journal = out / f"advdiff.{self._tag}jsonl"
-        self._lines: dict[str, JsonObject] = {}
-        self._journal_lock = Lock()  # many threads write images, one at a time writes lines
-        if out.exists() and not output.overwrite and not _may_write(out):
+        self._lines: dict[str, JournalLine] = {}
+        self._written: dict[str, set[str]] = {}  # the outputs that this folder ever had, by input
+        self._pending: list[tuple[Path, Path, JournalLine]] = []
+        self._committed = time.monotonic()
+        self._lock_of_lines = Lock()  # many threads write images, one at a time writes lines
+        self._overwrite = output.overwrite
+        self.damaged_lines = 0
+        if out.exists() and not output.overwrite and not is_purified_folder(out):
             raise AdvdiffError(f"{out} exists and was not made by advdiff purify; give an empty or new folder as --out")
         out.mkdir(parents=True, exist_ok=True)
         self._lock = OutputLock(self._journal)
@@ -119,20 +71,29 @@ class FolderWriter:
         """Return the writer."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Release the journal."""
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give written files their final names, and close the journal."""
+        try:
+            with self._lock_of_lines:
+                self._commit()
+            if kind is None and not self._tag:
+                self._sweep()
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
-        """Release the journal."""
-        self._lock.release()
+        """Close the journal."""
+        self.__exit__(None, None, None)
 
     def _open(self, output: OutputSpec, *, whole: bool) -> None:
-        for journal in _journals(self.out):
+        for journal in journals(self.out):
             self._read_or_remove(journal, output, whole=whole)
         if not self._journal.exists():
             fresh = self._journal.with_suffix(".new")  # other processes must see a complete first line
             fresh.write_text(canonical_json(provenance(output.recipe, device=output.device)) + "\n")
+            sync(fresh)
             os.replace(fresh, self._journal)
         drop_incomplete_line(self._journal)
         if whole:
@@ -142,19 +103,24 @@ class FolderWriter:
         """Take over the lines of a journal of the same recipe; remove one that may be replaced."""
         if journal.is_symlink():
             raise AdvdiffError(f"{journal} is a symbolic link, which advdiff does not write through; remove it")
-        head, *lines = (complete_lines(journal) if journal.exists() else []) or [""]
+        head, *texts = (complete_lines(journal) if journal.exists() else []) or [""]
         have: Provenance | None = parse_provenance(head, journal)["recipe"] if head else None
         same = matches_recipe(self.out, have, output.recipe, overwrite=output.overwrite)
+        lines = list(parse_lines(texts))
+        for line in filter(None, lines):
+            if line.out is not None:
+                self._written.setdefault(line.file, set()).add(line.out)
         if not same or (output.overwrite and (whole or journal == self._journal)):
             self._remove(journal)
         elif not output.overwrite:
-            self._take_over({line["file"]: line for line in map(json.loads, lines)})
+            self.damaged_lines += lines.count(None)
+            self._take_over({line.file: line for line in lines if line is not None})
 
-    def _take_over(self, lines: Mapping[str, JsonObject]) -> None:
+    def _take_over(self, lines: Mapping[str, JournalLine]) -> None:
         for file, line in lines.items():
             known = self._lines.get(file, line)
-            agree = known["sha256"] == line["sha256"]  # the order of lines in two journals is not known
-            self._lines[file] = line if agree else {**line, "status": "unsure"}
+            agree = known.sha256 == line.sha256  # the order of lines in two journals is not known
+            self._lines[file] = line if agree else JournalLine(file, "unsure", line.sha256, line.out)
 
     def _remove(self, journal: Path) -> None:
         if journal == self._journal:
@@ -165,39 +131,123 @@ class FolderWriter:
 
     def _merge_shards(self) -> None:
         """Append the lines of finished shards to the journal."""
-        for journal in _journals(self.out)[1:]:
+        for journal in journals(self.out)[1:]:
             with suppress(AdvdiffError), OutputLock(journal):  # a running shard keeps its own journal
-                files = {json.loads(line)["file"]: None for line in complete_lines(journal)[1:]}
-                with self._journal.open("a") as file:
-                    file.write("".join(_line(self._lines[name]) for name in files if name in self._lines))
+                lines = parse_lines(complete_lines(journal)[1:])
+                files = {line.file: None for line in lines if line is not None}
+                self._append(self._lines[name] for name in files if name in self._lines)
                 journal.unlink()
 
     def is_done(self, entry: FolderEntry) -> bool:
-        """Return whether this content was purified to this name and the output still exists."""
-        line = self._lines.get(entry.file, {})
-        settled = (line.get("status"), line.get("sha256"), line.get("out")) == ("ok", entry.sha256, entry.out)
-        return settled and (self.out / entry.out).is_file()
+        """Return whether this content was purified to this name and the whole output is still there."""
+        line = self._lines.get(entry.file)
+        return line is not None and (line.sha256, line.out) == (entry.sha256, entry.out) and is_current(self.out, line)
 
     def write(self, entry: FolderEntry, image: NDArray[np.uint8], metadata: Metadata | None = None) -> None:
-        """Write the output of an input, with the metadata of its file, and record it in the journal."""
-        target = self.out / entry.out
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.parent.resolve().is_relative_to(self.out.resolve()):
-            raise AdvdiffError(f"{target.parent} is a link to a place outside {self.out}; remove it")
-        fresh = target.with_name(f".{target.stem}.{self._tag}part{target.suffix}")
+        """Write the output of an input, with the metadata of its file; it soon gets its name and its journal line.
+
+        Raises:
+            AdvdiffError: The name cannot be written, or belongs to a file that advdiff did not make.
+            OSError: The disk is full, or fails.
+        """
+        target = self._target(entry)
+        name = blake2b(os.fsencode(target.name), digest_size=8).hexdigest()
+        fresh = target.with_name(f".advdiff.{self._tag}{name}.part{target.suffix}")
         fresh.unlink(missing_ok=True)  # left by a killed process, or a link put in its place
         try:
             write_image(fresh, image, metadata)
-            os.replace(fresh, target)
-        finally:
+            sync(fresh)
+            line = JournalLine(entry.file, "ok", entry.sha256, entry.out, fresh.stat().st_size)
+        except BaseException:
             fresh.unlink(missing_ok=True)
-        self._record({"file": entry.file, "sha256": entry.sha256, "out": entry.out, "status": "ok"})
+            raise
+        with self._lock_of_lines:
+            self._pending.append((fresh, target, line))
+            if len(self._pending) >= _COMMIT_FILES or time.monotonic() - self._committed > _COMMIT_SECONDS:
+                self._commit()
+
+    def _target(self, entry: FolderEntry) -> Path:
+        target = self.out / entry.out
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            exists = target.is_file() and not target.is_symlink()
+        except FileExistsError:
+            raise AdvdiffError(f"{target.parent} is a file, and a folder is needed there; move it") from None
+        except OSError as e:
+            if e.errno != errno.ENAMETOOLONG:
+                raise
+            raise AdvdiffError(f"{target} is too long a name for this disk; shorten the name of the input") from None
+        if not target.parent.resolve().is_relative_to(self.out.resolve()):
+            raise AdvdiffError(f"{target.parent} is a link to a place outside {self.out}; remove it")
+        if target.is_dir():
+            raise AdvdiffError(f"{target} is a folder, and an image is to be written there; move it")
+        if exists and not self._overwrite and not any(entry.out in outs for outs in self._written.values()):
+            raise AdvdiffError(f"{target} exists and was not made by advdiff; move it, or give --overwrite")
+        return target
+
+    def _commit(self) -> None:
+        """Give the written files their final names. The journal tells before and after, so that a crash is seen."""
+        if self._pending:
+            self._append(JournalLine(line.file, "writing", line.sha256, line.out) for _, _, line in self._pending)
+            sync(self._journal)
+            for fresh, target, line in self._pending:
+                os.replace(fresh, target)
+                self._written.setdefault(line.file, set()).add(str(line.out))
+            for folder in {target.parent for _, target, _ in self._pending}:
+                sync(folder)
+            self._append(line for _, _, line in self._pending)
+            self._lines |= {line.file: line for _, _, line in self._pending}
+            self._pending.clear()
+        self._committed = time.monotonic()
 
     def record_failure(self, file: str, sha256: str | None, reason: str) -> None:
         """Record in the journal why an input failed."""
-        self._record({"file": file, "sha256": sha256, "status": "failed", "reason": reason})
+        line = JournalLine(file, "failed", sha256, reason=reason)
+        with self._lock_of_lines:
+            self._lines[file] = line
+            self._append([line])
 
-    def _record(self, line: JsonObject) -> None:
-        self._lines[line["file"]] = line
-        with self._journal_lock, self._journal.open("a") as journal:
-            journal.write(_line(line))
+    def _append(self, lines: Iterator[JournalLine] | list[JournalLine]) -> None:
+        with self._journal.open("a") as journal:
+            journal.write("".join(line.as_text() for line in lines))
+
+    def _sweep(self) -> None:
+        """Remove temporary files of killed processes, and outputs that an input no longer has.
+
+        Nothing is removed while a shard is at work.
+        """
+        with ExitStack() as stack:
+            try:
+                for journal in journals(self.out)[1:]:
+                    stack.enter_context(OutputLock(journal))
+            except AdvdiffError:
+                return
+            current = {line.out for line in self._lines.values() if line.out is not None}
+            current |= {out for file, outs in self._written.items() if self._failed(file) for out in outs}
+            for out in set().union(*self._written.values()) - current:
+                self._remove_output(out)
+            known = {out for outs in self._written.values() for out in outs}
+            for file in self.out.rglob(".*.part.*"):
+                if _is_temporary(file, file.parent.relative_to(self.out), known):
+                    file.unlink(missing_ok=True)
+
+    def _failed(self, file: str) -> bool:
+        return file in self._lines and self._lines[file].status != "ok"
+
+    def _remove_output(self, out: str) -> None:
+        path = PurePosixPath(out)
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or (self.out / path.parent).resolve() != (self.out.resolve() / path.parent)
+        ):
+            return
+        (self.out / path).unlink(missing_ok=True)
+
+
+def _is_temporary(file: Path, parent: Path, known: set[str]) -> bool:
+    """Return whether a file is one that a writer left; version 0.1.0 named it after the output."""
+    if _TEMPORARY.fullmatch(file.name):
+        return True
+    old = _TEMPORARY_0_1_0.fullmatch(file.name)
+    return old is not None and (parent / f"{old['stem']}{old['suffix']}").as_posix() in known

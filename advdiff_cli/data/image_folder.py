@@ -1,14 +1,15 @@
 """Folders and globs of images as patch sets."""
 
-import csv
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from advdiff_cli.data.image_files import IMAGE_SUFFIXES, image_size, read_image
+from advdiff_cli.data.label_table import read_labels
 from advdiff_cli.data.patch_source import Images, Rows
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.rng import RowKey
@@ -43,61 +44,103 @@ def open_folder(path: str, labels: Path | None = None) -> FolderSource:
     """Open a folder (searched recursively) or a glob of images, or one image.
 
     Raises:
-        AdvdiffError: There are no images, or `labels` does not name every image.
+        AdvdiffError: There are no images, a subfolder cannot be read, or `labels` does not name every image.
     """
-    root, files = list_images(path)
-    if not files:
+    found = find_images(path)
+    if found.unread:
+        raise AdvdiffError(next(iter(found.unread.values())))
+    if not found.files:
         raise AdvdiffError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}")
-    return FolderSource(Path(path), root, files, _labels(root, files, labels))
+    table = None if labels is None else read_labels(labels)
+    return FolderSource(Path(path), found.root, found.files, _labels(found, labels, table))
 
 
-def list_images(path: str) -> tuple[Path, list[Path]]:
-    """Return the folder that names are relative to, and its image files in sorted order."""
+@dataclass(frozen=True)
+class FoundImages:
+    """Image files in sorted order, and the folder that their names are relative to.
+
+    Args:
+        root: That folder.
+        files: The images. Files and folders whose name begins with a dot are left out.
+        unread: Relative name -> reason, for subfolders that were not searched.
+    """
+
+    root: Path
+    files: list[Path]
+    unread: dict[str, str] = field(default_factory=dict)
+
+    def name(self, file: Path) -> str:
+        """Return the relative name of a file."""
+        return file.relative_to(self.root).as_posix()
+
+
+def find_images(path: str) -> FoundImages:
+    """Return the images of a folder (searched recursively), or those that a glob matches, or one image.
+
+    Raises:
+        AdvdiffError: The path is a file of another kind, or a folder that cannot be read.
+    """
     place = Path(path)
     if place.is_dir():
-        found = [p for p in place.rglob("*") if _has_image_name(p)]
-        return place, sorted(found, key=lambda p: p.relative_to(place).as_posix())
+        return _search(place)
     if place.is_file():
-        if place.suffix.lower() not in IMAGE_SUFFIXES:
+        if not _has_image_name(place):
             forms = f".safetensors, .h5, or images ({', '.join(sorted(IMAGE_SUFFIXES))})"
             raise AdvdiffError(f"{place} is not a patch set; give {forms}")
-        return place.parent, [place]
-    found = [Path(p) for p in glob.glob(path, recursive=True)]
-    found = sorted(p for p in found if _has_image_name(p))
+        return FoundImages(place.parent, [place])
+    matches = [Path(p) for p in glob.glob(path, recursive=True)]
     parts = Path(path).parts
     magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    return Path(*parts[:magic]), found
+    return FoundImages(Path(*parts[:magic]), sorted(p for p in matches if _has_image_name(p) and not p.is_dir()))
+
+
+def _search(root: Path) -> FoundImages:
+    files: list[Path] = []
+    unread: dict[str, str] = {}
+
+    def name_error(e: OSError) -> None:
+        if Path(e.filename) == root:
+            raise e
+        unread[Path(e.filename).relative_to(root).as_posix()] = f"{e.filename} cannot be searched ({e.strerror})"
+
+    for folder, subfolders, names in os.walk(root, onerror=name_error):
+        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+        for link in (Path(folder, s) for s in subfolders if Path(folder, s).is_symlink()):
+            why = "is a symbolic link to a folder, which is not followed; name that folder, or move it here"
+            unread[link.relative_to(root).as_posix()] = f"{link} {why}"
+        files += [file for name in names if _has_image_name(file := Path(folder, name))]
+    return FoundImages(root, sorted(files, key=lambda p: p.relative_to(root).as_posix()), unread)
 
 
 def named_images(root: Path, names: Sequence[str]) -> list[Path]:
     """Return the files that `names` lists, relative to `root`, each once.
 
     Raises:
-        AdvdiffError: A file is not below `root`.
+        AdvdiffError: A file is not below `root`, or has no image's name.
     """
     found: dict[Path, None] = {}
     for name in filter(None, names):
         file = Path(os.path.normpath(root / name))
         if not file.is_relative_to(os.path.normpath(root)):
             raise AdvdiffError(f"{name} is not below {root}; the listed names are relative to it")
+        if not _has_image_name(file):
+            raise AdvdiffError(f"{name} is not named as an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         found[root / file.relative_to(os.path.normpath(root))] = None
     return list(found)
 
 
 def _has_image_name(path: Path) -> bool:
-    """Return whether a path has an image's suffix; one that is not a regular file fails later, by name."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+    """Return whether a name is that of an image; a file that is not regular fails later, by name."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def _labels(root: Path, files: list[Path], table: Path | None) -> Rows | None:
-    if table is None:
-        parents = [f.parent.name for f in files]
+def _labels(found: FoundImages, table: Path | None, known: Mapping[str, int] | None) -> Rows | None:
+    """Return the labels in a table, or those that parent folders called 0 and 1 give, or None."""
+    if known is None:
+        parents = [f.parent.name for f in found.files]
         return np.array([int(p) for p in parents], np.int64) if set(parents) <= {"0", "1"} else None
-    with table.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
-    known = {row[0]: row[-1].strip() for row in rows}
-    names = [f.relative_to(root).as_posix() for f in files]
+    names = [found.name(f) for f in found.files]
     for name in names:
-        if known.get(name) not in ("0", "1"):
-            raise AdvdiffError(f"{table} gives no label 0 or 1 for {name}; it needs a row file,label for every image")
-    return np.array([int(known[name]) for name in names], np.int64)
+        if name not in known:
+            raise AdvdiffError(f"{table} gives no label for {name}; it needs a row file,label for every image")
+    return np.array([known[name] for name in names], np.int64)

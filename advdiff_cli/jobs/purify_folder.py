@@ -5,7 +5,7 @@ and would fill the memory: each is read, computed and written alone.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advdiff_cli.data.folder_writer import FolderEntry, FolderWriter
+from advdiff_cli.data.folder_journal import FolderEntry, output_name
+from advdiff_cli.data.folder_writer import FolderWriter
 from advdiff_cli.data.image_files import Metadata, check_file, image_metadata, image_size, read_image
 from advdiff_cli.data.patch_source import MIN_SIZE
 from advdiff_cli.data.prefetch import prefetch
 from advdiff_cli.data.provenance import file_digest
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.errors import AdvdiffError, is_debugging
 from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map
 from advdiff_cli.jobs.purify_rows import PurifyJob
@@ -81,13 +82,11 @@ class FolderPurifier:
     Args:
         job: How.
         root: The folder that names are relative to; the relative name of a file names its noise.
-        names: Relative output name of each relative name.
         writer: Where results and the journal go.
     """
 
     job: PurifyJob
     root: Path
-    names: Mapping[str, str]
     writer: FolderWriter
 
     def run(self, files: Iterable[Path]) -> Iterator[Outcome]:
@@ -102,12 +101,12 @@ class FolderPurifier:
         try:
             check_file(file)
             sha256 = file_digest(file)
-            entry = FolderEntry(key, sha256, self.names[key])
+            entry = FolderEntry(key, sha256, output_name(key))
             if self.writer.is_done(entry):
                 return Outcome(key, "kept")
             size = image_size(file) or (0, 0)  # decoding names the problem of an unreadable file
-        except (AdvdiffError, OSError) as e:
-            return Outcome(key, "failed", str(e), sha256)
+        except Exception as e:
+            return Outcome(key, "failed", _describe(e, file), sha256)
         image = _Image(file, entry, size, {})
         return image if max(size) > MAX_UNTILED else _decode(image)
 
@@ -157,8 +156,10 @@ class FolderPurifier:
     def _write(self, image: _Image, pixels: NDArray[np.uint8]) -> Outcome:
         try:
             self.writer.write(image.entry, pixels, image.metadata)
-        except AdvdiffError as e:
-            return image.failed(str(e))
+        except OSError:  # of the disk, which the next file would meet too
+            raise
+        except Exception as e:
+            return image.failed(_describe(e, image.file))
         return Outcome(image.entry.file, "ok")
 
     def _finish(self, found: Outcome | _Purified) -> Outcome:
@@ -169,14 +170,25 @@ class FolderPurifier:
         return outcome
 
 
+def _describe(problem: Exception, file: Path) -> str:
+    """Return why a file failed, since one file does not stop the others; a bug keeps its traceback for debugging."""
+    if isinstance(problem, AdvdiffError):
+        return str(problem)
+    if is_debugging():
+        raise problem
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{file} cannot be read ({problem.strerror})"
+    return f"{file} cannot be read ({type(problem).__name__}: {problem})"
+
+
 def _decode(image: _Image) -> Outcome | _Image:
     try:
         pixels, metadata = read_image(image.file), image_metadata(image.file)
         height, width = pixels.shape[1:]
         if min(height, width) < MIN_SIZE:
             raise AdvdiffError(f"{image.file} is {height}x{width}; at least {MIN_SIZE}x{MIN_SIZE} is needed")
-    except (AdvdiffError, OSError) as e:
-        return image.failed(str(e))
+    except Exception as e:
+        return image.failed(_describe(e, image.file))
     return replace(image, size=(height, width), metadata=metadata, pixels=_round_up(pixels))
 
 
