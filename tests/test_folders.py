@@ -15,7 +15,7 @@ from advdiff_cli.data.folder_journal import FolderEntry, output_name
 from advdiff_cli.data.folder_writer import FolderWriter
 from advdiff_cli.data.image_files import read_image
 from advdiff_cli.data.locks import OutputLock
-from advdiff_cli.data.patch_writer import OutputSpec
+from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs import purify_folder
 from advdiff_cli.jobs.purify_rows import PurifyJob

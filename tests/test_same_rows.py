@@ -64,15 +64,25 @@ def test_range_order_and_shard(command, suffix, advdiff, commands, tmp_path):
     assert "up to date" in advdiff(*base, "--limit", N, "-o", tmp_path / f"merged{suffix}").err
 
 
-@pytest.mark.parametrize(
-    ("command", "precision", "bound"), [("attack", None, 1e-5), ("purify", "fp32", 1e-5), ("purify", "bf16", 0.02)]
-)
-def test_batch_size(command, precision, bound, advdiff, commands, tmp_path):
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 0.02)])
+def test_batch_size(precision, bound, advdiff, commands, tmp_path):
     """fp32 agrees to 1e-5; bf16 to 0.02 on this network (the README tells what was measured on the bundled one)."""
-    base = [*commands[command][:-2], "--limit", 6, *(["--precision", precision] if precision else [])]
+    one, four = rows_of_batch_sizes(advdiff, [*commands["purify"][:-2], "--precision", precision], tmp_path)
+    assert_same(one, four, bound)
+
+
+def test_batch_size_of_an_attack(advdiff, commands, tmp_path):
+    """The sign of a gradient that is almost zero may differ between batch sizes, so a few values take another step."""
+    one, four = rows_of_batch_sizes(advdiff, commands["attack"][:-2], tmp_path)
+    assert one.keys() == four.keys()
+    differ = [np.abs(image - four[key]) > 1e-5 for key, image in one.items()]
+    assert np.mean(differ) < 1e-3
+
+
+def rows_of_batch_sizes(advdiff, base, tmp_path):
     for size in (1, 4):
-        advdiff(*base, "--batch-size", size, "-o", tmp_path / f"{size}.h5")
-    assert_same(rows_of(tmp_path / "1.h5"), rows_of(tmp_path / "4.h5"), bound)
+        advdiff(*base, "--limit", 6, "--batch-size", size, "-o", tmp_path / f"{size}.h5")
+    return rows_of(tmp_path / "1.h5"), rows_of(tmp_path / "4.h5")
 
 
 @pytest.mark.slow

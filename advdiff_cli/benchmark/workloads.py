@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.benchmark.timing import Workload
-from advdiff_cli.data.patch_writer import OutputSpec, PatchWriter, RowRange
+from advdiff_cli.data.output_spec import OutputSpec, RowRange
+from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.datasets.synthetic import SyntheticSource

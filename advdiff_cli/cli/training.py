@@ -110,7 +110,7 @@ def train(
         fit: Trains in the work folder; in the main process, it also publishes the model.
     """
     from advdiff_cli.data.distributed import process_group
-    from advdiff_cli.data.patch_writer import OutputSpec
+    from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.training.checkpoints import WorkFolder
 
     spec = OutputSpec(output.out, made_by, device.type, output.overwrite)

@@ -126,7 +126,8 @@ def attack(
     from advdiff_cli.cli.batch_size import resolve_batch_size
     from advdiff_cli.cli.progress import follow_rows
     from advdiff_cli.data.distributed import process_group
-    from advdiff_cli.data.patch_writer import OutputSpec, check_suffix, resume_params, shard_rows
+    from advdiff_cli.data.output_spec import OutputSpec, shard_rows
+    from advdiff_cli.data.patch_writer import check_suffix, resume_params
     from advdiff_cli.jobs.attack import AttackJob
     from advdiff_cli.jobs.sharding import ShardedOutput
 

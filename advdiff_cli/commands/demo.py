@@ -115,7 +115,7 @@ class _Pipeline:
     def attack(self, clean: "PatchSet") -> "PatchSet":
         from advdiff_cli.attacks.spec import resolve
         from advdiff_cli.data.distributed import ProcessGroup
-        from advdiff_cli.data.patch_writer import OutputSpec
+        from advdiff_cli.data.output_spec import OutputSpec
         from advdiff_cli.data.patches import open_patches
         from advdiff_cli.jobs.attack import AttackJob
         from advdiff_cli.jobs.sharding import ShardedOutput
@@ -130,7 +130,7 @@ class _Pipeline:
 
     def purify(self, patches: "PatchSet", defense: "Defense", name: str) -> "PatchSet":
         from advdiff_cli.data.distributed import ProcessGroup
-        from advdiff_cli.data.patch_writer import OutputSpec
+        from advdiff_cli.data.output_spec import OutputSpec
         from advdiff_cli.data.patches import open_patches
         from advdiff_cli.jobs.purify_rows import PurifyJob, purify_rows
         from advdiff_cli.jobs.sharding import ShardedOutput

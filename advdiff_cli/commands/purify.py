@@ -126,7 +126,7 @@ def _purify_rows(
     group: "ProcessGroup",
 ) -> "JsonObject":
     from advdiff_cli.cli.progress import follow_rows
-    from advdiff_cli.data.patch_writer import OutputSpec, shard_rows
+    from advdiff_cli.data.output_spec import OutputSpec, shard_rows
     from advdiff_cli.jobs.purify_rows import purify_rows
     from advdiff_cli.jobs.sharding import ShardedOutput
 
@@ -206,7 +206,7 @@ def _purify_folder(
     group: "ProcessGroup",
 ) -> "JsonObject":
     from advdiff_cli.data.folder_writer import FolderWriter
-    from advdiff_cli.data.patch_writer import OutputSpec
+    from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.jobs.sharding import NO_SHARD_UNDER_TORCHRUN
 
     out, shard = output.out, compute.shard_pair

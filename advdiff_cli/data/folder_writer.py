@@ -27,7 +27,7 @@ from advdiff_cli.data.folder_journal import (
 from advdiff_cli.data.image_files import Metadata, write_image
 from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
-from advdiff_cli.data.patch_writer import OutputSpec
+from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.provenance import Provenance, canonical_json, parse_provenance, provenance
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError

@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from advdiff_cli.data.atomic_files import reserve
+from advdiff_cli.data.output_spec import FileLayout
 from advdiff_cli.data.patch_source import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
@@ -74,6 +75,15 @@ class Hdf5Source:
         """Return the number of rows."""
         return len(self._images)
 
+    @property
+    def layout(self) -> tuple[tuple[int, ...], str]:
+        """The shape and type of the images as stored."""
+        return tuple(self._images.shape), str(self._images.dtype)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def read(self, rows: Rows) -> Images:
         """Return the images at `rows`."""
         first, n = int(rows[0]), len(rows)
@@ -123,41 +133,56 @@ def _dataset(file: Any, path: Path, name: str) -> Any:
 class Hdf5Target:
     """An HDF5 file whose datasets are created and allocated first, and then written row by row."""
 
-    def __init__(
-        self,
-        path: Path,
-        shape: tuple[int, int, int, int],
-        dtype: str,
-        vectors: dict[str, NDArray[np.int64]],
-        provenance: Provenance,
-        *,
-        resume: bool,
-    ) -> None:
-        """Create the datasets at `path`, or reopen those of an earlier run."""
-        self._path = path
-        if resume:
-            self._file = h5py.File(path, "r+")
-            self._images = self._file["images"]
-            return
-        row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-        record = canonical_json(provenance)
+    def __init__(self, path: Path, file: Any, images: Any) -> None:
+        """Take the open file and its dataset of images."""
+        self._path, self._file, self._images = path, file, images
+
+    @classmethod
+    def create(cls, path: Path, layout: FileLayout) -> Self:
+        """Create the file."""
+        record, rows = canonical_json(layout.provenance), layout.shape[0]
         with path.open("wb") as file:  # HDF5 itself would crash on a full disk
-            reserve(
-                file.fileno(), shape[0] * row + sum(v.nbytes for v in vectors.values()) + len(record) + _OVERHEAD_BYTES
-            )
-        self._file = h5py.File(path, "w")
-        for name, vector in vectors.items():
-            self._file[name] = vector
-        self._file[KEY] = record
+            vectors = sum(v.nbytes for v in layout.vectors.values())
+            reserve(file.fileno(), rows * layout.row_bytes + vectors + len(record) + _OVERHEAD_BYTES)
+        made = h5py.File(path, "w")
+        for name, vector in layout.vectors.items():
+            made[name] = vector
+        made[KEY] = record
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        plan.set_chunk((max(1, min(shape[0], _CHUNK_BYTES // row)), *shape[1:]))
+        plan.set_chunk((max(1, min(rows, _CHUNK_BYTES // layout.row_bytes)), *layout.shape[1:]))
         plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # a killed writer then leaves a valid file
         plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
-        space = h5py.h5s.create_simple(shape)
-        self._images = h5py.Dataset(h5py.h5d.create(self._file.id, b"images", kind, space, plan))
-        self._file.flush()
-        reserve(self._file.id.get_vfd_handle(), self._file.id.get_filesize())
+        kind = h5py.h5t.py_create(np.dtype(layout.dtype), logical=True)
+        space = h5py.h5s.create_simple(layout.shape)
+        images = h5py.Dataset(h5py.h5d.create(made.id, b"images", kind, space, plan))
+        made.flush()
+        reserve(made.id.get_vfd_handle(), made.id.get_filesize())
+        return cls(path, made, images)
+
+    @classmethod
+    def reopen(cls, path: Path, layout: FileLayout) -> Self:
+        """Reopen the file of an earlier run.
+
+        Raises:
+            AdvdiffError: It is damaged, or has another layout.
+        """
+        source = Hdf5Source(path)
+        same = source.provenance == layout.provenance and source.layout == (layout.shape, layout.dtype)
+        same &= np.array_equal(source.index, layout.vectors["index"])
+        same &= (source.labels is None) == ("labels" not in layout.vectors)
+        same &= source.labels is None or np.array_equal(source.labels, layout.vectors["labels"])
+        source.close()
+        if not same:
+            raise AdvdiffError(f"{path} is not the unfinished work that its journal tells of")
+        with _name_read_errors(path):
+            file = h5py.File(path, "r+")
+            return cls(path, file, file["images"])
+
+    def read(self, start: int, stop: int) -> Images:
+        """Return rows start to stop - 1."""
+        with _name_read_errors(self._path):
+            rows: Images = self._images[start:stop]
+            return rows
 
     def write(self, start: int, images: Images) -> None:
         """Write `images` as rows start, start + 1, ..."""

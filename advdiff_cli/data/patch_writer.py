@@ -1,25 +1,38 @@
 """Write patch sets: rows into OUT.part, finished rows into a journal, and OUT by atomic rename."""
 
-import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 
+from advdiff_cli.data.atomic_files import sync
 from advdiff_cli.data.hdf5_file import Hdf5Target
-from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
+from advdiff_cli.data.journal import drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
-from advdiff_cli.data.patch_source import Images, Rows
+from advdiff_cli.data.output_spec import Batch, FileLayout, OutputSpec, RowRange
+from advdiff_cli.data.patch_source import Images
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import Provenance, canonical_json, provenance, same_recipe
+from advdiff_cli.data.provenance import Provenance, provenance, same_recipe
 from advdiff_cli.data.resume import matches_recipe
+from advdiff_cli.data.row_journal import (
+    FinishedRows,
+    append_rows,
+    begin_journal,
+    checksum,
+    finished_rows,
+    unfinished,
+    work_files,
+)
 from advdiff_cli.data.safetensors_file import SafetensorsTarget
 from advdiff_cli.errors import AdvdiffError
+
+_log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 1.0
 _TARGETS: dict[str, type[SafetensorsTarget] | type[Hdf5Target]] = {
@@ -31,60 +44,9 @@ _TARGETS: dict[str, type[SafetensorsTarget] | type[Hdf5Target]] = {
 
 class _Target(Protocol):
     def write(self, start: int, images: Images) -> None: ...
+    def read(self, start: int, stop: int) -> Images: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class OutputSpec:
-    """An output to be made.
-
-    Args:
-        path: Where it goes.
-        recipe: What makes it.
-        device: The kind of device that computes it; recorded, not compared.
-        overwrite: Whether another result, or the unfinished work of another recipe, may be replaced.
-    """
-
-    path: Path
-    recipe: Provenance
-    device: str = "cpu"
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows computed together. The last batch repeats its last row to the full size; its first `count` rows are kept."""
-
-    start: int
-    rows: Rows
-    count: int
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """Rows start to stop - 1 of the `total` rows of a recipe."""
-
-    start: int
-    stop: int
-    total: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-def shard_rows(n: int, batch_size: int, shard: tuple[int, int] | None) -> RowRange:
-    """Return the rows of shard (i, count): whole batches, so that each row is computed as in a single run.
-
-    Raises:
-        AdvdiffError: There are fewer batches than shards, and this shard is empty.
-    """
-    i, count = shard or (0, 1)
-    batches = -(-n // batch_size)
-    start, stop = (batches * k // count * batch_size for k in (i, i + 1))
-    if start >= n or start == stop:
-        raise AdvdiffError(f"--shard {i}/{count} is empty: {n} patches make only {batches} batches of {batch_size}")
-    return RowRange(start, min(stop, n), n)
 
 
 def resume_params(out: Path) -> Mapping[str, object]:
@@ -92,7 +54,7 @@ def resume_params(out: Path) -> Mapping[str, object]:
 
     A command takes its batch size and precision from them, so that it resumes work begun on another machine.
     """
-    record = _unfinished(out) or (recorded(out) if out.is_file() else None)
+    record = unfinished(out) or (recorded(out) if out.is_file() else None)
     parameters: Mapping[str, object] = (record or {}).get("recipe", {}).get("parameters", {})
     return parameters
 
@@ -148,7 +110,7 @@ class PatchWriter:
         out = output.path
         check_suffix(out)
         self.out, self.rows = out, rows
-        self._work, self._journal = _work_files(out)
+        self._work, self._journal = work_files(out)
         own = [source.provenance] if source.provenance else []
         self._record = provenance(
             output.recipe,
@@ -160,40 +122,25 @@ class PatchWriter:
             self._record["part"] = [rows.start, rows.stop, rows.total]
         self.finished = np.zeros(len(rows), bool)
         self._target: _Target | None = None
+        self._resumed = False
         self.up_to_date = self._is_up_to_date(output.overwrite)
         if self.up_to_date:
+            if not self._work.exists() and not self._journal.is_symlink():
+                self._journal.unlink(missing_ok=True)  # of a process that was killed right after the rename
             return
         self._lock = OutputLock(out)
         try:
             self.up_to_date = self._is_up_to_date(output.overwrite)  # another process may just have finished
             if not self.up_to_date:
-                self._open(source, dtype, output.overwrite)
+                self._open(self._layout(source, dtype), output.overwrite)
         finally:
             if self._target is None:
                 self._lock.release()
 
-    def _open(self, source: PatchSet, dtype: str, overwrite: bool) -> None:
-        """Open OUT.part and its journal, new or left by an earlier run."""
-        if link := next((f for f in (self._work, self._journal) if f.is_symlink()), None):
-            raise AdvdiffError(f"{link} is a symbolic link, which advdiff does not write through; remove it")
+    def _layout(self, source: PatchSet, dtype: str) -> FileLayout:
         rows, columns = slice(self.rows.start, self.rows.stop), {"index": source.index, "labels": source.labels}
         vectors = {k: np.ascontiguousarray(v[rows]) for k, v in columns.items() if v is not None}
-        resume = self._resume(overwrite)
-        if not resume:  # before its rows are gone
-            self._journal.unlink(missing_ok=True)
-        shape = (len(self.finished), 3, *source.require_shape())
-        try:
-            target = _TARGETS[self.out.suffix]
-            self._target = target(self._work, shape, dtype, vectors, self._record, resume=resume)
-            if not resume:
-                self._journal.write_text(canonical_json(self._record) + "\n")
-        except OSError:
-            self._target = None
-            if not resume:
-                self._work.unlink(missing_ok=True)
-                self._journal.unlink(missing_ok=True)
-            raise
-        self._pending, self._flushed = list[tuple[int, int]](), time.monotonic()
+        return FileLayout((len(self.finished), 3, *source.require_shape()), dtype, vectors, self._record)
 
     def _is_up_to_date(self, overwrite: bool) -> bool:
         if self.out.is_dir():
@@ -205,18 +152,65 @@ class PatchWriter:
             raise AdvdiffError(f"{self.out} is not a patch set of advdiff; give --overwrite or another --out")
         return matches_recipe(self.out, _identity(have), _identity(self._record))
 
-    def _resume(self, overwrite: bool) -> bool:
-        """Take over the finished rows of unfinished work of the same recipe."""
-        have = _unfinished(self.out)
-        if have is None or not matches_recipe(
-            self._work, _identity(have), _identity(self._record), overwrite=overwrite, unfinished=True
+    def _open(self, layout: FileLayout, overwrite: bool) -> None:
+        """Reopen OUT.part and its journal, or create them."""
+        if link := next((f for f in (self._work, self._journal) if f.is_symlink()), None):
+            raise AdvdiffError(f"{link} is a symbolic link, which advdiff does not write through; remove it")
+        self._pending, self._recorded, self._flushed = list[FinishedRows](), list[FinishedRows](), time.monotonic()
+        begun = unfinished(self.out)
+        identity = _identity(self._record)
+        if begun is not None and matches_recipe(
+            self._work, _identity(begun), identity, overwrite=overwrite, unfinished=True
         ):
+            if self._reopen(replace(layout, provenance=begun)):
+                return
+            _log.warning("the unfinished work in %s is damaged; it is begun again", self._work)
+        elif begun is None and self._work.exists() and self._journal.exists() and not overwrite:
+            _log.warning("the journal of the unfinished work in %s is damaged; it is begun again", self._work)
+        self._create(layout)
+
+    def _reopen(self, layout: FileLayout) -> bool:
+        """Take over the finished rows of unfinished work, as far as they are undamaged."""
+        try:
+            self._target = _TARGETS[self.out.suffix].reopen(self._work, layout)
+        except AdvdiffError:
             return False
         drop_incomplete_line(self._journal)
-        for line in complete_lines(self._journal)[1:]:
-            start, stop = json.loads(line)
-            self.finished[start:stop] = True
+        lines = list(finished_rows(self._journal, len(self.finished)))
+        found = [line for line in lines if line is not None]
+        good = self._recorded = [line for line in found if self._is_whole(line)]
+        if len(good) < len(found) and self.out.suffix != ".safetensors":  # HDF5's own structures may be damaged too
+            self._target.close()
+            self._target = None
+            return False
+        for line in good:
+            self.finished[line.start : line.stop] = True
+        if len(good) < len(lines):
+            what = f"{len(lines) - len(good)} of {len(lines)} batches"
+            _log.warning("%s in %s or its journal are damaged; they are made again", what, self._work)
+            begin_journal(self._journal, layout.provenance)
+            append_rows(self._journal, good)
+        self._resumed = True
         return True
+
+    def _is_whole(self, rows: FinishedRows) -> bool:
+        """Return whether rows still are as they were recorded."""
+        assert self._target is not None
+        try:
+            return rows.checksum is None or checksum(self._target.read(rows.start, rows.stop)) == rows.checksum
+        except AdvdiffError:
+            return False
+
+    def _create(self, layout: FileLayout) -> None:
+        self._journal.unlink(missing_ok=True)  # before its rows are gone
+        try:
+            self._target = _TARGETS[self.out.suffix].create(self._work, layout)
+            begin_journal(self._journal, layout.provenance)
+        except OSError:
+            self._target = None
+            self._work.unlink(missing_ok=True)
+            self._journal.unlink(missing_ok=True)
+            raise
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Yield the unfinished batches, as positions in the source."""
@@ -228,10 +222,10 @@ class PatchWriter:
     def write(self, batch: Batch, images: Images) -> None:
         """Write the rows of a batch that are kept."""
         assert self._target is not None
-        start = batch.start - self.rows.start
-        self._target.write(start, images[: batch.count])
+        start, kept = batch.start - self.rows.start, images[: batch.count]
+        self._target.write(start, kept)
         self.finished[start : start + batch.count] = True
-        self._pending.append((start, start + batch.count))
+        self._pending.append(FinishedRows(start, start + batch.count, checksum(kept)))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._flush()
 
@@ -239,9 +233,9 @@ class PatchWriter:
         """Flush rows to the disk, then record them in the journal."""
         assert self._target is not None
         self._target.flush()
-        with self._journal.open("a") as file:
-            file.write("".join(f"[{start},{stop}]\n" for start, stop in self._pending))
-        self._pending.clear()
+        append_rows(self._journal, self._pending)
+        self._recorded += self._pending
+        self._pending = []
         self._flushed = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -257,28 +251,18 @@ class PatchWriter:
         try:
             try:
                 self._flush()
+                complete = kind is None and bool(self.finished.all())
+                if complete and self._resumed and not all(map(self._is_whole, self._recorded)):
+                    raise AdvdiffError(f"{self._work} was damaged while it was written; run the same command again")
             finally:
                 self._target.close()
-            if kind is None and self.finished.all():
-                self._journal.unlink()
+            if complete:
                 os.replace(self._work, self.out)
+                sync(self.out.parent)
+                self._journal.unlink()  # last, so that complete work is never without its journal
         finally:
             self._target = None
             self._lock.release()
-
-
-def _work_files(out: Path) -> tuple[Path, Path]:
-    return out.with_name(out.name + ".part"), out.with_name(out.name + ".part.rows")
-
-
-def _unfinished(out: Path) -> Provenance | None:
-    """Return the provenance of the unfinished work at `out`, or None if nothing can be resumed."""
-    work, journal = _work_files(out)
-    if not (work.is_file() and journal.is_file()):
-        return None
-    head, newline, _ = journal.read_text().partition("\n")
-    record: Provenance | None = json.loads(head) if newline else None
-    return record
 
 
 def _identity(record: Provenance) -> Provenance:

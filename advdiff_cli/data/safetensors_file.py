@@ -9,13 +9,13 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from advdiff_cli.data.atomic_files import reserve
+from advdiff_cli.data.output_spec import FileLayout
 from advdiff_cli.data.patch_source import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
@@ -101,47 +101,38 @@ def _header(path: Path) -> tuple[_Tensors, dict[str, str], int]:
 class SafetensorsTarget:
     """A safetensors file whose header and size are written first, and then its rows."""
 
-    def __init__(
-        self,
-        path: Path,
-        shape: tuple[int, int, int, int],
-        dtype: str,
-        vectors: dict[str, NDArray[np.int64]],
-        provenance: Provenance,
-        *,
-        resume: bool,
-    ) -> None:
-        """Write the header, index and labels to `path`, or reopen the file of an earlier run."""
-        header: dict[str, Any] = {"__metadata__": {KEY: canonical_json(provenance)}}
-        offset = 0
-        for name, vector in vectors.items():  # 8-byte tensors first, so that every tensor is aligned
-            header[name] = _entry("int64", vector.shape, offset, vector.nbytes)
-            offset += vector.nbytes
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        header["images"] = _entry(dtype, shape, offset, size)
-        head = json.dumps(header, separators=(",", ":")).encode()
-        head += b" " * (-len(head) % 8)
-        self._row = size // shape[0]
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o666)
-        if resume:  # the existing header may differ in recorded versions or device
-            (length,) = struct.unpack("<Q", os.pread(self._file, 8, 0))
-            self._images = 8 + length + offset
-        else:
-            self._images = 8 + len(head) + offset
-            os.pwrite(
-                self._file,
-                struct.pack("<Q", len(head)) + head + b"".join(v.tobytes() for v in vectors.values()),
-                0,
-            )
-            reserve(self._file, self._images + size)
+    def __init__(self, path: Path, layout: FileLayout, mode: int) -> None:
+        """Open the file with the flags `mode`, and write its header, index and labels."""
+        self._path, self._layout = path, layout
+        head = _encode_header(layout)
+        self._images = len(head)
+        self._file = os.open(path, os.O_RDWR | mode, 0o666)
+        os.pwrite(self._file, head, 0)
+        reserve(self._file, self._images + layout.shape[0] * layout.row_bytes)
+
+    @classmethod
+    def create(cls, path: Path, layout: FileLayout) -> Self:
+        """Create the file."""
+        return cls(path, layout, os.O_CREAT | os.O_TRUNC)
+
+    @classmethod
+    def reopen(cls, path: Path, layout: FileLayout) -> Self:
+        """Reopen the file of an earlier run; what it lacks is filled with zeros."""
+        return cls(path, layout, 0)
 
     def write(self, start: int, images: Images) -> None:
         """Write `images` as rows start, start + 1, ..."""
         data = np.ascontiguousarray(images).data.cast("B")
-        at = self._images + start * self._row
+        at = self._images + start * self._layout.row_bytes
         while data:
             written = os.pwrite(self._file, data, at)
             data, at = data[written:], at + written
+
+    def read(self, start: int, stop: int) -> Images:
+        """Return rows start to stop - 1."""
+        size, row = self._layout.row_bytes * (stop - start), self._layout.row_bytes
+        data = os.pread(self._file, size, self._images + start * row)
+        return np.frombuffer(data, self._layout.dtype).reshape(-1, *self._layout.shape[1:])
 
     def flush(self) -> None:
         """Flush written rows to the disk."""
@@ -150,6 +141,19 @@ class SafetensorsTarget:
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+
+def _encode_header(layout: FileLayout) -> bytes:
+    """Return all that comes before the images: the header, and the vectors."""
+    header: dict[str, Any] = {"__metadata__": {KEY: canonical_json(layout.provenance)}}
+    offset = 0
+    for name, vector in layout.vectors.items():  # 8-byte tensors first, so that every tensor is aligned
+        header[name] = _entry("int64", vector.shape, offset, vector.nbytes)
+        offset += vector.nbytes
+    header["images"] = _entry(layout.dtype, layout.shape, offset, layout.shape[0] * layout.row_bytes)
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head + b"".join(v.tobytes() for v in layout.vectors.values())
 
 
 def _entry(dtype: str, shape: tuple[int, ...], offset: int, size: int) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import torch
 
 from advdiff_cli.attacks.dispatch import AttackBatch, build_target, run_attack
 from advdiff_cli.attacks.spec import AttackSpec
-from advdiff_cli.data.patch_writer import Batch, PatchWriter
+from advdiff_cli.data.output_spec import Batch
+from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import LabelledBatch, PatchSet
 from advdiff_cli.data.prefetch import prefetch
 from advdiff_cli.data.provenance import Provenance, recipe

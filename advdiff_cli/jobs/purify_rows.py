@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from advdiff_cli.data.patch_writer import Batch, PatchWriter
+from advdiff_cli.data.output_spec import Batch
+from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance, recipe
 from advdiff_cli.jobs.memory import parallel_batches

@@ -7,7 +7,8 @@ from typing import Literal
 
 from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.merge import merge_sets
-from advdiff_cli.data.patch_writer import OutputSpec, PatchWriter, is_complete, recorded, shard_rows
+from advdiff_cli.data.output_spec import OutputSpec, shard_rows
+from advdiff_cli.data.patch_writer import PatchWriter, is_complete, recorded
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError

@@ -15,7 +15,7 @@ from torch import Tensor
 from advdiff_cli.data.atomic_files import name_write_errors, set_default_mode
 from advdiff_cli.data.journal import complete_lines
 from advdiff_cli.data.locks import OutputLock
-from advdiff_cli.data.patch_writer import OutputSpec
+from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from advdiff_cli.data.atomic_files import atomic_write, set_default_mode
 from advdiff_cli.data.merge import merge_sets
-from advdiff_cli.data.patch_writer import OutputSpec, PatchWriter, RowRange, resume_params, shard_rows
+from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
+from advdiff_cli.data.patch_writer import PatchWriter, resume_params
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import canonical_json, recipe
 from advdiff_cli.datasets.synthetic import SyntheticSource
@@ -177,7 +178,7 @@ def test_overwrite_forgets_the_rows_of_the_earlier_work(tmp_path, source, monkey
         return real(value)
 
     dies.armed = True
-    monkeypatch.setattr("advdiff_cli.data.patch_writer.canonical_json", dies)
+    monkeypatch.setattr("advdiff_cli.data.row_journal.canonical_json", dies)
     with pytest.raises(OSError, match="full"):
         write(out, source, made=OTHER, overwrite=True)
     dies.armed = False
@@ -195,3 +196,69 @@ def test_what_safetensors_writes_is_readable_like_other_files(tmp_path):
     set_default_mode(tmp_path / "model")
     for file in (tmp_path / "a.safetensors", tmp_path / "model" / "w.safetensors"):
         assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def _truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 20])
+
+
+def _rewrite_journal(text):
+    def change(file):
+        file.with_name(file.name + ".rows").write_text(text)
+
+    return change
+
+
+def _add_lines(file):
+    with file.with_name(file.name + ".rows").open("a") as journal:
+        journal.write('{"rows": 3}\n[4,99,1]\n[8,11,7]\n')
+
+
+DAMAGE = {
+    "truncated": _truncate,
+    "a bit flipped": None,
+    "no journal": lambda file: file.with_name(file.name + ".rows").unlink(),
+    "no rows": lambda file: file.unlink(),
+    "empty journal": _rewrite_journal(""),
+    "another journal": _rewrite_journal("[[[[\n[0,4,1]\n"),
+    "bad lines": _add_lines,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_damaged_unfinished_work_is_made_again_and_told(tmp_path, source, suffix, damage, caplog):
+    out, whole = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    images = source.read(np.arange(N)).numpy()
+    mark = images[2].tobytes()
+
+    def write_marked(path, stop):
+        with PatchWriter(OutputSpec(path, MADE), source, RowRange(0, N, N)) as sink:
+            for k, batch in enumerate(sink.batches(B)):
+                if k == stop:
+                    break
+                sink.write(batch, images[batch.rows])
+
+    write_marked(whole, None)
+    write_marked(out, 2)
+    if damage == "a bit flipped":
+        work = out.with_name(out.name + ".part")
+        raw = bytearray(work.read_bytes())
+        raw[raw.index(mark) + 2] ^= 1
+        work.write_bytes(raw)
+    else:
+        DAMAGE[damage](out.with_name(out.name + ".part"))
+    write_marked(out, None)
+    assert open_patches(out).fingerprint() == open_patches(whole).fingerprint()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [out.name, whole.name]
+    if damage not in ("no rows", "no journal"):
+        assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_killed_right_after_the_rename(tmp_path, source, suffix):
+    out = tmp_path / f"a{suffix}"
+    write(out, source)
+    out.with_name(out.name + ".part.rows").write_text("of the finished work\n")
+    assert write(out, source) == 0
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]

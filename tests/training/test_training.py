@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from advdiff_cli.data.patch_writer import OutputSpec
+from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.data.rng import stream

@@ -1,0 +1,86 @@
+"""What is to be written: an output and its recipe, the rows of it, and the layout of its file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advdiff_cli.data.patch_source import Rows
+from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.errors import AdvdiffError
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """An output to be made.
+
+    Args:
+        path: Where it goes.
+        recipe: What makes it.
+        device: The kind of device that computes it; recorded, not compared.
+        overwrite: Whether another result, or the unfinished work of another recipe, may be replaced.
+    """
+
+    path: Path
+    recipe: Provenance
+    device: str = "cpu"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows computed together. The last batch repeats its last row to the full size; its first `count` rows are kept."""
+
+    start: int
+    rows: Rows
+    count: int
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows start to stop - 1 of the `total` rows of a recipe."""
+
+    start: int
+    stop: int
+    total: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def shard_rows(n: int, batch_size: int, shard: tuple[int, int] | None) -> RowRange:
+    """Return the rows of shard (i, count): whole batches, so that each row is computed as in a single run.
+
+    Raises:
+        AdvdiffError: There are fewer batches than shards, and this shard is empty.
+    """
+    i, count = shard or (0, 1)
+    batches = -(-n // batch_size)
+    start, stop = (batches * k // count * batch_size for k in (i, i + 1))
+    if start >= n or start == stop:
+        raise AdvdiffError(f"--shard {i}/{count} is empty: {n} patches make only {batches} batches of {batch_size}")
+    return RowRange(start, min(stop, n), n)
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """The content of a patch set's file, without the pixels.
+
+    Args:
+        shape: (N, 3, H, W) of the images.
+        dtype: float32 or uint8.
+        vectors: (N,) index and, where there are any, labels.
+        provenance: How the set was made.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: str
+    vectors: Mapping[str, NDArray[np.int64]]
+    provenance: Provenance
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one image."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
