@@ -1,6 +1,7 @@
 """The only module that prints: results to stdout; log lines, warnings, errors and progress to stderr."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +36,21 @@ def error(message: str) -> None:
     _print(f"advdiff: error: {' '.join(message.split())}")
 
 
+class WarningHandler(logging.Handler):
+    """Prints what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record as a warning."""
+        warn(record.getMessage())
+
+
+def printable(text: str) -> str:
+    """Return text as one line without control characters: file names could hold commands for the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def emit(data: Mapping[str, object], text: str, brief: object, *, as_json: bool, quiet: bool) -> None:
@@ -46,12 +60,14 @@ def emit(data: Mapping[str, object], text: str, brief: object, *, as_json: bool,
     if as_json:
         print(json.dumps(data))
     else:
-        print(brief if quiet else text)
+        lines = str(brief if quiet else text).split("\n")
+        raw = quiet and not sys.stdout.isatty()  # scripts need names as they are
+        print("\n".join(lines if raw else map(printable, lines)))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return aligned columns, the first one to the left and the others to the right."""
-    cells = [[str(c) for c in row] for row in [headers, *rows]]
+    cells = [[printable(str(c)) for c in row] for row in [headers, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
 
     def line(row: Sequence[str]) -> str:

@@ -1,5 +1,7 @@
 """The Typer app, one line for each command; main() turns an AdvdiffError into one line and an exit code."""
 
+import io
+import logging
 import os
 import signal
 import sys
@@ -27,7 +29,7 @@ from advdiff_cli.commands import (
     train_classifier,
     train_ddpm,
 )
-from advdiff_cli.errors import EXIT_ERROR, AdvdiffError, Stopped
+from advdiff_cli.errors import EXIT_ERROR, AdvdiffError, Stopped, is_debugging
 
 app = typer.Typer(
     name="advdiff",
@@ -71,13 +73,29 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise Stopped(signum)
 
 
+def _open_standard_streams() -> None:
+    """Open /dev/null for standard streams that are closed, and let names that are not UTF-8 through to stdout."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # a file that is opened later would get the number, and messages would be written into it
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def main() -> None:
     """Run the command line; an error that a user can fix is one line on stderr, and a bug keeps its traceback."""
+    _open_standard_streams()
+    logger = logging.getLogger("advdiff_cli")
+    logger.handlers = [console.WarningHandler()]
+    logger.propagate = False
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of image sizes and metadata, which advdiff checks itself
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
-    debug = os.environ.get("ADVDIFF_DEBUG") == "1"
     try:
         try:
             app()
@@ -86,7 +104,7 @@ def main() -> None:
                 sys.stdout.flush()  # raises BrokenPipeError here rather than at exit
             raise
     except AdvdiffError as e:
-        if debug:
+        if is_debugging():
             raise
         console.error(str(e))
         sys.exit(e.exit_code)
@@ -97,7 +115,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
     except OSError as e:
-        if debug or e.strerror is None:
+        if is_debugging() or e.strerror is None:
             raise
         console.error(f"{e.strerror}{f': {e.filename}' if e.filename else ''}")
         sys.exit(EXIT_ERROR)

@@ -251,7 +251,7 @@ def test_options_that_do_not_fit_the_data(advdiff, classifier, test_x, tmp_path)
     assert "max-t" in advdiff("train-ddpm", test_x, "--max-t", "300", "-o", tmp_path / "d", code=2).err
     for rate in (0, -1):
         result = advdiff("train-ddpm", test_x, "--learning-rate", rate, "-o", tmp_path / "d", code=1)
-        refused(result.err, f"--learning-rate must be above 0, not {rate}")
+        refused(result.err, f"--learning-rate must be above 0 and finite, not {rate}")
     for i, size in enumerate((48, 64)):
         (tmp_path / "in" / "0").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (size, size)).save(tmp_path / "in" / "0" / f"{i}.png")
@@ -267,3 +267,43 @@ def test_unlabelled_valid_is_told_before_training(advdiff, test_x, tmp_path):
         "train-ddpm", test_x, "--valid", tmp_path / "v.h5", "--preset", "paper", "-o", tmp_path / "d", code=1
     )
     refused(result.err, "48x48 do not fit preset paper: sides must be multiples of 32")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--norm", "l2", "--eps", "1e300"], "longer than any change of a patch"),
+        (["--defense", "noise", "--t-star", "nan"], r"t\* = nan is not in"),
+        (["-m", "synthetic-ddpm", "--t-star", "nan"], r"t\* = nan is not in"),
+        (["-m", "synthetic-ddpm", "--t-star", "inf"], r"t\* = inf is not in"),
+    ],
+)
+def test_numbers_that_are_none(extra, message, advdiff, classifier, test_x, tmp_path):
+    refused(
+        advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / "a.h5", "--limit", 4, *extra, code=1).err, message
+    )
+
+
+@pytest.mark.parametrize("extra", [["--step-size", "inf"], ["--eps", "nan"], ["--seed", "9" * 23], ["--shard", "²/3"]])
+def test_numbers_that_are_refused_as_usage(extra, advdiff, classifier, test_x, tmp_path):
+    advdiff("attack", test_x, "-c", classifier, "-o", tmp_path / "a.h5", *extra, code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fidelity_of_one_patch_has_no_interval(advdiff, classifier, test_x, tmp_path):
+    advdiff("purify", test_x, "--defense", "noise", "--limit", 1, "-o", tmp_path / "p.h5")
+    sets = ["evaluate", test_x, tmp_path / "p.h5", "-c", classifier, "--limit", 1, "--fidelity"]
+    found = advdiff(*sets, "--json").json["fidelity"][0]
+    assert (found["ssim"]["low"], found["ssim"]["high"]) == (None, None)
+    assert "[no interval]" in advdiff(*sets).out
+
+
+def test_a_draw_number_that_no_memory_holds(advdiff, classifier, test_x, tmp_path):
+    table = tmp_path / "p.csv"
+    advdiff("evaluate", test_x, "-c", classifier, "--limit", 2, "--predictions", table)
+    lines = table.read_text().splitlines()
+    cells = lines[-1].split(",")
+    cells[5] = "1000000000"
+    table.write_text("\n".join([*lines[:-1], ",".join(cells)]) + "\n")
+    (tmp_path / "q.csv").write_bytes(table.read_bytes())
+    assert "is incomplete" in advdiff("compare", table, tmp_path / "q.csv", code=1).err

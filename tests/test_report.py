@@ -3,11 +3,15 @@
 import base64
 import io
 import json
+import os
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from advdiff_cli.data.patches import open_patches
@@ -146,7 +150,7 @@ def test_what_cannot_be_reported_is_said(advdiff, page, inputs, tmp_path):
         (["--result", "plain.json"], "give --result NAME=FILE"),
         (["--sweep", "nowhere"], "no such folder"),
         (["--result", f"a={tmp_path / 'nowhere.json'}"], "No such file"),
-        (["--result", f"a={tmp_path / 'no.json'}"], "not a JSON object"),
+        (["--result", f"a={tmp_path / 'no.json'}"], "is not a result of advdiff evaluate"),
         (["--result", f"a={tmp_path / 'swapped.json'}"], "needs a clean and an attacked set, in this order"),
         (["--result", f"a={root / 'plain.json'}", "--result", f"a={root / 'ddpm.json'}"], "two results are called a"),
         (["--result", f"a={tmp_path / 'other.json'}"], "do not hold the same rows"),
@@ -188,3 +192,79 @@ def test_in_a_browser(page):
         browser.close()
     assert said == []
     assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
+
+
+FIXTURES = Path(__file__).parent / "fixtures" / "version-0.1.0"
+ODD = [None, "", "$x_{", "\ud800", -1, 10**30, float("nan"), [], {}, [[]], {"value": 1}, True, "../x", "<script>"]
+
+
+def _places(value, path=()):
+    """Return where the values in a JSON document are."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(p for key, one in inner for p in _places(one, (*path, key)))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["result", "sweep", "ladder"])
+def test_a_result_that_was_changed_is_reported_or_refused(kind, advdiff, tmp_path, page, inputs):
+    source = {"result": inputs["root"] / "ddpm.json", "sweep": FIXTURES / "sweep" / "sweep.json"}
+    document = SUITE if kind == "ladder" else json.loads(source[kind].read_text())
+    file = tmp_path / {"result": "r.json", "sweep": "sweep.json", "ladder": "robustness.json"}[kind]
+    asked = {"result": f"--result=a={file}", "sweep": f"--sweep={tmp_path}", "ladder": f"--ladder={tmp_path}"}[kind]
+    seen, places = set(), _places(document)
+
+    @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "25")), deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from(places), st.sampled_from(ODD), st.booleans())
+    def run(place, odd, remove):
+        changed = json.loads(json.dumps(document))
+        inner = changed
+        for key in place[:-1]:
+            inner = inner[key]
+        if not place:
+            changed = odd
+        elif remove:
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = odd
+        file.write_text(json.dumps(changed))
+        done = advdiff("report", asked, "-o", tmp_path / "page", "--overwrite", code=None)
+        assert done.code in (0, 1)
+        assert len(done.err.splitlines()) == done.code, done.err
+        seen.add(done.code)
+
+    run()
+    assert seen == {0, 1}
+
+
+_ESTIMATE = {"value": 0.5, "low": 0.4, "high": 0.6}
+_ROW = {"name": "pgd", "kind": "white-box", "attack": None, "accuracy": _ESTIMATE, "difference": _ESTIMATE}
+SUITE = {
+    "n": 8,
+    "draws": 1,
+    "eps": 0.01,
+    "defense": None,
+    "recipe": {"command": "robustness", "parameters": {}},
+    "rungs": [{**_ROW, "attack": {"method": "fgsm", "norm": "linf", "eps": 0.01, "loss": "ce"}}],
+    "worst": {**_ROW, "name": "worst", "clean": _ESTIMATE},
+    "alarms": [{"name": "floor", "status": "pass", "reason": "fine"}],
+}
+
+
+def test_an_undefended_suite_is_headed_so(advdiff, tmp_path):
+    (tmp_path / "robustness.json").write_text(json.dumps(SUITE))
+    page = Path(advdiff("report", "--ladder", tmp_path, "-o", tmp_path / "page", "-q").out.strip()).read_text()
+    assert "The suite of attacks on the undefended classifier" in page
+    assert "draws of the defense" not in page
+
+
+def test_an_unfinished_suite(advdiff, tmp_path):
+    (tmp_path / "pgd.safetensors.part").touch()
+    assert (
+        "is unfinished; run the same advdiff robustness command again"
+        in advdiff("report", "--ladder", tmp_path, "-o", tmp_path / "page", code=1).err
+    )
+
+
+def test_names_with_dollars(advdiff, page, inputs, tmp_path):
+    made = advdiff("report", "--result", f"a $x_{{ $={inputs['root'] / 'ddpm.json'}", "-o", tmp_path / "page", "-q")
+    assert "a $x_{ $" in Path(made.out.strip()).read_text()

@@ -1,5 +1,6 @@
 """Options that several commands have: each is defined once, so that a flag means the same everywhere."""
 
+from math import inf
 from typing import Annotated, Literal
 
 import typer
@@ -11,6 +12,7 @@ ROWS = "Rows"
 COMPUTE = "Compute"
 OUTPUT = "Output"
 DEFENSE = "Defense"
+_MAX_LENGTH = 1e5  # of a change of a patch; one of 512 x 512 pixels changes by at most 887
 
 Data = Annotated[str, typer.Argument(help="Patch set: .safetensors, .h5, PCam's folder (with --split), or images.")]
 DataSets = Annotated[list[str], typer.Argument(help="Patch sets; a set named twice counts twice.")]
@@ -21,7 +23,7 @@ ClassifierName = Annotated[
     ),
 ]
 DdpmName = Annotated[str | None, typer.Option("-m", "--ddpm", help="Diffusion model: folder, bundled name or Hub id.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random stream.")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of every random stream.")]
 Split = Annotated[
     str | None, typer.Option(help="train, valid or test, for a folder of PCam's files.", rich_help_panel=ROWS)
 ]
@@ -61,15 +63,17 @@ def attack_radius(norm: str, eps: float | None) -> float:
     require_positive(eps=radius)
     if norm == "linf" and radius > 1:
         raise AdvdiffError(f"--eps {radius:g} exceeds the range of pixels, [0, 1]; did you mean {radius:g}/255?")
+    if norm == "l2" and radius > _MAX_LENGTH:
+        raise AdvdiffError(f"--eps {radius:g} is longer than any change of a patch; give an l2 radius such as 0.5")
     return radius
 
 
 def require_positive(**values: float | None) -> None:
-    """Check that each named value is above zero, or None.
+    """Check that each named value is above zero and finite, or None.
 
     Raises:
         AdvdiffError: One is not.
     """
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise AdvdiffError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if value is not None and not 0 < value < inf:
+            raise AdvdiffError(f"--{name.replace('_', '-')} must be above 0 and finite, not {value}")

@@ -1,5 +1,7 @@
 """Parsers of option values. Those that return more than a number are classes, which Typer takes as types."""
 
+from math import isfinite, nan
+
 import typer
 
 MAX_BATCH = 65_536
@@ -9,9 +11,12 @@ def fraction(text: str | float) -> float:
     """Parse a number or a fraction such as 2/255."""
     top, _, bottom = str(text).partition("/")  # Typer also passes defaults, which are numbers
     try:
-        return float(top) / float(bottom or 1)
+        value = float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(f"{text!r} is neither a number nor a fraction such as 2/255") from None
+        value = nan
+    if not isfinite(value):
+        raise typer.BadParameter(f"{text!r} is neither a number nor a fraction such as 2/255")
+    return value
 
 
 class RowBounds:
@@ -34,7 +39,7 @@ class ShardNumber:
     def __init__(self, text: str) -> None:
         """Parse I/N."""
         i, _, n = text.partition("/")
-        if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
             raise typer.BadParameter(f"{text!r} is not a shard I/N with I from 0 to N-1")
         self.pair = (int(i), int(n))
 
@@ -44,6 +49,6 @@ class BatchSize:
 
     def __init__(self, text: str) -> None:
         """Parse a number or `auto`."""
-        if text != "auto" and not (text.isdigit() and 1 <= int(text) <= MAX_BATCH):
+        if text != "auto" and not (text.isdecimal() and 1 <= int(text) <= MAX_BATCH):
             raise typer.BadParameter(f"{text!r} is neither a number of patches from 1 to {MAX_BATCH} nor auto")
         self.size = None if text == "auto" else int(text)

@@ -186,7 +186,7 @@ def parse_augmentation(text: str, *, allow_pickle: bool) -> Defense | None:
     while model and len(numbers) < 2 and _is_number(model.rpartition(":")[2]):
         model, _, last = model.rpartition(":")
         numbers.insert(0, last)
-    if kind != "purify" or not model or not all(n.isdigit() for n in numbers[1:]):
+    if kind != "purify" or not model or not all(n.isdecimal() for n in numbers[1:]):
         raise AdvdiffError(
             f"--augment {text}: give none, noise:T, purify:MODEL, purify:MODEL:T or purify:MODEL:T:STEPS, "
             "where T is a noise level in (0, 1]"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -149,9 +149,11 @@ def _short(value: object) -> str:
 def _fidelity_text(found: "list[JsonObject]") -> str:
     from advdiff_cli.cli.tables import cell
 
-    def plain(value: dict[str, float] | None, digits: int) -> str:
+    def plain(value: dict[str, Any] | None, digits: int) -> str:
         if value is None:
             return "-"
+        if value["low"] is None:
+            return f"{value['value']:.{digits}f} [no interval]"
         return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
     rows = []
@@ -175,7 +177,7 @@ def _text(result: "JsonObject") -> str:
         blocks.append(_fidelity_text(result["fidelity"]))
     made = [f"{s['data']}: {_how_made(s['history'])}" for s in result["sets"] if s["history"]]
     if made:
-        blocks.append("\n".join(made))
+        blocks.append("\n".join(map(console.printable, made)))
     if result["comparisons"]:
         blocks.append(comparison_table(result["comparisons"]))
     return "\n\n".join(blocks)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advdiff_cli import console
 from advdiff_cli.cli.groups import ResultOptions, with_option_groups
 from advdiff_cli.errors import AdvdiffError
 
@@ -39,7 +40,8 @@ def info(
             made = parse_provenance(journal.read_text().partition("\n")[0], journal)
     lines = [f"{file}: " + ", ".join(f"{k} {v}" for k, v in facts.items())]
     lines += _chain(made, "") if made else ["no provenance recorded"]
-    output.emit({"file": str(file), **facts, "provenance": made}, "\n".join(lines), facts["fingerprint"])
+    text = "\n".join(map(console.printable, lines))
+    output.emit({"file": str(file), **facts, "provenance": made}, text, facts["fingerprint"])
 
 
 def _patch_set(file: Path) -> "tuple[JsonObject, Provenance | None]":

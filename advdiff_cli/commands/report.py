@@ -66,21 +66,21 @@ def report(
 
     Example: advdiff report --result undefended=plain.json --sweep sweep/ --ladder suite/ -o report/
     """
-    from advdiff_cli.report.page import PAGE, Report, accuracy_bar, read_results
+    from advdiff_cli.report.page import PAGE, Report, accuracy_bar
+    from advdiff_cli.report.result_files import Evaluation, Suite, Sweep, read_result, read_results
 
     out = output.out
     output.require_folder("a report goes to")
     has_gallery = gallery.clean or gallery.attacked
     if not (content.result or content.sweep or content.ladder or has_gallery):
         raise AdvdiffError("nothing to report: give --result, --sweep, --ladder, or --clean and --attacked")
-    page = Report(
-        content.title, read_results([_named(text, "give --result NAME=FILE") for text in content.result or []])
-    )
+    named = [_named(text, "give --result NAME=FILE") for text in content.result or []]
+    page = Report(content.title, read_results(named, Evaluation))
     for name, found in page.results.items():
         accuracy_bar(name, found)  # raises before anything is written
-    page.sweeps = read_results([_sweep_file(text) for text in content.sweep or []])
+    page.sweeps = read_results([_sweep_file(text) for text in content.sweep or []], Sweep)
     if content.ladder:
-        page.suite = read_results([("suite", content.ladder / "robustness.json")])["suite"]
+        page.suite = read_result(_suite_file(content.ladder), Suite)
     if has_gallery:
         page.gallery = _gallery(gallery, purifier, rows, compute, output)
     out.mkdir(parents=True, exist_ok=True)
@@ -106,6 +106,18 @@ def _sweep_file(text: str) -> tuple[str, Path]:
     advice = "no such folder; --sweep takes FOLDER or NAME=FOLDER"
     name, folder = (text, Path(text)) if is_folder else _named(text, advice)
     return name, folder / "sweep.json"
+
+
+def _suite_file(folder: Path) -> Path:
+    """Return the result in a folder of robustness.
+
+    Raises:
+        AdvdiffError: There is none, or the suite is unfinished.
+    """
+    file = folder / "robustness.json"
+    if not file.is_file() and any(folder.glob("*.safetensors*")):
+        raise AdvdiffError(f"the suite in {folder} is unfinished; run the same advdiff robustness command again")
+    return file
 
 
 def _gallery(
@@ -139,7 +151,7 @@ def _rows_of(text: str, indices: list[int]) -> list[int]:
     """Return the positions of the rows whose indices `text` lists."""
     found = []
     for one in text.split(","):
-        if not one.strip().isdigit() or int(one) not in indices:
+        if not one.strip().isdecimal() or int(one) not in indices:
             raise AdvdiffError(f"--index {one}: the attacked set has no such row")
         found.append(indices.index(int(one)))
     return found

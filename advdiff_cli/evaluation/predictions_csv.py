@@ -58,6 +58,8 @@ def _parse_set(name: str, lines: list[list[str]]) -> EvaluatedSet:
     """Return a set; ValueError unless its lines are draws 0 to R - 1 of one patch after another."""
     _, origins, index, _, labels, draw, p1 = zip(*lines, strict=True)
     draws = max(map(int, draw)) + 1
+    if len(lines) % draws:
+        raise ValueError(name)
     if list(map(int, draw)) != list(range(draws)) * (len(lines) // draws) or len(set(origins)) != 1:
         raise ValueError(name)
     first = slice(None, None, draws)

@@ -30,6 +30,8 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return the value and its interval in percent."""
+        if self.low is None or self.low != self.low:
+            return f"{100 * self.value:.1f} [no interval]"
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
     def as_dict(self) -> dict[str, float | None]:
@@ -100,6 +102,8 @@ def bootstrap(
 ) -> Estimate:
     """Return a statistic with its percentile bootstrap interval; rows are resampled within each label.
 
+    Where no label has two rows, there is nothing to resample, and the interval is NaN.
+
     Args:
         statistic: Takes row numbers (N,) and returns a number.
         labels: (N,) strata.
@@ -108,9 +112,12 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     strata = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    value = statistic(np.arange(len(labels)))
+    if len(strata) == len(labels):
+        return Estimate(value, float("nan"), float("nan"))
     draws = [statistic(np.concatenate([rng.choice(s, len(s)) for s in strata])) for _ in range(resamples)]
     low, high = np.percentile(draws, (2.5, 97.5))
-    return Estimate(statistic(np.arange(len(labels))), float(low), float(high))
+    return Estimate(value, float(low), float(high))
 
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

@@ -10,6 +10,7 @@ from advdiff_cli.data.output_spec import Batch
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance, recipe
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map
 from advdiff_cli.models.device import Precision, autocast, to_device
@@ -43,10 +44,18 @@ class PurifyJob:
 
     @torch.inference_mode()
     def purify(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Purify a batch (B, 3, H, W) in [0, 1] with the given noise, both on the device; return it on the CPU."""
+        """Purify a batch (B, 3, H, W) in [0, 1] with the given noise, both on the device; return it on the CPU.
+
+        Raises:
+            AdvdiffError: The result is not finite.
+        """
         with autocast(self.precision, images.device):
             purified: Tensor = self.defense.purifier(images, noise)
-            return purified.float().cpu()
+        purified = purified.float().cpu()
+        if not purified.isfinite().all():
+            advice = "give --precision fp32" if self.precision != "fp32" else "the diffusion model is damaged"
+            raise AdvdiffError(f"purified patches are not finite, because the U-Net overflowed; {advice}")
+        return purified
 
 
 def purify_rows(job: PurifyJob, patches: PatchSet, writer: PatchWriter) -> Iterator[int]:

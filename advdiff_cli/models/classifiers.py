@@ -144,4 +144,6 @@ def _with_weights(config: ClassifierConfig, state: dict[str, Tensor], path: Path
         model.load_state_dict({prefix + k: v for k, v in state.items()})
     except RuntimeError as e:
         raise AdvdiffError(f"{path} does not fit {config.arch}: {str(e).splitlines()[0]}") from None
+    if not all(bool(v.isfinite().all()) for v in state.values()):
+        raise AdvdiffError(f"{path} holds weights that are not finite; train the model again")
     return model.eval()

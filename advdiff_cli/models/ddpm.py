@@ -234,6 +234,8 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
         raise AdvdiffError(
             f"{folder}: a U-Net with {unet.config.in_channels} channels does not fit RGB at its space-to-depth factor"
         )
+    if not all(bool(p.isfinite().all()) for p in unet.parameters()):
+        raise AdvdiffError(f"{folder} holds weights that are not finite; train the model again")
     model = Ddpm(unet, scheduler, card).eval()
     if not ((model.alpha_bar > 0) & (model.alpha_bar <= 1)).all():
         raise AdvdiffError(f"{folder / 'scheduler'} is not a noise schedule: alpha_bar leaves (0, 1]")

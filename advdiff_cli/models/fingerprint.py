@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from advdiff_cli.data.provenance import canonical_json, digest, parse_json_object
-from advdiff_cli.models.ddpm import PICKLED_UNET, load_card
+from advdiff_cli.models.classifiers import WEIGHTS
+from advdiff_cli.models.ddpm import PICKLED_UNET, UNET_WEIGHTS, load_card
 from advdiff_cli.models.external import read_weights
 
 
@@ -32,9 +33,10 @@ def _folder_parts(folder: Path) -> Iterator[bytes]:
     for path in sorted(folder.rglob("*config.json")):
         kept = {k: v for k, v in parse_json_object(path.read_text(), path).items() if not k.startswith("_")}
         yield f"\n{path.relative_to(folder).as_posix()} {canonical_json(kept)}".encode()
-    safe = sorted(folder.rglob("*.safetensors"))
-    for path in safe or sorted(folder.glob(PICKLED_UNET)):
-        yield from _tensor_parts(read_weights(path, allow_pickle=True))  # already loaded from this file
+    pickled = () if (folder / UNET_WEIGHTS).is_file() else (PICKLED_UNET,)
+    for name in (WEIGHTS, UNET_WEIGHTS, *pickled):  # what is loaded, and no other file in the folder
+        if (folder / name).is_file():
+            yield from _tensor_parts(read_weights(folder / name, allow_pickle=True))  # already loaded from this file
 
 
 def _tensor_parts(state: dict[str, Tensor]) -> Iterable[bytes]:

@@ -16,7 +16,7 @@ from advdiff_cli.models.device import Precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.equations import noise_levels
-from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, Purifier, linear_alpha_bar
+from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, Purifier, check_t_star, linear_alpha_bar
 
 DEFAULT_DDPM = "pcam-ddpm"
 
@@ -126,6 +126,8 @@ def build_defense(request: DefenseRequest, load: DdpmLoader = load_named_ddpm) -
         AdvdiffError: There is no such model, or the settings do not fit it.
     """
     r = request
+    if r.t_star is not None:
+        check_t_star(r.t_star)
     if r.defense == "noise":
         if r.ddpm or r.sampler or r.sampler_steps:
             raise AdvdiffError("--defense noise only adds noise; -m, --sampler and --sampler-steps do not apply")

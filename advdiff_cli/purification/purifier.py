@@ -6,6 +6,7 @@ with the number of steps. Large images are denoised in overlapping windows.
 """
 
 from functools import partial
+from math import nan
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,9 @@ class DiffusionPurifier(nn.Module):
     def _predict_noise(self, x_t: Tensor, t: int) -> Tensor:
         def predict(x: Tensor) -> Tensor:
             predicted: Tensor = self.ddpm(x, torch.full((len(x),), t, device=x.device))
-            return predicted
+            if torch.is_grad_enabled():
+                return predicted
+            return predicted.where(predicted.isfinite(), nan)  # the clip of x_0 would hide an overflow
 
         return predict_in_windows(predict, x_t, self.ddpm.multiple)
 
@@ -149,9 +152,18 @@ def linear_alpha_bar(timesteps: int = 1000) -> Tensor:
 
 
 def _checked_levels(t_star: float, timesteps: int) -> int:
+    check_t_star(t_star)
+    return noise_levels(t_star, timesteps)
+
+
+def check_t_star(t_star: float) -> None:
+    """Check that a noise level is a fraction of T.
+
+    Raises:
+        AdvdiffError: It is outside (0, 1].
+    """
     if not 0 < t_star <= 1:
         raise AdvdiffError(f"t* = {t_star:g} is not in (0, 1]")
-    return noise_levels(t_star, timesteps)
 
 
 def _pad_to(images: Tensor, height: int, width: int) -> Tensor:

@@ -19,6 +19,7 @@ from advdiff_cli.report.plots import ROBUST, STANDARD, accuracy_bars, suite_bars
 from advdiff_cli.robustness.sweep import axis_label
 
 PAGE = "report.html"
+_PIXELS_PER_POINT = 1.7  # of figures, whose smallest letters have 7 points
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Report:
         }
         text = _environment().get_template("page.html.j2").render(context)
         with atomic_write(out / PAGE) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # names need not be UTF-8
         return [PAGE, *plots]
 
     def _bars(self, paths: Sequence[Path]) -> JsonObject:
@@ -75,7 +76,8 @@ class Report:
 
     def _suite(self, suite: JsonObject, paths: Sequence[Path]) -> JsonObject:
         suite_bars(suite, paths)
-        return {**suite, "svg": inline_svg(paths[0], "accuracy under each attack")}
+        defense = suite.get("defense", suite.get("defence"))  # spelled so by version 0.1.0
+        return {**suite, "defense": defense, "svg": inline_svg(paths[0], "accuracy under each attack")}
 
     def _sources(self) -> list[dict[str, str]]:
         """Return how each number was made: recipes, without the figures."""
@@ -124,7 +126,21 @@ def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
 def _attack(evaluated: Mapping[str, Any]) -> AttackSpec | None:
     """Return the last attack in the history of a set, or None."""
     made = [step["parameters"] for step in evaluated.get("history", []) if step["command"] == "attack"]
-    return AttackSpec.from_parameters(made[-1]) if made else None
+    return parse_attack(made[-1]) if made else None
+
+
+def parse_attack(parameters: JsonObject) -> AttackSpec:
+    """Return the attack that a result file describes.
+
+    Raises:
+        AdvdiffError: It is not a description of an attack.
+    """
+    try:
+        spec = AttackSpec.from_parameters(parameters)
+        spec.describe()
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise AdvdiffError(f"a result file describes an attack that advdiff does not know ({e!r:.80})") from None
+    return spec
 
 
 def inline_svg(path: Path, label: str) -> str:
@@ -142,7 +158,8 @@ def inline_svg(path: Path, label: str) -> str:
     }
     for color, replacement in colors.items():
         text = text.replace(color, replacement)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    width = round(_PIXELS_PER_POINT * float(re.search(r'width="([\d.]+)pt"', text)[1]))  # type: ignore[index] # always
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="max-width: {width}px"', 1)
 
 
 def _environment() -> Environment:
@@ -152,27 +169,5 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters["estimate"] = lambda value: str(Estimate(**value))
-    environment.filters["attack"] = lambda p: AttackSpec.from_parameters(p).describe() if p else ""
+    environment.filters["attack"] = lambda p: parse_attack(p).describe() if p else ""
     return environment
-
-
-def read_results(paths: Sequence[tuple[str, Path]]) -> dict[str, JsonObject]:
-    """Read named JSON results.
-
-    Raises:
-        AdvdiffError: A name is repeated, or a file is missing or not a JSON object.
-    """
-    found: dict[str, JsonObject] = {}
-    for name, path in paths:
-        if name in found:
-            raise AdvdiffError(f"two results are called {name}; give each its own name")
-        try:
-            result = json.loads(path.read_text())
-        except OSError as e:
-            raise AdvdiffError(f"{path}: {e.strerror}") from None
-        except ValueError:
-            result = None
-        if not isinstance(result, dict):
-            raise AdvdiffError(f"{path} is not a JSON object made by an advdiff command")
-        found[name] = result
-    return found

@@ -58,6 +58,7 @@ def panel(columns: Sequence[Column], row_names: Sequence[str], path: Path) -> No
     _save(figure, [path])
 
 
+_LETTERS_PER_INCH = 13  # in titles
 STANDARD, ROBUST, PLAIN = "#2166ac", "#b2182b", "#666666"
 
 
@@ -78,8 +79,8 @@ def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) ->
         axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     axes.axhline(100 * result["undefended"]["value"], color=STANDARD, linestyle=":", label="undefended, standard")
     if all(row["undefended_robust"] for row in rows):
-        plain = [100 * row["undefended_robust"]["value"] for row in rows]
-        axes.plot(x, plain, color=ROBUST, linestyle=":", label="undefended, robust")
+        blind = [100 * row["undefended_robust"]["value"] for row in rows]
+        axes.plot(x, blind, color=ROBUST, linestyle=":", label="undefended, robust")
     for row in rows:
         if row["name"] == result["chosen"]:
             axes.axvline(row["value"], color=PLAIN, linewidth=0.8, linestyle="--", label=f"chosen: {row['value']:g}")
@@ -89,7 +90,9 @@ def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) ->
         axes.minorticks_off()
     axes.set(xlabel=axis, ylabel="accuracy, %", ylim=(0, 100))
     axes.grid(alpha=0.25)
-    axes.set_title(f"n = {result['n']}; {result['attack_told']}", fontsize=8)
+    axes.set_title(
+        fill(plain(f"n = {result['n']}; {result['attack_told']}"), round(6.4 * _LETTERS_PER_INCH)), fontsize=8
+    )
     figure.legend(fontsize=7, loc="outside lower center", ncols=3, frameon=False)
     _save(figure, paths)
 
@@ -102,7 +105,8 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[
         note: The attack, for the title.
         paths: Files, png or svg.
     """
-    figure, axes = plt.subplots(figsize=(min(1.5 + 1.35 * len(rows), 10), 3.9), dpi=150, layout="constrained")
+    width = min(max(1.5 + 1.35 * len(rows), 4.5), 10)
+    figure, axes = plt.subplots(figsize=(width, 3.9), dpi=150, layout="constrained")
     for shift, (name, color) in zip((-0.2, 0.2), (("standard", STANDARD), ("robust", ROBUST)), strict=True):
         value = np.array([100 * row[name]["value"] for row in rows])
         low, high = (np.array([100 * row[name][k] for row in rows]) for k in ("low", "high"))
@@ -111,10 +115,14 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[
         axes.errorbar(places, value, [value - low, high - value], fmt="none", ecolor="black", capsize=3, linewidth=0.9)
         for x, v, top in zip(places, value, high, strict=True):
             axes.text(x, top + 1.5, f"{v:.1f}", ha="center", fontsize=7)
-    names = [f"{fill(row['name'], 13, break_long_words=False, break_on_hyphens=False)}\nn = {row['n']}" for row in rows]
+    names = [
+        f"{fill(plain(row['name']), 13, break_long_words=False, break_on_hyphens=False)}\nn = {row['n']}"
+        for row in rows
+    ]
+    axes.set_xlim(-max(0.6, 1.5 / len(rows)), len(rows) - 1 + max(0.6, 1.5 / len(rows)))
     axes.set_xticks(np.arange(len(rows)), names, fontsize=8)
     axes.set(ylabel="accuracy, % [95 %]", ylim=(0, 105))
-    axes.set_title(note, fontsize=8)
+    axes.set_title(fill(plain(note), round(_LETTERS_PER_INCH * width)), fontsize=8)
     axes.grid(axis="y", alpha=0.25)
     figure.legend(fontsize=7, loc="outside lower center", ncols=2, frameon=False)
     _save(figure, paths)
@@ -133,12 +141,18 @@ def suite_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
             value, i, xerr=[[value - low], [high - value]], fmt="none", ecolor="gray", capsize=2, linewidth=0.9
         )
         axes.text(high + 1, i, f"{value:.1f}", va="center", fontsize=7)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+    axes.set_yticks(range(len(rows)), [plain(row["name"]) for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="accuracy, % [95 %]", xlim=(0, 105))
-    axes.set_title(f"n = {result['n']}, {result['draws']} draws, eps {result['eps'] * 255:g}/255", fontsize=8)
+    draws = f", {result['draws']} draws" if result["draws"] > 1 else ""
+    axes.set_title(f"n = {result['n']}{draws}, eps {result['eps'] * 255:g}/255", fontsize=8)
     axes.grid(axis="x", alpha=0.25)
     _save(figure, paths)
+
+
+def plain(text: str) -> str:
+    """Return text that matplotlib shows as it is: a dollar would begin a formula, and fonts lack control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
 
 
 def _save(figure: Any, paths: Sequence[Path]) -> None:

@@ -1,30 +1,38 @@
 """Training state on disk: a work folder next to the output, checkpoints in safetensors, the final name by rename."""
 
 import json
+import logging
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from advdiff_cli.data.atomic_files import name_write_errors, set_default_mode
+from advdiff_cli.data.atomic_files import name_write_errors, set_default_mode, sync
 from advdiff_cli.data.journal import complete_lines
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import OutputSpec
-from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json
+from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, parse_json_object
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
+
+_log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 120.0  # between checkpoints
 LOG = "training.jsonl"
 _RECIPE = "recipe.json"
 _STATE = "state"
+_CHECKSUM = "checksum"
+_PREVIOUS = "previous"
+"""The model that is being replaced, in the work folder."""
 
 
 def training_resume_params(out: Path, recorded: Provenance | None) -> Mapping[str, object]:
@@ -51,7 +59,7 @@ class WorkFolder:
         Raises:
             AdvdiffError: Something else is at the path or in the work folder, or another command works there.
         """
-        self.out = out = output.path
+        self.out = out = _real_path(output.path)
         self._is_main = is_main
         self._lock: OutputLock | None = None
         self.part = _work_folder(out)
@@ -84,10 +92,13 @@ class WorkFolder:
             self._lock.release()
 
     def _open(self, output: OutputSpec) -> None:
+        if (previous := self.part / _PREVIOUS).is_dir() and not self.out.exists():  # killed between its two renames
+            os.replace(previous, self.out)
         if self.part.is_symlink():
             raise AdvdiffError(f"{self.part} is a symbolic link, which advdiff does not write through; remove it")
         begun = _read_recipe(self.part)
         if matches_recipe(self.part, begun, output.recipe, overwrite=output.overwrite, unfinished=True):
+            self._remove_damaged()
             return
         if begun is None and self.part.exists() and any(self.part.iterdir()) and not output.overwrite:
             raise AdvdiffError(f"{self.part} holds no unfinished work of advdiff; move it, or give --overwrite")
@@ -95,6 +106,14 @@ class WorkFolder:
             shutil.rmtree(self.part)
         self.part.mkdir()
         _replace(self.part / _RECIPE, canonical_json(output.recipe))
+
+    def _remove_damaged(self) -> None:
+        """Remove all checkpoints if one of them is damaged, so that training begins again."""
+        files = sorted(self.part.glob("*.safetensors"))
+        if not all(map(_is_whole, files)):
+            _log.warning("a checkpoint in %s is damaged; training begins again", self.part)
+            for file in files:
+                file.unlink()
 
     def log(self, record: Mapping[str, object]) -> None:
         """Append a record to training.jsonl."""
@@ -111,7 +130,8 @@ class WorkFolder:
         temporary = target.with_name(name + ".new")
         copies = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         with name_write_errors(target):
-            save_file(copies, temporary, {_STATE: canonical_json(dict(state))})
+            save_file(copies, temporary, {_STATE: canonical_json(dict(state)), _CHECKSUM: _checksum(copies)})
+        sync(temporary)
         os.replace(temporary, target)
 
     def load(self, name: str = CHECKPOINT) -> tuple[dict[str, Tensor], JsonObject] | None:
@@ -128,8 +148,10 @@ class WorkFolder:
         """Remove the log records after `step`, and that of publishing, which will be written again."""
         path = self.part / LOG
         if self._is_main and path.is_file():
-            lines = [(line, json.loads(line)) for line in complete_lines(path)]
-            kept = [line for line, record in lines if record["step"] <= step and "published" not in record]
+            lines = [(line, _step_of(line)) for line in complete_lines(path)]
+            if any(found is None for _, found in lines):
+                _log.warning("lines of %s are damaged; they are left out", path)
+            kept = [line for line, found in lines if found is not None and found <= step]
             _replace(path, "".join(f"{line}\n" for line in kept))
 
     def publish(self, *kept: str) -> None:
@@ -138,25 +160,67 @@ class WorkFolder:
             if (self.part / name).is_file():
                 shutil.copyfile(self.part / name, self.final / name)
         set_default_mode(self.final)
-        old = self.out.with_name(self.out.name + ".old")
-        if self.out.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            os.replace(self.out, old)
+        for file in (self.final, *self.final.rglob("*")):
+            sync(file)
+        if self.out.exists():  # an earlier model, or an empty folder; kept where the next run finds it
+            os.replace(self.out, self.part / _PREVIOUS)
         os.replace(self.final, self.out)
-        for folder in (self.part, old):
-            if folder.exists():
-                shutil.rmtree(folder)
+        sync(self.out.parent)
+        shutil.rmtree(self.part)
 
 
 def _work_folder(out: Path) -> Path:
-    return out.with_name(out.name + ".part")
+    real = _real_path(out)
+    return real.with_name(real.name + ".part")
+
+
+def _real_path(out: Path) -> Path:
+    """Return where a model goes: the target of a symbolic link, so that it is replaced and not the link.
+
+    Raises:
+        AdvdiffError: The path has no name that the work folder could be called after.
+    """
+    if out.name in ("", ".."):
+        raise AdvdiffError(f"--out {out}: give the name of a folder for the model")
+    return out.resolve() if out.is_symlink() else out
 
 
 def _read_recipe(part: Path) -> Provenance | None:
+    """Return the recipe of unfinished work; None if there is none, or it is damaged."""
     path = part / _RECIPE
-    recipe: Provenance | None = json.loads(path.read_text()) if path.is_file() else None
-    return recipe
+    try:
+        return parse_json_object(path.read_text(), path) if path.is_file() else None
+    except (AdvdiffError, ValueError):
+        return None
+
+
+def _step_of(line: str) -> float | None:
+    """Return the step of a log record, infinity for that of publishing, or None for a damaged line."""
+    try:
+        record = json.loads(line)
+        return inf if "published" in record else int(record["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), crc))
+    return str(crc)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is as it was written; those of version 0.1.0 have no checksum."""
+    try:
+        with safe_open(checkpoint, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            json.loads(metadata[_STATE])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return False
+    found = _checksum(tensors)
+    return bool(metadata.get(_CHECKSUM, found) == found)
 
 
 def _replace(file: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 `TrainingInput` decides whether batches are clean, purified or attacked.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,10 +26,19 @@ from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry, vary_stain
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, with_prefix
 from advdiff_cli.training.loader import TrainingRows
-from advdiff_cli.training.optim import build_accelerator, cosine, optimizer_step, restore_scaler, scaler_state
+from advdiff_cli.training.optim import (
+    build_accelerator,
+    check_weights,
+    cosine,
+    optimizer_step,
+    restore_scaler,
+    scaler_state,
+)
 from advdiff_cli.training.platt import fit_platt
 
 Channels = tuple[float, float, float]
+
+_log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
 CLEAN = TrainingInput()
@@ -176,6 +186,7 @@ class ClassifierFit:
             yield record
         if accelerator.is_main_process:
             self._keep_and_calibrate_best(accelerator)
+        check_weights(model)
         model.eval()
         accelerator.wait_for_everyone()
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # removes mixed precision
@@ -205,7 +216,11 @@ class ClassifierFit:
 
     def _resume(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[int, list[float]]:
         """Restore the last checkpoint; return its step (0 without one) and the losses before it."""
-        tensors, state = self.work.load() or ({}, {"step": 0, "best": -1.0})
+        begun = self.work.load()
+        if begun is not None and begun[1]["best"] >= 0 and self.work.load(BEST) is None:
+            _log.warning("%s lacks the weights of the best epoch; training begins again", self.work.part)
+            begun = None
+        tensors, state = begun or ({}, {"step": 0, "best": -1.0})
         if tensors:
             self.model.load_state_dict(with_prefix(tensors, "model"))
             load_optimizer(optimizer, tensors)

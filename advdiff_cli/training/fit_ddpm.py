@@ -27,7 +27,14 @@ from advdiff_cli.training import checkpoints
 from advdiff_cli.training.augmentation import random_symmetry
 from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, with_prefix
 from advdiff_cli.training.loader import TrainingRows
-from advdiff_cli.training.optim import build_accelerator, cosine, optimizer_step, restore_scaler, scaler_state
+from advdiff_cli.training.optim import (
+    build_accelerator,
+    check_weights,
+    cosine,
+    optimizer_step,
+    restore_scaler,
+    scaler_state,
+)
 
 SAMPLES = "samples.png"
 _LEVELS = (0.02, 0.04, 0.085, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # fractions of T of the validation loss
@@ -121,6 +128,7 @@ class DdpmFit:
                     saved = time.monotonic()
             yield record
         ema.copy_to(model.unet.parameters())
+        check_weights(model)
         model.eval()
         accelerator.wait_for_everyone()
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # removes mixed precision

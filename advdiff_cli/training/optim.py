@@ -5,9 +5,12 @@ import math
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import Precision
+
+DIVERGED = "training diverged; give a lower --learning-rate, or --precision fp32"
 
 
 def build_accelerator(precision: Precision, device: torch.device) -> Accelerator:
@@ -38,7 +41,14 @@ def cosine(step: int, total: int, peak: float, warmup: float = 0.05) -> float:
 def optimizer_step(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None = None
 ) -> float:
-    """Take a step with learning rate `rate`, with gradients clipped to the norm `clip`; return the loss."""
+    """Take a step with learning rate `rate`, with gradients clipped to the norm `clip`; return the loss.
+
+    Raises:
+        AdvdiffError: The loss is not finite.
+    """
+    value = loss.item()
+    if not math.isfinite(value):
+        raise AdvdiffError(f"the loss of a training step is {value}: {DIVERGED}")
     for group in optimizer.param_groups:
         group["lr"] = rate
     accelerator.backward(loss)
@@ -46,4 +56,14 @@ def optimizer_step(
         accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return value
+
+
+def check_weights(model: nn.Module) -> None:
+    """Check that all weights of a trained model are finite.
+
+    Raises:
+        AdvdiffError: They are not.
+    """
+    if not all(bool(p.isfinite().all()) for p in model.state_dict().values()):
+        raise AdvdiffError(f"the trained weights are not finite: {DIVERGED}")

@@ -13,7 +13,16 @@ from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
 from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, load_classifier, save_classifier
-from advdiff_cli.models.ddpm import PRESETS, PurificationSettings, build_ddpm, load_card, load_ddpm, recommend
+from advdiff_cli.models.ddpm import (
+    PICKLED_UNET,
+    PRESETS,
+    UNET_WEIGHTS,
+    PurificationSettings,
+    build_ddpm,
+    load_card,
+    load_ddpm,
+    recommend,
+)
 from advdiff_cli.models.device import resolve_device, resolve_precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
 
@@ -164,3 +173,15 @@ def test_a_missing_device_is_an_error():
         assert resolve_device("auto").type in ("cpu", "mps")
     with pytest.raises(AdvdiffError, match="fp16 needs a GPU"):
         resolve_precision("fp16", torch.device("cpu"))
+
+
+def test_a_stray_file_does_not_change_the_fingerprint_of_a_pickled_model(ddpm, tmp_path):
+    pickled = shutil.copytree(ddpm, tmp_path / "pickled")
+    torch.save(load_file(pickled / UNET_WEIGHTS), pickled / PICKLED_UNET)
+    (pickled / UNET_WEIGHTS).unlink()
+    before = folder_fingerprint(pickled)
+    save_file({"x": torch.zeros(1)}, pickled / "stray.safetensors")
+    assert folder_fingerprint(pickled) == before
+    state = torch.load(pickled / PICKLED_UNET, weights_only=True)
+    torch.save({k: v + 1 for k, v in state.items()}, pickled / PICKLED_UNET)
+    assert folder_fingerprint(pickled) != before
