@@ -40,7 +40,8 @@ from advdiff_cli.datasets import download
 from advdiff_cli.datasets.pcam import RemoteFile
 from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.main import main
-from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
+from advdiff_cli.models.classifier_config import ClassifierConfig
+from advdiff_cli.models.classifiers import Classifier, save_classifier
 from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.training import checkpoints

@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy, mse_loss
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import provenance, recipe
 from advdiff_cli.data.rng import stream
+from advdiff_cli.models.card import PurificationSettings
 from advdiff_cli.models.classifiers import load_classifier
-from advdiff_cli.models.ddpm import PurificationSettings, load_ddpm, save_ddpm
+from advdiff_cli.models.ddpm import load_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.registry import find_classifier, find_ddpm

@@ -21,7 +21,8 @@ from warm import client
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.main import main
-from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, save_classifier
+from advdiff_cli.models.classifier_config import ClassifierConfig
+from advdiff_cli.models.classifiers import Classifier, save_classifier
 from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
 
 PCAM = os.environ.get("ADVDIFF_TEST_PCAM")

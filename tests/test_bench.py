@@ -7,7 +7,7 @@ import torch
 
 from advdiff_cli.benchmark.timing import Timing, Workload, measure, ratios
 from advdiff_cli.benchmark.workloads import count_flops
-from advdiff_cli.models.ddpm import PurificationSettings, recommend
+from advdiff_cli.models.card import PurificationSettings, recommend
 
 CPU = torch.device("cpu")
 

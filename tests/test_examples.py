@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.models.card import PurificationSettings
 from advdiff_cli.models.classifiers import load_classifier
-from advdiff_cli.models.ddpm import PurificationSettings, load_ddpm
+from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.registry import find_classifier, find_ddpm
 

@@ -46,7 +46,7 @@ def page(advdiff, inputs):
         made += ["--ladder", root / "ladder", "--patches", 5, "-o", out]
         gallery = ["--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "-m", m, *defense]
         told = advdiff("report", *made, *gallery, "--json").json
-        assert sorted(told["files"] + ["panel.png"]) == sorted(p.name for p in out.iterdir())
+        assert sorted([*told["files"], "report.advdiff.json"]) == sorted(p.name for p in out.iterdir())
     return out / "report.html"
 
 
@@ -268,3 +268,38 @@ def test_an_unfinished_suite(advdiff, tmp_path):
 def test_names_with_dollars(advdiff, page, inputs, tmp_path):
     made = advdiff("report", "--result", f"a $x_{{ $={inputs['root'] / 'ddpm.json'}", "-o", tmp_path / "page", "-q")
     assert "a $x_{ $" in Path(made.out.strip()).read_text()
+
+
+def test_pictures_of_the_user_are_not_replaced(advdiff, page, inputs, tmp_path):
+    out = tmp_path / "page"
+    out.mkdir()
+    (out / "bars.svg").write_text("mine")
+    made = ["report", "--result", f"a={inputs['root'] / 'ddpm.json'}", "-o", out]
+    assert "bars.svg exists and was not made by this command" in advdiff(*made, code=1).err
+    assert [p.name for p in out.iterdir()] == ["bars.svg"]
+    assert (out / "bars.svg").read_text() == "mine"
+    (out / "bars.svg").unlink()
+    advdiff(*made)
+    advdiff(*made)  # the same page
+    assert "made with other settings (title" in advdiff(*made, "--title", "Another", code=1).err
+    advdiff(*made, "--title", "Another", "--overwrite")
+
+
+def test_predictions_do_not_replace_a_patch_set(advdiff, page, inputs, tmp_path):
+    adv = tmp_path / "adv.h5"
+    advdiff("synthesize", "-n", 2, "-o", adv)
+    before = adv.read_bytes()
+    evaluate = ["evaluate", inputs["x"], "--limit", 2, "-c", inputs["c"], "--predictions"]
+    assert "exists and was not made by this command" in advdiff(*evaluate, adv, code=1).err
+    own = ["evaluate", adv, "-c", inputs["c"], "--predictions", adv]
+    for extra in ([], ["--overwrite"]):
+        assert "is an input of this command" in advdiff(*own, *extra, code=1).err
+    assert adv.read_bytes() == before
+    table = tmp_path / "p.csv"
+    advdiff(*evaluate, table)
+    advdiff(*evaluate, table)
+    changed = [*evaluate, table, "--shuffle-seed", 1]
+    assert "made with other settings" in advdiff(*changed, code=1).err
+    advdiff(*changed, "--overwrite")
+    table.write_text("mine")
+    assert "was not made by this command" in advdiff(*changed, code=1).err

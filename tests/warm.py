@@ -50,6 +50,7 @@ def run(call, told, streams):
     arguments, folder, environment = json.loads(told)
     for fd, stream in enumerate(streams):
         os.dup2(stream, fd)
+    sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115 (a new process has them)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.chdir(folder)
     os.environ.clear()

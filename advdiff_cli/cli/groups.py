@@ -343,9 +343,7 @@ class OutputOptions(ResultOptions):
     """How a result is written and printed."""
 
     out: Annotated[Path, typer.Option("-o", "--out", help="Where the result goes.")]
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another result at --out.", rich_help_panel=options.OUTPUT)
-    ] = False
+    overwrite: options.Overwrite = False
 
     def require_folder(self, content: str) -> None:
         """Check that the output can be a folder.

@@ -38,6 +38,9 @@ Compile = Annotated[
         help="Compile the U-Net: gradients are faster, but the first one takes a minute.",
     ),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace another result of that name.", rich_help_panel=OUTPUT)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.", rich_help_panel=OUTPUT)]
 Norm = Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")]
 Eps = Annotated[

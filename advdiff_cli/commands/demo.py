@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,7 +167,7 @@ class _Pipeline:
 
     def report(self, results: "dict[str, JsonObject]", clean: "PatchSet", adv: "PatchSet", defense: "Defense") -> Path:
         from advdiff_cli.report.gallery import GalleryModel, PairedSets, build_gallery, judge_pairs
-        from advdiff_cli.report.page import PAGE, Report
+        from advdiff_cli.report.page import PAGE, PANEL, Report
 
         out = self.output.out
         named = " ".join(f"--result {name}={self._result(name)}" for name in results)
@@ -177,8 +178,10 @@ class _Pipeline:
         with console.progress(len(pairs), "report: judge", quiet=self.output.quiet) as advance:
             judged = judge_pairs(pairs, by, advance)
         count = min(_SHOWN, len(pairs))
-        gallery = build_gallery(pairs, judged, by, EPS, count, out / "panel.png")
-        Report("advdiff demo", results, gallery=gallery).write(out)
+        with tempfile.TemporaryDirectory() as scratch:
+            panel = Path(scratch) / PANEL
+            gallery = build_gallery(pairs, judged, by, EPS, count, panel)
+            Report("advdiff demo", results, gallery=gallery, panel=panel).write(out, overwrite=self.output.overwrite)
         return out / PAGE
 
 

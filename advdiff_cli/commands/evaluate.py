@@ -41,6 +41,7 @@ class EvaluateOptions:
     predictions: Annotated[
         Path | None, typer.Option(help="Write the prediction for every patch and draw to this CSV file.")
     ] = None
+    overwrite: options.Overwrite = False
 
 
 @with_option_groups
@@ -62,6 +63,9 @@ def evaluate(
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
+    from advdiff_cli.data.output_spec import OutputSpec
+    from advdiff_cli.data.provenance import recipe
+    from advdiff_cli.data.recorded_files import check_replaceable, record_files, record_of
     from advdiff_cli.evaluation.comparison import compare
     from advdiff_cli.evaluation.predictions_csv import write_predictions
     from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
@@ -80,13 +84,25 @@ def evaluate(
     precision = "fp32" if protection is None else compute.resolve_precision(device)
     model = undefended.behind(protection, device, precision)
     draws = range(1 if protection is None else settings.draws or _DRAWS)
+    written = None
+    if settings.predictions is not None:
+        made_by = recipe(
+            "evaluate",
+            {**model.parameters, "draws": len(draws), "seed": compute.seed},
+            data=[{"name": name, **s.recipe_input()} for name, s in zip(data, sets, strict=True)],
+            classifier=model.fingerprint,
+            ddpm=model.ddpm_fingerprint,
+        )
+        written = OutputSpec(record_of(settings.predictions), made_by, device.type, settings.overwrite)
+        check_replaceable(written, [settings.predictions], [Path(name) for name in data])
     with console.progress(sum(map(len, sets)), "evaluate", quiet=output.quiet) as advance:
         evaluated = [
             evaluate_set(name, patches, model, device, draws=draws, seed=compute.seed, advance=advance)
             for name, patches in zip(data, sets, strict=True)
         ]
-    if settings.predictions is not None:
+    if settings.predictions is not None and written is not None:
         write_predictions(settings.predictions, [(e, s.keys) for e, s in zip(evaluated, sets, strict=True)])
+        record_files(written, [settings.predictions])
     judging = {"draws": len(draws), "seed": compute.seed, "precision": precision}
     result: JsonObject = {
         "classifier": {"name": Path(classifier).name, "fingerprint": model.fingerprint},

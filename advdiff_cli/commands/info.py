@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @with_option_groups
 def info(
-    file: Annotated[Path, typer.Argument(help="A patch set, a purified folder or a model folder.")],
+    file: Annotated[Path, typer.Argument(help="A patch set, a purified folder, a model folder or a bundled model.")],
     output: ResultOptions,
 ) -> None:
     """Show what a file is and how it was made, with the whole chain of its inputs.
@@ -29,15 +29,20 @@ def info(
     from advdiff_cli.models import registry
     from advdiff_cli.models.fingerprint import folder_fingerprint
 
+    if not file.exists() and (bundled := registry.BUNDLED / file.name).is_dir() and str(file) == file.name:
+        file = bundled
     if not file.exists():
         raise AdvdiffError(f"no such file or folder: {file}")
+    journal = file / JOURNAL
     if file.is_dir() and registry.is_model(file):
         facts: JsonObject = {"kind": "model", "fingerprint": folder_fingerprint(file)}
         made = registry.recorded_provenance(file)
     else:
         facts, made = _patch_set(file)
-        if (journal := file / JOURNAL).is_file():
+        if journal.is_file():
             made = parse_provenance(journal.read_text().partition("\n")[0], journal)
+    if journal.is_file():
+        facts |= _purified(file)
     lines = [f"{file}: " + ", ".join(f"{k} {v}" for k, v in facts.items())]
     lines += _chain(made, "") if made else ["no provenance recorded"]
     text = "\n".join(map(console.printable, lines))
@@ -52,6 +57,17 @@ def _patch_set(file: Path) -> "tuple[JsonObject, Provenance | None]":
     positive = None if patches.labels is None else int(patches.labels.sum())
     facts = {"kind": "patch set", "n": len(patches), "size": size, "positive": positive}
     return {**facts, "fingerprint": patches.fingerprint()}, patches.provenance
+
+
+def _purified(folder: Path) -> "JsonObject":
+    """Return how many inputs of a purified folder are current, and how many failed."""
+    from advdiff_cli.data.folder_journal import is_current, journals, parse_lines
+    from advdiff_cli.data.journal import complete_lines
+
+    lines = [line for journal in journals(folder) for line in parse_lines(complete_lines(journal)[1:])]
+    last = {line.file: line for line in lines if line is not None}
+    current = sum(is_current(folder, line) for line in last.values())
+    return {"current": current, "failed": sum(line.status == "failed" for line in last.values())}
 
 
 def _chain(made: "Provenance", indent: str) -> list[str]:

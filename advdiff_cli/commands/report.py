@@ -1,5 +1,6 @@
 """`advdiff report`."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,7 +67,7 @@ def report(
 
     Example: advdiff report --result undefended=plain.json --sweep sweep/ --ladder suite/ -o report/
     """
-    from advdiff_cli.report.page import PAGE, Report, accuracy_bar
+    from advdiff_cli.report.page import PAGE, PANEL, Report, accuracy_bar
     from advdiff_cli.report.result_files import Evaluation, Suite, Sweep, read_result, read_results
 
     out = output.out
@@ -81,10 +82,11 @@ def report(
     page.sweeps = read_results([_sweep_file(text) for text in content.sweep or []], Sweep)
     if content.ladder:
         page.suite = read_result(_suite_file(content.ladder), Suite)
-    if has_gallery:
-        page.gallery = _gallery(gallery, purifier, rows, compute, output)
-    out.mkdir(parents=True, exist_ok=True)
-    files = page.write(out)
+    with tempfile.TemporaryDirectory() as scratch:
+        if has_gallery:
+            page.panel = Path(scratch) / PANEL
+            page.gallery = _gallery(gallery, purifier, rows, compute, page.panel, quiet=output.quiet)
+        files = page.write(out, overwrite=output.overwrite)
     text = "\n".join(str(out / f) for f in files)
     output.emit({"out": str(out), "page": str(out / PAGE), "files": files}, text, out / PAGE)
 
@@ -125,9 +127,11 @@ def _gallery(
     purifier: PurifierOptions,
     rows: RowOptions,
     compute: SeededComputeOptions,
-    output: OutputOptions,
+    panel: Path,
+    *,
+    quiet: bool,
 ) -> "JsonObject":
-    """Return the content of the gallery, and draw its first patches as panel.png."""
+    """Return the content of the gallery, and draw its first patches as the picture `panel`."""
     from advdiff_cli.report.gallery import GalleryModel, PairedSets, amplification_eps, build_gallery, judge_pairs
 
     if not (gallery.clean and gallery.attacked and gallery.classifier):
@@ -141,10 +145,9 @@ def _gallery(
     eps = amplification_eps(pairs.attacked)
     chosen = None if gallery.index is None else _rows_of(gallery.index, pairs.clean.index[pairs.clean_rows].tolist())
     by = GalleryModel(model, device, compute.seed)
-    with console.progress(len(pairs), "report: judge", quiet=output.quiet) as advance:
+    with console.progress(len(pairs), "report: judge", quiet=quiet) as advance:
         judged = judge_pairs(pairs, by, advance)
-    output.out.mkdir(parents=True, exist_ok=True)
-    return build_gallery(pairs, judged, by, eps, chosen or gallery.patches, output.out / "panel.png")
+    return build_gallery(pairs, judged, by, eps, chosen or gallery.patches, panel)
 
 
 def _rows_of(text: str, indices: list[int]) -> list[int]:

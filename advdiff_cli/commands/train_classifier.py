@@ -133,7 +133,8 @@ def train_classifier(
     """
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import registry
-    from advdiff_cli.models.classifiers import ClassifierConfig, save_classifier
+    from advdiff_cli.models.classifier_config import ClassifierConfig
+    from advdiff_cli.models.classifiers import save_classifier
     from advdiff_cli.models.fingerprint import folder_fingerprint
     from advdiff_cli.training.fit_classifier import ClassifierFit, ClassifierRecipe, Validation, channel_statistics
     from advdiff_cli.training.initialization import initial_classifier

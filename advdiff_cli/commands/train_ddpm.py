@@ -79,7 +79,8 @@ def train_ddpm(
     """
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import registry
-    from advdiff_cli.models.ddpm import DdpmCard, PurificationSettings, build_ddpm, save_ddpm
+    from advdiff_cli.models.card import DdpmCard, PurificationSettings
+    from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
     from advdiff_cli.models.fingerprint import folder_fingerprint
     from advdiff_cli.training.fit_ddpm import SAMPLES, DdpmFit, DdpmRecipe
     from advdiff_cli.training.initialization import initial_ddpm

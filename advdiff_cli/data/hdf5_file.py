@@ -24,6 +24,7 @@ from advdiff_cli.errors import AdvdiffError
 _CHUNK_BYTES = 1 << 20
 _OVERHEAD_BYTES = 1 << 20  # an upper bound of HDF5's own structures
 _MAX_DEFLATE_RATIO = 1032  # reached on zeros
+_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 
 
 class Hdf5Source:
@@ -50,7 +51,12 @@ class Hdf5Source:
         self.keys: Sequence[RowKey] = self.index.tolist()
         self.provenance: Provenance | None = None
         if KEY in self._file:
-            self.provenance = parse_provenance(_dataset(self._file, path, KEY)[()], path)
+            record = _dataset(self._file, path, KEY)
+            if (
+                record.shape != () or h5py.check_string_dtype(record.dtype) is None
+            ):  # many strings may be one in the file
+                raise AdvdiffError(f"the provenance record in {path} is not a single text; make the file again")
+            self.provenance = parse_provenance(record[()], path)
 
     def _vector(self, name: str) -> NDArray[Any] | None:
         if self._pcam or name not in self._file:
@@ -105,6 +111,8 @@ def _name_read_errors(path: Path) -> Iterator[None]:
     """Turn h5py's many errors about a broken file into one that names the file."""
     try:
         yield
+    except BlockingIOError:
+        raise AdvdiffError(f"{path} is being written by another process; wait until it ends") from None
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as e:
         why = str(e).strip("'\"").splitlines()[0] if str(e) else type(e).__name__
         raise AdvdiffError(f"{path} is not a complete HDF5 file ({why}); make or download it again") from None
@@ -121,7 +129,13 @@ def _dataset(file: Any, path: Path, name: str) -> Any:
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.external is not None or dataset.is_virtual:
         raise AdvdiffError(f"{name} in {path} is not a plain dataset; external and virtual datasets are not read")
-    stored, filters = dataset.id.get_storage_size(), dataset.id.get_create_plist().get_nfilters()
+    plan = dataset.id.get_create_plist()
+    stored, filters = dataset.id.get_storage_size(), plan.get_nfilters()
+    kinds = [plan.get_filter(k)[0] for k in range(filters)]
+    if len(set(kinds)) < filters or not set(kinds) <= _FILTERS:
+        raise AdvdiffError(
+            f"{name} in {path} is compressed in an unusual way; gzip, lzf, shuffle and fletcher32 are read"
+        )
     limit = stored * (_MAX_DEFLATE_RATIO if filters else 1)
     if dataset.nbytes > limit or stored > path.stat().st_size:
         raise AdvdiffError(

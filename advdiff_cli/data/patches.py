@@ -3,12 +3,13 @@
 The path decides among four forms: safetensors, HDF5, PCam's own files (or their folder), and images in a folder.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from advdiff_cli.data.fingerprint_cache import cached_fingerprint
 from advdiff_cli.data.hdf5_file import open_hdf5
@@ -19,6 +20,11 @@ from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.safetensors_file import open_safetensors
 from advdiff_cli.errors import AdvdiffError
+
+if TYPE_CHECKING:  # imported where it is used, so that commands that only read recipes answer at once
+    import torch
+
+_log = logging.getLogger(__name__)
 
 PATCH_FILES = (".safetensors", ".h5", ".hdf5")
 """The suffixes of files that hold a whole patch set."""
@@ -62,8 +68,8 @@ ALL = Selection()
 class LabelledBatch:
     """Images (B, 3, H, W) in [0, 1] and labels (B,) on a device, with the keys and origin indices of their rows."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: "torch.Tensor"
+    labels: "torch.Tensor"
     keys: list[RowKey]
     index: list[int]
 
@@ -90,7 +96,19 @@ class PatchSet:
         self.labels: Rows | None = None if source.labels is None else source.labels[self._rows]
         self.index: Rows = source.index[self._rows]
         self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
+        self._warn_of_one_class()
         self._fingerprint: str | None = None  # computed once, since the rows of a set do not change
+
+    def _warn_of_one_class(self) -> None:
+        """Warn where --limit or --range leaves one class of two, as in sets that are sorted by class or slide."""
+        everything = self.source.labels
+        if self.labels is None or everything is None or self.selection.shuffle_seed is not None:
+            return
+        if len(self.labels) > 1 and len(set(self.labels.tolist())) < len(set(everything.tolist())):
+            _log.warning(
+                "all %d patches selected from %s have label %d, and the set has both; --shuffle-seed 0 mixes them",
+                *(len(self.labels), self.path, self.labels[0]),
+            )
 
     def first(self, n: int) -> "PatchSet":
         """Return the first n selected rows, or all of them if there are fewer."""
@@ -104,12 +122,14 @@ class PatchSet:
         """Return the number of selected rows."""
         return len(self._rows)
 
-    def read(self, rows: Rows | Sequence[int]) -> torch.Tensor:
+    def read(self, rows: Rows | Sequence[int]) -> "torch.Tensor":
         """Return the images at positions `rows` of the selection: float32 (B, 3, H, W) in [0, 1].
 
         Raises:
             AdvdiffError: A row cannot be read, or holds NaN or values outside [0, 1].
         """
+        import torch
+
         chosen = self._rows[np.asarray(rows, np.int64)]
         raw = self.source.read(chosen)
         if raw.dtype == np.uint8:
@@ -124,12 +144,14 @@ class PatchSet:
             )
         return torch.from_numpy(raw)
 
-    def batch(self, rows: Rows, device: torch.device) -> LabelledBatch:
+    def batch(self, rows: Rows, device: "torch.device") -> LabelledBatch:
         """Return images, labels, keys and indices at positions `rows` of the selection.
 
         Raises:
             AdvdiffError: As `read`, or the set has no labels.
         """
+        import torch
+
         labels = torch.from_numpy(self.require_labels()[rows])
         keys = [self.keys[i] for i in rows]
         return LabelledBatch(self.read(rows).to(device), labels.to(device), keys, self.index[rows].tolist())

@@ -14,6 +14,7 @@ from typing import Any
 from advdiff_cli.errors import AdvdiffError
 
 FORMAT = 1
+_MAX_DEPTH = 200  # of records within records
 KEY = "advdiff"  # the metadata key (safetensors) or dataset name (HDF5) of the provenance
 
 JsonObject = dict[str, Any]
@@ -92,7 +93,7 @@ def parse_provenance(text: str | bytes, where: Path) -> Provenance:
         AdvdiffError: The text is not a provenance record.
     """
     record = parse_json_object(text, where)
-    if not _is_provenance(record):
+    if not _is_plain(record) or not _is_provenance(record):
         raise AdvdiffError(f"the provenance record in {where} was not written by advdiff; write the file again")
     return record
 
@@ -105,11 +106,22 @@ def parse_json_object(text: str | bytes, where: Path) -> JsonObject:
     """
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, TypeError):
         value = None
     if not isinstance(value, dict):
         raise AdvdiffError(f"{where} does not hold a JSON object; write the file again")
     return value
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Return whether a JSON value is not nested too deeply and its texts are valid Unicode."""
+    if isinstance(value, str):
+        return value.isprintable() or value.encode(errors="replace").decode() == value
+    if depth > _MAX_DEPTH:
+        return False
+    if isinstance(value, dict):
+        return all(_is_plain(one, depth + 1) for pair in value.items() for one in pair)
+    return not isinstance(value, list) or all(_is_plain(one, depth + 1) for one in value)
 
 
 def _is_provenance(value: object) -> bool:

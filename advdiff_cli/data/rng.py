@@ -6,9 +6,12 @@ A stream is named by (seed, purpose, ...). Its Philox key is a hash of the name.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # imported where it is used, so that commands that only read recipes answer at once
+    import torch
 
 RowKey = int | str
 """The name of a row: its index in the origin set, or its relative path in a folder."""
@@ -22,8 +25,10 @@ def stream(seed: int, purpose: str, *names: RowKey) -> np.random.Generator:
 
 
 @contextmanager
-def torch_seeded(device: torch.device, seed: int, purpose: str, *names: RowKey) -> Iterator[None]:
+def torch_seeded(device: "torch.device", seed: int, purpose: str, *names: RowKey) -> Iterator[None]:
     """Seed torch's global generator from a stream inside the block, for layers such as dropout; restore it after."""
+    import torch
+
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(stream(seed, purpose, *names).integers(2**63)))
         yield
@@ -36,10 +41,14 @@ class RowStreams:
         """Open the streams of `rows`; a padded batch may name a row more than once."""
         self._streams = [stream(seed, purpose, draw, restart, row) for row in rows]
 
-    def normal(self, *shape: int) -> torch.Tensor:
+    def normal(self, *shape: int) -> "torch.Tensor":
         """Draw (B, *shape) standard normal float32 numbers, each row from its own stream."""
+        import torch
+
         return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in self._streams]))
 
-    def uniform(self, *shape: int) -> torch.Tensor:
+    def uniform(self, *shape: int) -> "torch.Tensor":
         """Draw (B, *shape) float32 numbers, uniform on [-1, 1)."""
+        import torch
+
         return torch.from_numpy(np.stack([s.random(shape, dtype=np.float32) * 2 - 1 for s in self._streams]))

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import mannwhitneyu
 
 from advdiff_cli.evaluation.statistics import Estimate, auroc_interval, mean_of_two, mean_share, wilson
 
@@ -74,7 +73,8 @@ def auroc(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> float:
     positive, negative = scores[labels == 1], scores[labels == 0]
     if not len(positive) or not len(negative):
         return float("nan")
-    return float(mannwhitneyu(positive, negative, method="asymptotic").statistic / (len(positive) * len(negative)))
+    below, not_above = (np.searchsorted(np.sort(negative), positive, side) for side in ("left", "right"))
+    return float((below.sum() + not_above.sum()) / (2 * len(positive) * len(negative)))
 
 
 def classification_metrics(p: Predictions) -> dict[str, Estimate]:

@@ -21,7 +21,10 @@ def write_predictions(path: Path, sets: Sequence[tuple[EvaluatedSet, Sequence[Ro
     The columns are: the name of the set, its origin, the row's index in the origin, the row's name (a file in a folder,
     else the index), its label, the draw of the defense's noise, and the probability of class 1.
     """
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         table = csv.writer(file)
         table.writerow(_COLUMNS)
         for one, keys in sets:
@@ -41,7 +44,7 @@ def read_predictions(path: Path) -> list[EvaluatedSet]:
     """
     lines: dict[str, list[list[str]]] = {}
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.reader(file)
             if tuple(next(table, ())) != _COLUMNS:
                 raise AdvdiffError(

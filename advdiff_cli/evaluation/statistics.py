@@ -10,14 +10,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.special import bdtr
 
 RESAMPLES = 2000
-_Z = float(norm.ppf(0.975))
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def wilson(successes: int, n: int) -> Estimate:
     """Return a proportion with its Wilson interval; all NaN if n is 0."""
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    interval = binomtest(successes, n).proportion_ci(method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high))
+    share, scale = successes / n, 2 * (n + _Z**2)
+    center, half = (2 * successes + _Z**2) / scale, _Z / scale * math.sqrt(4 * successes * (1 - share) + _Z**2)
+    return Estimate(share, center - half if successes else 0.0, center + half if successes < n else 1.0)
 
 
 def mean_share(shares: NDArray[np.float64]) -> Estimate:
@@ -81,6 +82,8 @@ def auroc_interval(value: float, positive: int, negative: int) -> Estimate:
 
     The variance is that of Hanley and McNeil (1982) at the ends of the interval, for two samples of equal size.
     """
+    from scipy.optimize import brentq  # a slow import
+
     half = (positive + negative) / 2 - 1
 
     def excess(end: float) -> float:
@@ -124,7 +127,7 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     """Return the two-sided p-value of McNemar's exact test on paired outcomes (N,); 1 without discordant pairs."""
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     discordant = only_first + only_second
-    return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), discordant, 0.5)))
 
 
 def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Estimate:

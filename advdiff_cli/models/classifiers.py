@@ -5,8 +5,7 @@ architecture that torchvision has too, are read as well.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from math import isfinite
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,38 +15,8 @@ from torch import Tensor, nn
 from advdiff_cli.data.atomic_files import name_write_errors
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_json_object
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS, ClassifierConfig
 from advdiff_cli.models.external import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """The architecture, normalization and calibration of a classifier.
-
-    Args:
-        arch: A torchvision architecture, or `tiatoolbox:` and the backbone of a TIAToolbox architecture.
-        mean: Of each channel, for images in [0, 1].
-        std: Standard deviation of each channel.
-        slope: Factor of the network's log-odds of class 1 (Platt 1999).
-        bias: Added to them.
-    """
-
-    arch: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    slope: float = 1.0
-    bias: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for invalid values, since a config may come from anywhere."""
-        numbers = [*self.mean, *self.std, self.slope, self.bias]
-        good = len(self.mean) == len(self.std) == 3 and all(type(n) in (int, float) and isfinite(n) for n in numbers)
-        if not good or min(self.std) <= 0 or not isinstance(self.arch, str):
-            raise ValueError(
-                f"an architecture, three means, three standard deviations, a slope and a bias are needed: {self}"
-            )
 
 
 class Classifier(nn.Module):

@@ -5,12 +5,10 @@ levels, the space-to-depth factor and the settings recommended for purification.
 Source: Ho et al. 2020, arXiv:2006.11239.
 """
 
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -18,16 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from advdiff_cli.data.atomic_files import name_write_errors
-from advdiff_cli.data.provenance import Provenance, parse_json_object
+from advdiff_cli.data.provenance import parse_json_object
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, DdpmCard, load_card, save_card
 from advdiff_cli.models.device import memory_layout
 
-CARD = "advdiff.json"
-UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-PICKLED_UNET = "unet/diffusion_pytorch_model.bin"
-
-SamplerName = Literal["ddpm", "ddim"]
 _MAX_TIMESTEPS = 100_000
+_MAX_SETTING = 100_000  # of a whole number in a U-Net's configuration
 
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "paper": (
@@ -44,65 +39,6 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "s2d4": (4, {"block_out_channels": (96, 192), "layers_per_block": 1}),
 }
 """Name -> space-to-depth factor, and arguments of the U-Net."""
-
-
-@dataclass(frozen=True)
-class PurificationSettings:
-    """Noise level as a fraction of T, reverse process, and U-Net evaluations (None: one for each noise level)."""
-
-    t_star: float = 0.04
-    sampler: SamplerName = "ddpm"
-    sampler_steps: int | None = None
-
-
-PAPER = PurificationSettings()
-"""The settings of Ankile et al. 2022."""
-
-
-@dataclass(frozen=True)
-class DdpmCard:
-    """What advdiff.json records about a diffusion model.
-
-    Args:
-        space_to_depth: The U-Net works on images unshuffled by this factor.
-        max_t: The highest noise level it was trained on, as a fraction of T.
-        data_range: The range that pixels in [0, 1] are scaled to.
-        index_offset: Noise levels between the level an image is noised to and the first level that is denoised: 0,
-            but 1 in the paper's code.
-        recommended: Default settings for purification.
-        provenance: How the model was made.
-    """
-
-    space_to_depth: int = 1
-    max_t: float = 1.0
-    data_range: tuple[float, float] = (-1.0, 1.0)
-    index_offset: int = 0
-    recommended: PurificationSettings = field(default_factory=PurificationSettings)
-    provenance: Provenance | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for invalid values, since a card may come from anywhere."""
-        whole = (self.space_to_depth, self.index_offset, self.recommended.sampler_steps or 1)
-        low, high = self.data_range
-        good = all(type(n) is int for n in whole) and 1 <= self.space_to_depth <= 32 and self.index_offset >= 0
-        good &= all(type(n) in (int, float) and 0 < n <= 1 for n in (self.max_t, self.recommended.t_star))
-        good &= -1e3 < low < high < 1e3 and self.recommended.sampler in get_args(SamplerName) and whole[2] >= 1
-        if not good or not isinstance(self.provenance, dict | None):
-            raise ValueError("invalid space-to-depth factor, noise levels, data range or settings")
-
-    def to_range(self, images: Tensor) -> Tensor:
-        """Scale images from [0, 1] to the data range."""
-        low, high = self.data_range
-        return images * (high - low) + low
-
-    def to_pixels(self, x_0: Tensor) -> Tensor:
-        """Scale x_0 from the data range to [0, 1]."""
-        low, high = self.data_range
-        return (x_0 - low) / (high - low)
-
-
-KNOWN_CARDS = {"ankile/ddpm-pcam-96-flip": DdpmCard(data_range=(0.0, 1.0), index_offset=1)}
-"""Cards of Hub repositories without advdiff.json: the paper's model, which was trained on pixels in [0, 1]."""
 
 
 class Ddpm(nn.Module):
@@ -185,26 +121,6 @@ def save_ddpm(model: Ddpm, folder: Path) -> None:
     save_card(model.card, folder)
 
 
-def save_card(card: DdpmCard, folder: Path) -> None:
-    """Write advdiff.json."""
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
-
-
-def load_card(folder: Path) -> DdpmCard:
-    """Read advdiff.json; a folder without it gets the defaults: data in [-1, 1] and the paper's settings."""
-    path = folder / CARD
-    if not path.is_file():
-        cached = {f"models--{name.replace('/', '--')}": card for name, card in KNOWN_CARDS.items()}
-        return next((cached[part] for part in folder.parts if part in cached), DdpmCard())
-    try:
-        raw = parse_json_object(path.read_text(), path)
-        recommended = PurificationSettings(**raw.pop("recommended", {}))
-        low, high = raw.pop("data_range", (-1.0, 1.0))
-        return DdpmCard(**raw, data_range=(float(low), float(high)), recommended=recommended)
-    except (ValueError, TypeError, AttributeError) as e:
-        raise AdvdiffError(f"{path} is not the advdiff.json of a diffusion model ({e})") from None
-
-
 def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
     """Load a diffusion model folder, in eval mode, fp32.
 
@@ -217,6 +133,7 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
             f"{folder / PICKLED_UNET} holds pickled weights; give --allow-pickle if you trust its source"
         )
     _check_schedule(folder / "scheduler" / "scheduler_config.json")
+    _check_size(folder / "unet" / "config.json", folder / (PICKLED_UNET if pickled else UNET_WEIGHTS))
     try:
         unet = UNet2DModel.from_pretrained(
             folder / "unet", use_safetensors=not pickled, local_files_only=True, torch_dtype=torch.float32
@@ -242,6 +159,23 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
     return model
 
 
+def _check_size(config: Path, weights: Path) -> None:
+    """Check that the file of weights could hold a U-Net of the configured size, before one is built.
+
+    Every layer of a block has more than one tensor, each with more than 8 bytes of name and shape, and the widest one
+    has a convolution of 3 x 3 weights of two bytes or more between its channels.
+    """
+    if not config.is_file() or not weights.is_file():
+        return  # which diffusers names
+    raw, size = parse_json_object(config.read_text(), config), weights.stat().st_size
+    layers, channels = raw.get("layers_per_block", 2), raw.get("block_out_channels", [])
+    if not isinstance(channels, list) or not all(type(c) is int and c > 0 for c in (*channels, layers)):
+        raise AdvdiffError(f"{config}: layers_per_block and block_out_channels must be whole numbers above 0")
+    largest = max((abs(v) for v in raw.values() if type(v) is int), default=0)
+    if 16 * layers * len(channels) > size or 18 * max(channels, default=1) ** 2 > size or largest > _MAX_SETTING:
+        raise AdvdiffError(f"{config} describes a larger U-Net than {weights.name} holds; make or download it again")
+
+
 def _check_schedule(path: Path) -> None:
     """Check that the schedule exists and has a reasonable number of noise levels."""
     if not path.is_file():
@@ -249,8 +183,3 @@ def _check_schedule(path: Path) -> None:
     levels = parse_json_object(path.read_text(), path).get("num_train_timesteps", 1000)
     if type(levels) is not int or not 1 <= levels <= _MAX_TIMESTEPS:
         raise AdvdiffError(f"{path}: num_train_timesteps is {str(levels)[:40]}; 1 to {_MAX_TIMESTEPS} is needed")
-
-
-def recommend(folder: Path, settings: PurificationSettings) -> None:
-    """Store `settings` as the recommended settings of the model in `folder`."""
-    save_card(replace(load_card(folder), recommended=settings), folder)

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from advdiff_cli.data.provenance import digest, file_digest
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.errors import AdvdiffError, is_debugging
 
 TIATOOLBOX = "tiatoolbox:"
 """Prefix of TIAToolbox's architectures, followed by the name of the backbone in torchvision."""
@@ -115,13 +116,41 @@ def load_callable(name: str) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        made = getattr(importlib.import_module(module_name), attribute)()
-    except (ImportError, AttributeError, TypeError) as e:
-        raise AdvdiffError(f"{name} is not a callable without arguments in an importable module ({e})") from None
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as e:
+        missing = e.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise AdvdiffError(f"{name}: there is no module {missing} here or among the installed packages") from None
+        raise AdvdiffError(f"{name}: {_own_line(e)}") from None
+    except AttributeError as e:
+        raise AdvdiffError(f"{name}: {_own_line(e)}") from None
+    except Exception as e:  # of the user's own code
+        if is_debugging():
+            raise
+        raise AdvdiffError(f"{name}: {_own_line(e)}") from None
+    if not callable(found):
+        raise AdvdiffError(f"{name} is {type(found).__name__}, not a callable that returns a torch module")
+    try:
+        made = found()
+    except Exception as e:
+        if is_debugging():
+            raise
+        raise AdvdiffError(f"{name}: {_own_line(e)}") from None
     if not isinstance(made, nn.Module):
         raise AdvdiffError(f"{name} returned {type(made).__name__}, not a torch module")
     _check_logits(name, made.eval())
     return TwoLogits(made).eval()
+
+
+def _own_line(problem: Exception) -> str:
+    """Return an exception with the last file and line of the user's code that it passed."""
+    calls = traceback.extract_tb(problem.__traceback__)
+    own = [c for c in calls if _PACKAGE not in Path(c.filename).parents and Path(c.filename).is_file()]
+    own = [c for c in own if not _INSTALLED & set(Path(c.filename).parts) and "importlib" not in c.filename] or own
+    if isinstance(problem, SyntaxError) and problem.filename:
+        return f"{problem.filename}, line {problem.lineno}: {type(problem).__name__}: {problem.msg}"
+    where = f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""
+    return f"{where}{type(problem).__name__}: {problem}"
 
 
 def source_digest(name: str) -> str:

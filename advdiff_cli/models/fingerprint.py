@@ -1,16 +1,27 @@
 """Fingerprints of models: what their results depend on, and nothing else."""
 
+import json
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
 
 from advdiff_cli.data.provenance import canonical_json, digest, parse_json_object
-from advdiff_cli.models.classifiers import WEIGHTS
-from advdiff_cli.models.ddpm import PICKLED_UNET, UNET_WEIGHTS, load_card
-from advdiff_cli.models.external import read_weights
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, load_card
+from advdiff_cli.models.classifier_config import WEIGHTS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_TORCH_NAMES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+}
+"""Types in a safetensors header -> their names in torch."""
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -18,7 +29,7 @@ def folder_fingerprint(folder: Path) -> str:
     return digest(_folder_parts(folder))
 
 
-def module_fingerprint(description: str, module: nn.Module) -> str:
+def module_fingerprint(description: str, module: "nn.Module") -> str:
     """Return the fingerprint of a module: a description, its parameters and all of its buffers."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return digest([description.encode(), *_tensor_parts(tensors)])
@@ -33,13 +44,37 @@ def _folder_parts(folder: Path) -> Iterator[bytes]:
     for path in sorted(folder.rglob("*config.json")):
         kept = {k: v for k, v in parse_json_object(path.read_text(), path).items() if not k.startswith("_")}
         yield f"\n{path.relative_to(folder).as_posix()} {canonical_json(kept)}".encode()
-    pickled = () if (folder / UNET_WEIGHTS).is_file() else (PICKLED_UNET,)
-    for name in (WEIGHTS, UNET_WEIGHTS, *pickled):  # what is loaded, and no other file in the folder
+    for name in (WEIGHTS, UNET_WEIGHTS):  # what is loaded, and no other file in the folder
         if (folder / name).is_file():
-            yield from _tensor_parts(read_weights(folder / name, allow_pickle=True))  # already loaded from this file
+            yield from _stored_parts(folder / name)
+    if (folder / PICKLED_UNET).is_file() and not (folder / UNET_WEIGHTS).is_file():
+        from advdiff_cli.models.external import read_weights
+
+        yield from _tensor_parts(read_weights(folder / PICKLED_UNET, allow_pickle=True))  # loaded from this file before
 
 
-def _tensor_parts(state: dict[str, Tensor]) -> Iterable[bytes]:
+def _stored_parts(path: Path) -> Iterable[bytes]:
+    """Return the parts of a safetensors file, as `_tensor_parts` gives them for its tensors, without torch."""
+    try:
+        with safe_open(path, "numpy"):  # checks the header
+            pass
+    except SafetensorError as e:
+        raise AdvdiffError(f"{path} is not a complete safetensors file ({e}); make or download it again") from None
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        for name, stored in sorted(header.items()):
+            start, stop = stored["data_offsets"]
+            dtype = _TORCH_NAMES.get(stored["dtype"], stored["dtype"])
+            yield f"\n{name} torch.{dtype} {stored['shape']}".encode()
+            file.seek(8 + size + start)
+            yield file.read(stop - start)
+
+
+def _tensor_parts(state: "dict[str, Tensor]") -> Iterable[bytes]:
+    import torch
+
     for name, tensor in sorted(state.items()):
         yield f"\n{name} {tensor.dtype} {list(tensor.shape)}".encode()
         yield tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -4,17 +4,18 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from advdiff_cli.data.provenance import KEY, JsonObject, Provenance, parse_json_object, parse_provenance
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.classifiers import CONFIG, WEIGHTS, Classifier, load_classifier, load_tiatoolbox
-from advdiff_cli.models.ddpm import CARD, PICKLED_UNET, UNET_WEIGHTS, load_card
-from advdiff_cli.models.external import load_callable, source_digest
-from advdiff_cli.models.fingerprint import folder_fingerprint, module_fingerprint
+from advdiff_cli.models.card import CARD, PICKLED_UNET, UNET_WEIGHTS, load_card
+from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 
@@ -51,7 +52,7 @@ def find_ddpm(name: str, *, allow_pickle: bool = False) -> Path:
     return _find(name, "diffusion model", UNET_WEIGHTS, allow_pickle=allow_pickle)
 
 
-def load_frozen_classifier(name: str, device: torch.device, *, allow_pickle: bool = False) -> tuple[nn.Module, str]:
+def load_frozen_classifier(name: str, device: "torch.device", *, allow_pickle: bool = False) -> "tuple[nn.Module, str]":
     """Return the classifier called `name`, in eval mode and without parameter gradients, and its fingerprint.
 
     Args:
@@ -63,6 +64,12 @@ def load_frozen_classifier(name: str, device: torch.device, *, allow_pickle: boo
     Raises:
         AdvdiffError: There is no such classifier, or it is damaged.
     """
+    import torch
+
+    from advdiff_cli.models.classifiers import Classifier, load_classifier, load_tiatoolbox
+    from advdiff_cli.models.external import load_callable, source_digest
+    from advdiff_cli.models.fingerprint import folder_fingerprint, module_fingerprint
+
     model: nn.Module
     if Path(name).is_file():
         model = load_tiatoolbox(Path(name), allow_pickle=allow_pickle)
@@ -111,6 +118,10 @@ def _find(name: str, kind: str, weights: str, *, allow_pickle: bool = False) -> 
         return Path(name)
     if (BUNDLED / name / weights).is_file():
         return BUNDLED / name
+    path, colon, attribute = name.rpartition(":")
+    if colon and (path.endswith(".py") or "/" in path):
+        module = path.removesuffix(".py").strip("./").replace("/", ".")
+        raise AdvdiffError(f"{name} is a path; give module:callable, such as {module}:{attribute}")
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return _download(name, kind, allow_pickle)
     available = ", ".join(bundled_names(weights)) or "none"
@@ -141,7 +152,7 @@ def recorded_provenance(folder: Path) -> Provenance | None:
         if (folder / CARD).is_file():
             return parse_json_object((folder / CARD).read_text(), folder / CARD).get("provenance")
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            with safe_open(folder / WEIGHTS, "pt") as file:
+            with safe_open(folder / WEIGHTS, "numpy") as file:
                 return parse_provenance((file.metadata() or {})[KEY], folder / WEIGHTS)
     except (KeyError, SafetensorError, AdvdiffError):
         return None

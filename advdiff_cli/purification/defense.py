@@ -11,7 +11,8 @@ from torch import nn
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
-from advdiff_cli.models.ddpm import PAPER, Ddpm, SamplerName, load_ddpm
+from advdiff_cli.models.card import PAPER, SamplerName
+from advdiff_cli.models.ddpm import Ddpm, load_ddpm
 from advdiff_cli.models.device import Precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.purification.defended_classifier import DefendedClassifier

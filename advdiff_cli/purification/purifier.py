@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.ddpm import Ddpm, SamplerName
+from advdiff_cli.models.card import SamplerName
+from advdiff_cli.models.ddpm import Ddpm
 from advdiff_cli.purification.equations import (
     forward_process,
     noise_levels,

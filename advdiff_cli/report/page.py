@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from advdiff_cli import __version__
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.atomic_files import atomic_write
-from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.data.output_spec import OutputSpec
+from advdiff_cli.data.provenance import JsonObject, Provenance, digest, recipe
+from advdiff_cli.data.recorded_files import check_replaceable, record_files
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.statistics import Estimate
 from advdiff_cli.report.plots import ROBUST, STANDARD, accuracy_bars, suite_bars, sweep_curves
 from advdiff_cli.robustness.sweep import axis_label
 
 PAGE = "report.html"
+PANEL = "panel.png"
+RECORD = "report.advdiff.json"
 _PIXELS_PER_POINT = 1.7  # of figures, whose smallest letters have 7 points
 
 
@@ -32,6 +37,7 @@ class Report:
         sweeps: Contents of sweep.json, by name.
         suite: The content of robustness.json.
         gallery: Of `advdiff_cli.report.gallery`.
+        panel: The picture that was drawn with it, which becomes panel.png.
     """
 
     title: str
@@ -39,13 +45,38 @@ class Report:
     sweeps: Mapping[str, JsonObject] = field(default_factory=dict)
     suite: JsonObject | None = None
     gallery: JsonObject | None = None
+    panel: Path | None = None
 
-    def write(self, out: Path) -> list[str]:
-        """Write the page and its plots (svg and png) to the folder `out`; return the file names."""
-        plots: list[str] = []
+    @property
+    def file_names(self) -> list[str]:
+        """The page and its plots."""
+        plots = ["bars"] * bool(self.results)
+        plots += [f"sweep-{k}" for k in range(1, len(self.sweeps) + 1)] + ["ladder"] * (self.suite is not None)
+        pictures = [PANEL] if self.panel else []
+        return [PAGE, *pictures, *(f"{name}{suffix}" for name in plots for suffix in (".svg", ".png"))]
+
+    def recipe(self) -> Provenance:
+        """Return the recipe of the page: all that it shows."""
+        shown = [self.results, self.sweeps, self.suite, self.gallery and self.gallery["recipe"]]
+        content = [json.dumps(one, sort_keys=True).encode() for one in shown]
+        return recipe("report", {"title": self.title}, content=digest(content))
+
+    def write(self, out: Path, *, overwrite: bool = False) -> list[str]:
+        """Write the page and its plots (svg and png) to the folder `out`; return the file names.
+
+        Raises:
+            AdvdiffError: A file of that name was not made by the same recipe and may not be replaced.
+        """
+        spec = OutputSpec(out / RECORD, self.recipe(), overwrite=overwrite)
+        files = [out / name for name in self.file_names]
+        check_replaceable(spec, files)
+        out.mkdir(parents=True, exist_ok=True)
+
+        if self.panel:
+            with atomic_write(out / PANEL) as temporary:
+                shutil.copyfile(self.panel, temporary)
 
         def paths(name: str) -> list[Path]:
-            plots.extend(f"{name}{suffix}" for suffix in (".svg", ".png"))
             return [out / f"{name}.svg", out / f"{name}.png"]
 
         context = {
@@ -60,7 +91,8 @@ class Report:
         text = _environment().get_template("page.html.j2").render(context)
         with atomic_write(out / PAGE) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")  # names need not be UTF-8
-        return [PAGE, *plots]
+        record_files(spec, files)
+        return self.file_names
 
     def _bars(self, paths: Sequence[Path]) -> JsonObject:
         rows = [accuracy_bar(name, result) for name, result in self.results.items()]

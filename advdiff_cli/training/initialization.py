@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, load_classifier
+from advdiff_cli.models.classifier_config import ClassifierConfig
+from advdiff_cli.models.classifiers import Classifier, load_classifier
 from advdiff_cli.models.ddpm import Ddpm, load_ddpm
 from advdiff_cli.models.registry import find_classifier, find_ddpm
 

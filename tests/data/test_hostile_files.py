@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from advdiff_cli.data.image_files import read_image
-from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.errors import AdvdiffError
 
 RNG = np.random.default_rng(0)
@@ -245,3 +245,49 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         os.mkfifo(path) if name == "pipe.png" else path.symlink_to(path if name == "loop.png" else tmp_path / "no")
         with pytest.raises(AdvdiffError, match=name):
             read_image(path)
+
+
+def test_many_strings_that_are_one_in_the_file(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["images"] = np.zeros((1, 3, 32, 32), np.uint8)
+        file.create_dataset("advdiff", data=["{}"] * 3000, dtype=h5py.string_dtype())
+    with pytest.raises(AdvdiffError, match="is not a single text"):
+        open_patches(path)
+
+
+def test_chunks_that_are_compressed_twice(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_chunk((1, 3, 32, 32))
+        plan.set_deflate(9)
+        plan.set_deflate(9)
+        h5py.h5d.create(file.id, b"images", h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple((2, 3, 32, 32)), plan)
+        file["images"][:] = 1
+    with pytest.raises(AdvdiffError, match="compressed in an unusual way"):
+        open_patches(path)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"recipe": ' + '{"a": ' * 330 + "1" + "}" * 331, '{"recipe": {"command": "\\ud800", "parameters": {}}}']
+)
+def test_provenance_that_no_command_wrote(tmp_path, text):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["images"] = np.zeros((1, 3, 32, 32), np.uint8)
+        file["advdiff"] = text
+    with pytest.raises(AdvdiffError, match=r"was not written by advdiff|does not hold a JSON object"):
+        open_patches(path)
+
+
+def test_a_limit_that_leaves_one_class_is_told(tmp_path, caplog):
+    path = tmp_path / "a.safetensors"
+    save_file({"images": np.zeros((4, 3, 32, 32), np.uint8), "labels": np.array([0, 0, 1, 1])}, path)
+    open_patches(path, selection=Selection(limit=2))
+    assert "all 2 patches selected" in caplog.text
+    assert "have label 0" in caplog.text
+    caplog.clear()
+    for selection in (Selection(limit=3), Selection(limit=1), Selection(), Selection(2, None, 0)):
+        open_patches(path, selection=selection)
+    assert caplog.text == ""

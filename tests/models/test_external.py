@@ -17,7 +17,8 @@ from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.predict import predict
 from advdiff_cli.models import external, registry
-from advdiff_cli.models.ddpm import DdpmCard, load_card, load_ddpm
+from advdiff_cli.models.card import DdpmCard, load_card
+from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 
 CPU = torch.device("cpu")
@@ -137,6 +138,8 @@ def sigmoid(): return Net(1, nn.Sigmoid())
 def three(): return Net(3)
 def fixed(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
 def nothing(): return 5
+NUMBER = 5
+def broken(): return 1 / 0
 class Noisy(nn.Module):
     def forward(self, x): return x + torch.randn_like(x)
 def noisy(): return Net(2, Noisy())
@@ -187,7 +190,9 @@ def test_a_module_that_keeps_what_it_computes_is_judged_a_batch_at_a_time(module
         ("fixed", "does not take patches"),
         ("noisy", "returns different values for the same patches"),
         ("nothing", "returned int, not a torch module"),
-        ("nowhere", "is not a callable without arguments"),
+        ("nowhere", "has no attribute 'nowhere'"),
+        ("broken", r"made_by_\w+\.py, line \d+: ZeroDivisionError: division by zero"),
+        ("NUMBER", "is int, not a callable"),
     ],
 )
 def test_what_is_no_module_to_logits_is_refused(module, name, says):

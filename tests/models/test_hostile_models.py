@@ -104,3 +104,16 @@ def test_weights_that_lie(kind, file, classifier, ddpm, tmp_path):
 
     run()
     assert "refused" in seen
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("layers_per_block", 20_000), ("block_out_channels", [16, 32, 10**6]), ("num_class_embeds", 10**12)],
+)
+def test_a_configuration_that_the_weights_do_not_warrant(key, value, ddpm, tmp_path):
+    folder = tmp_path / "d"
+    shutil.copytree(ddpm, folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(AdvdiffError, match="describes a larger U-Net than"):
+        load_ddpm(folder)

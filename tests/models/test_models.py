@@ -12,17 +12,10 @@ from safetensors.torch import load_file, save_file
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
-from advdiff_cli.models.classifiers import Classifier, ClassifierConfig, load_classifier, save_classifier
-from advdiff_cli.models.ddpm import (
-    PICKLED_UNET,
-    PRESETS,
-    UNET_WEIGHTS,
-    PurificationSettings,
-    build_ddpm,
-    load_card,
-    load_ddpm,
-    recommend,
-)
+from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, PurificationSettings, load_card, recommend
+from advdiff_cli.models.classifier_config import ClassifierConfig
+from advdiff_cli.models.classifiers import Classifier, load_classifier, save_classifier
+from advdiff_cli.models.ddpm import PRESETS, build_ddpm, load_ddpm
 from advdiff_cli.models.device import resolve_device, resolve_precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
 

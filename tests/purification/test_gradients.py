@@ -11,7 +11,8 @@ from advdiff_cli.attacks.bpda import BpdaClassifier
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.ddpm import Ddpm, DdpmCard, load_ddpm
+from advdiff_cli.models.card import DdpmCard
+from advdiff_cli.models.ddpm import Ddpm, load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.purifier import linear_alpha_bar
 

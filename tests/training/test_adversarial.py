@@ -9,7 +9,8 @@ from advdiff_cli.attacks.pgd import Ball, iterates
 from advdiff_cli.attacks.projections import random_point
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.rng import RowStreams
-from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
+from advdiff_cli.models.classifier_config import ClassifierConfig
+from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
 from advdiff_cli.purification.defended_classifier import row_noise

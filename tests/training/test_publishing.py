@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from advdiff_cli.models.ddpm import UNET_WEIGHTS, load_ddpm
+from advdiff_cli.models.card import UNET_WEIGHTS
+from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.fit_classifier import BEST

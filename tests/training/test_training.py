@@ -14,7 +14,8 @@ from advdiff_cli.data.patches import Selection, open_patches
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.classifiers import Classifier, ClassifierConfig
+from advdiff_cli.models.classifier_config import ClassifierConfig
+from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
 from advdiff_cli.purification.equations import forward_process
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar

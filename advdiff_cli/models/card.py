@@ -1,0 +1,102 @@
+"""The card of a diffusion model, advdiff.json: what its weights expect, and the settings recommended for it."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from advdiff_cli.data.provenance import Provenance, parse_json_object
+from advdiff_cli.errors import AdvdiffError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CARD = "advdiff.json"
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PICKLED_UNET = "unet/diffusion_pytorch_model.bin"
+
+SamplerName = Literal["ddpm", "ddim"]
+
+
+@dataclass(frozen=True)
+class PurificationSettings:
+    """Noise level as a fraction of T, reverse process, and U-Net evaluations (None: one for each noise level)."""
+
+    t_star: float = 0.04
+    sampler: SamplerName = "ddpm"
+    sampler_steps: int | None = None
+
+
+PAPER = PurificationSettings()
+"""The settings of Ankile et al. 2022."""
+
+
+@dataclass(frozen=True)
+class DdpmCard:
+    """What advdiff.json records about a diffusion model.
+
+    Args:
+        space_to_depth: The U-Net works on images unshuffled by this factor.
+        max_t: The highest noise level it was trained on, as a fraction of T.
+        data_range: The range that pixels in [0, 1] are scaled to.
+        index_offset: Noise levels between the level an image is noised to and the first level that is denoised: 0,
+            but 1 in the paper's code.
+        recommended: Default settings for purification.
+        provenance: How the model was made.
+    """
+
+    space_to_depth: int = 1
+    max_t: float = 1.0
+    data_range: tuple[float, float] = (-1.0, 1.0)
+    index_offset: int = 0
+    recommended: PurificationSettings = field(default_factory=PurificationSettings)
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for invalid values, since a card may come from anywhere."""
+        whole = (self.space_to_depth, self.index_offset, self.recommended.sampler_steps or 1)
+        low, high = self.data_range
+        good = all(type(n) is int for n in whole) and 1 <= self.space_to_depth <= 32 and self.index_offset >= 0
+        good &= all(type(n) in (int, float) and 0 < n <= 1 for n in (self.max_t, self.recommended.t_star))
+        good &= -1e3 < low < high < 1e3 and self.recommended.sampler in get_args(SamplerName) and whole[2] >= 1
+        if not good or not isinstance(self.provenance, dict | None):
+            raise ValueError("invalid space-to-depth factor, noise levels, data range or settings")
+
+    def to_range(self, images: "Tensor") -> "Tensor":
+        """Scale images from [0, 1] to the data range."""
+        low, high = self.data_range
+        return images * (high - low) + low
+
+    def to_pixels(self, x_0: "Tensor") -> "Tensor":
+        """Scale x_0 from the data range to [0, 1]."""
+        low, high = self.data_range
+        return (x_0 - low) / (high - low)
+
+
+KNOWN_CARDS = {"ankile/ddpm-pcam-96-flip": DdpmCard(data_range=(0.0, 1.0), index_offset=1)}
+"""Cards of Hub repositories without advdiff.json: the paper's model, which was trained on pixels in [0, 1]."""
+
+
+def save_card(card: DdpmCard, folder: Path) -> None:
+    """Write advdiff.json."""
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+
+
+def load_card(folder: Path) -> DdpmCard:
+    """Read advdiff.json; a folder without it gets the defaults: data in [-1, 1] and the paper's settings."""
+    path = folder / CARD
+    if not path.is_file():
+        cached = {f"models--{name.replace('/', '--')}": card for name, card in KNOWN_CARDS.items()}
+        return next((cached[part] for part in folder.parts if part in cached), DdpmCard())
+    try:
+        raw = parse_json_object(path.read_text(), path)
+        recommended = PurificationSettings(**raw.pop("recommended", {}))
+        low, high = raw.pop("data_range", (-1.0, 1.0))
+        return DdpmCard(**raw, data_range=(float(low), float(high)), recommended=recommended)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise AdvdiffError(f"{path} is not the advdiff.json of a diffusion model ({e})") from None
+
+
+def recommend(folder: Path, settings: PurificationSettings) -> None:
+    """Store `settings` as the recommended settings of the model in `folder`."""
+    save_card(replace(load_card(folder), recommended=settings), folder)

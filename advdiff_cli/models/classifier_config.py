@@ -1,0 +1,35 @@
+"""The configuration of a classifier, config.json."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The architecture, normalization and calibration of a classifier.
+
+    Args:
+        arch: A torchvision architecture, or `tiatoolbox:` and the backbone of a TIAToolbox architecture.
+        mean: Of each channel, for images in [0, 1].
+        std: Standard deviation of each channel.
+        slope: Factor of the network's log-odds of class 1 (Platt 1999).
+        bias: Added to them.
+    """
+
+    arch: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    slope: float = 1.0
+    bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for invalid values, since a config may come from anywhere."""
+        numbers = [*self.mean, *self.std, self.slope, self.bias]
+        good = len(self.mean) == len(self.std) == 3 and all(type(n) in (int, float) and isfinite(n) for n in numbers)
+        if not good or min(self.std) <= 0 or not isinstance(self.arch, str):
+            raise ValueError(
+                f"an architecture, three means, three standard deviations, a slope and a bias are needed: {self}"
+            )
