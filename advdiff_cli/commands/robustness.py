@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from advdiff_cli.robustness.suite import Budget, SuiteRow
 
 
+_LONG = 3600.0  # seconds of a suite that shorter ones are named for
+
+
 @dataclass(frozen=True, kw_only=True)
 class SuiteOptions:
     """Which attacks of the suite, and what they may spend."""
@@ -94,6 +97,7 @@ def robustness(
         status = {"out": str(output.out), "status": "would climb", "n": len(patches)}
         output.emit({**status, "rungs": [c.as_dict() for c in plan]}, f"{title}\n{_plan_text(plan)}", output.out)
         return
+    _log_plan(title, plan, quiet=output.quiet)
     output.out.mkdir(parents=True, exist_ok=True)
     result = _run(runner, chosen, {c.name: c for c in plan}, eps, whole=settings.only is None, quiet=output.quiet)
     if settings.only is None:
@@ -193,6 +197,19 @@ def _chosen(suite: "list[SuiteRow]", only: list[str] | None) -> "list[SuiteRow]"
 def _cost_text(cost: "RowCost") -> str:
     unet = f"{cost.unet_forward:,} + {cost.unet_backward:,} U-Net evaluations a patch (forward + backward), "
     return f"{unet if cost.unet_forward else ''}about {duration(cost.seconds)}"
+
+
+def _log_plan(title: str, plan: "Sequence[RowCost]", *, quiet: bool) -> None:
+    """Say what will be done and how long it takes, before it starts."""
+    if quiet:
+        return
+    for line in (title, *_plan_text(plan).split("\n")):
+        console.log(line)
+    console.log(
+        "the times are from passes measured now on this machine, as busy as it is; finished rows are not made again"
+    )
+    if sum(c.seconds for c in plan) > _LONG:
+        console.log("--preset quick and --limit are shorter; a stopped suite goes on when the command is run again")
 
 
 def _plan_text(plan: "Sequence[RowCost]") -> str:

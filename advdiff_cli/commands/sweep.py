@@ -111,7 +111,7 @@ def sweep(
     """
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import Budget
-    from advdiff_cli.robustness.sweep import estimated_seconds
+    from advdiff_cli.robustness.sweep import unet_evaluations
     from advdiff_cli.robustness.sweep_points import build_points
 
     out = output.out
@@ -136,10 +136,12 @@ def sweep(
         compute.attack_precision(device)
     points = build_points(request, undefended, compute.resolve_precision(device, resume))
     if output.dry_run:
-        seconds = estimated_seconds(points, undefended, blind=request.blind)
+        forward, backward = unet_evaluations(points, undefended)
         names = [p.name for p in points]
-        text = f"{out}: would sweep {', '.join(names)}; about {seconds / 60:.0f} min from nothing"
-        output.emit({"out": str(out), "status": "would sweep", "points": names, "seconds": seconds}, text, out)
+        text = f"{out}: would sweep {', '.join(names)} on {len(patches)} patches; "
+        text += f"{forward:,} + {backward:,} U-Net evaluations a patch (forward + backward)"
+        plan = {"out": str(out), "status": "would sweep", "points": names, "patches": len(patches)}
+        output.emit({**plan, "unet_forward": forward, "unet_backward": backward}, text, out)
         return
     out.mkdir(parents=True, exist_ok=True)
     result = _run(points, undefended, request, settings.rule, quiet=output.quiet)

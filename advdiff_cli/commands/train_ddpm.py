@@ -27,7 +27,7 @@ class DdpmOptions:
     ] = "tiny"
     max_t: Annotated[
         float, typer.Option(min=1e-3, max=1.0, help="Highest noise level that is trained, as a fraction of T.")
-    ] = 1.0
+    ] = 0.3
     data_range: Annotated[
         Literal["-1,1", "0,1"], typer.Option(help="Range that pixels are scaled to; the paper's code uses 0,1.")
     ] = "-1,1"
@@ -70,12 +70,11 @@ def train_ddpm(
 ) -> None:
     """Train a diffusion model on patches with or without labels; diffusers can load the resulting folder.
 
-    All defaults but --max-t are those of the bundled pcam-ddpm, which was trained up to 0.3 and is a purifier, not a
-    generator. The folder also holds the validation loss of each noise level (training.jsonl) and a picture of clean,
-    noised and denoised patches (samples.png). A stopped training resumes to the same weights when the command is run
-    again.
+    The defaults are those of the bundled pcam-ddpm, a purifier for t* up to 0.3 and not a generator. The folder also
+    holds the validation loss of each noise level (training.jsonl) and a picture of clean, noised and denoised patches
+    (samples.png). A stopped training resumes to the same weights when the command is run again.
 
-    Example: advdiff train-ddpm train.h5 --valid valid.h5 --max-t 0.3 -o ddpm
+    Example: advdiff train-ddpm train.h5 --valid valid.h5 -o ddpm
     """
     from advdiff_cli.data.provenance import provenance, recipe
     from advdiff_cli.models import registry

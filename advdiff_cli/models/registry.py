@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from advdiff_cli.models.ddpm import Ddpm
+
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -84,6 +86,34 @@ def load_frozen_classifier(name: str, device: "torch.device", *, allow_pickle: b
     if isinstance(model, Classifier):
         model = model.to(memory_format=torch.channels_last)  # faster; external modules may not support it
     return model.requires_grad_(False), fingerprint
+
+
+def load_classifier(name: str | Path, *, allow_pickle: bool = False) -> "nn.Module":
+    """Return the classifier called `name` on the CPU, in eval mode and without parameter gradients.
+
+    It takes images (B, 3, H, W) in [0, 1] and returns logits (B, 2).
+
+    Args:
+        name: As for `load_frozen_classifier`.
+        allow_pickle: Whether a .pth file may be read.
+
+    Raises:
+        AdvdiffError: There is no such classifier, or it is damaged.
+    """
+    import torch
+
+    return load_frozen_classifier(str(name), torch.device("cpu"), allow_pickle=allow_pickle)[0]
+
+
+def load_ddpm(name: str | Path, *, allow_pickle: bool = False) -> "Ddpm":
+    """Return the diffusion model called `name` on the CPU, in eval mode: a folder, bundled name or Hub id.
+
+    Raises:
+        AdvdiffError: There is no such model, or it is damaged.
+    """
+    from advdiff_cli.models import ddpm
+
+    return ddpm.load_ddpm(find_ddpm(str(name), allow_pickle=allow_pickle), allow_pickle=allow_pickle)
 
 
 def bundled_names(weights: str) -> list[str]:

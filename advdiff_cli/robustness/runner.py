@@ -211,6 +211,10 @@ class SuiteRunner:
         checks = {"gradients": gradients, "unit-test": unit_test}
         return found + [self._row_cost(name, few, cost, measured) for name, cost in checks.items()]
 
+    def unet_evaluations(self, row: SuiteRow) -> tuple[int, int]:
+        """Return the U-Net evaluations of making and judging a row, forward and backward, for each patch."""
+        return self._passes(row).unet_evaluations(self.model.sampler_steps)
+
     def _row_cost(self, name: str, n: int, passes: Cost, measured: PassSeconds) -> RowCost:
         forward, backward = passes.unet_evaluations(self.model.sampler_steps)
         seconds = passes.forward * measured.forward + passes.gradient * measured.gradient

@@ -88,13 +88,16 @@ def summarize_point(
     }
 
 
-def estimated_seconds(points: Sequence[SweepPoint], undefended: SuiteRunner, *, blind: bool) -> float:
-    """Return the seconds that a sweep takes from nothing; points that share attacked patches attack them once."""
-    costs, attacked = undefended.costs([CLEAN]), set[str]()
+def unet_evaluations(points: Sequence[SweepPoint], undefended: SuiteRunner) -> tuple[int, int]:
+    """Return the U-Net evaluations of a sweep for each patch from nothing, forward and backward.
+
+    Points that share attacked patches attack them once.
+    """
+    attacked = set[str]()
+    forward, backward = undefended.unet_evaluations(CLEAN)
     for point in points:
-        both = point.runner.costs([CLEAN, point.attack])
-        if point.attack.name in attacked:
-            both[1:] = point.runner.costs([CLEAN])  # attacked patches are judged like clean ones
-        costs += both + (undefended.costs([CLEAN]) if blind else [])
+        rows = [CLEAN, CLEAN if point.attack.name in attacked else point.attack]  # attacked patches are judged the same
         attacked.add(point.attack.name)
-    return float(sum(c.seconds for c in costs))
+        for ahead, behind in map(point.runner.unet_evaluations, rows):
+            forward, backward = forward + ahead, backward + behind
+    return forward, backward
