@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Inject faults at random moments into every long command, run the command again, and compare the result.
 
-    python benchmarks/faults.py WORK_DIR [--faults 20] [--seed 0] [--only attack ...]
+    python benchmarks/faults.py WORK_DIR [--faults 20] [--seed 0] [--only attack ...] [--kinds damage ...]
 
 The commands are train-ddpm, train-classifier, attack to HDF5, purify to safetensors, purify of a folder, and the
 download of a file from a local server. The faults are kill -9; SIGTERM, which must end in status 143 and one line; a
-limit on file sizes; a clock that jumps by years whenever it is read; and, if this process may mount one, a full disk.
-Each fault strikes at a random moment or size.
+limit on file sizes; a clock that jumps by years whenever it is read; damage, which is kill -9 and then a file of the
+work in progress that is truncated, changed or removed; and, if this process may mount one, a full disk. Each fault
+strikes at a random moment, size or file.
 
 A command survives a fault if nothing but the complete result stands under the final name, and if the next run ends in
-the same rows, files or weights, to the bit, as a run without faults. The tables count faults by kind and command.
+the same rows, files or weights, to the bit, as a run without faults. After damage it may also refuse to go on, in one
+line. The tables count faults by kind and command.
 """
 
 import argparse
@@ -113,6 +115,16 @@ def tasks(work: Path, mirror: str, registry: dict[str, RemoteFile]) -> list[Task
         command("purify, folder", "f", _files, "purify", work / "images", *through),
         Task("download", f"pcam/{NAME}", fetch, lambda path: hashlib.sha256(path.read_bytes()).hexdigest()),
     ]
+
+
+def _is_work(path: Path) -> bool:
+    """Return whether a file is one of unfinished work, or a journal."""
+    return any(".part" in part for part in path.parts) or path.suffix == ".jsonl"
+
+
+def _without_log(result: str) -> str:
+    """Return what tells a result apart, for a model without its log, whose damage is told and not repaired."""
+    return result if result.startswith("{") else result.partition(" ")[0]
 
 
 def _rows(path: Path) -> str:
@@ -239,6 +251,35 @@ class Trial:
         self._check(kind, code, folder)
         return code != 0
 
+    def damage(self, folder: Path) -> bool:
+        """Kill the command, damage a file of its work in progress, and run it again; return whether there was one."""
+        run = Run(self.task, folder, self.log)
+        if not run.ended(self.rng.uniform(0.3, 1) * self.seconds):
+            os.kill(run.process, signal.SIGKILL)
+        run.wait()
+        begun = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size and _is_work(p.relative_to(folder))]
+        if not begun:
+            return False
+        file, kind = self.rng.choice(sorted(begun)), self.rng.choice(("truncated", "changed", "removed"))
+        raw = bytearray(file.read_bytes())
+        at = self.rng.randrange(len(raw))
+        if kind == "removed":
+            file.unlink()
+        elif kind == "truncated":
+            file.write_bytes(raw[:at])
+        else:
+            raw[at : at + 16] = self.rng.randbytes(len(raw[at : at + 16]))
+            file.write_bytes(raw)
+        code = Run(self.task, folder, self.log).wait()
+        told, found = self.log.read_text(), self.task.result(folder)
+        good = code == 0 and found is not None and _without_log(found) == _without_log(self.whole)
+        partly = self.task.tell is _files and json.loads(found or "{}").items() <= json.loads(self.whole).items()
+        refused = code == 1 and told.count("advdiff: error") == 1 and (found in (None, self.whole) or partly)
+        if "Traceback" in told or not (good or refused):
+            name = file.relative_to(folder)
+            self.lost.append(f"{self.task.name}: {name} {kind} at {at}, ended in {code}: {told[-500:]}")
+        return True
+
     def _check(self, kind: str, code: int, folder: Path) -> None:
         told = self.log.read_text()
         allowed = {"kill -9": (0, -9), "SIGTERM": (0, 143, -15), "clock": (0,)}.get(kind, (0, 1))
@@ -278,9 +319,12 @@ def small_disk(place: Path):
             subprocess.run(["umount", str(place)], check=True)
 
 
-def try_faults(task: Task, work: Path, faults: int, rng: random.Random, disk: Path | None) -> tuple[Counter, list[str]]:
+def try_faults(
+    task: Task, work: Path, faults: int, rng: random.Random, disk: Path | None, kinds: list[str] | None
+) -> tuple[Counter, list[str]]:
     trial, counts = Trial(task, work / task.name.replace(", ", "-"), rng), Counter()
-    for kind in ("kill -9", "SIGTERM", "file size", "clock", *(["full disk"] if disk else [])):
+    struck = ["kill -9", "SIGTERM", "file size", "clock", *(["full disk"] if disk else [])]
+    for kind in (k for k in struck if kinds is None or k in kinds):
         folder = (disk if kind == "full disk" and disk else trial.work) / kind.replace(" ", "-")
         folder.mkdir()
         for _ in range(faults):
@@ -292,6 +336,11 @@ def try_faults(task: Task, work: Path, faults: int, rng: random.Random, disk: Pa
                 folder.mkdir()
         trial.finish(folder)
         subprocess.run(["rm", "-rf", str(folder)], check=True)
+    for _ in range(faults if kinds is None or "damage" in kinds else 0):
+        folder = trial.work / "damage"
+        folder.mkdir()
+        counts["damage"] += trial.damage(folder)
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
     return counts, trial.lost
 
 
@@ -300,6 +349,7 @@ if __name__ == "__main__":
     parser.add_argument("work", type=Path)
     parser.add_argument("--faults", type=int, default=20, help="of each kind, in each command")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", help="of faults; all by default")
     parser.add_argument("--only", nargs="*", help="commands, as purify")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True)  # a new folder
@@ -312,7 +362,7 @@ if __name__ == "__main__":
             if asked.only and task.name.partition(",")[0] not in asked.only:
                 continue
             (asked.work / task.name.replace(", ", "-")).mkdir()
-            counts, lost = try_faults(task, asked.work, asked.faults, random.Random(asked.seed), disk)
+            counts, lost = try_faults(task, asked.work, asked.faults, random.Random(asked.seed), disk, asked.kinds)
             told = ", ".join(f"{kind} {n}" for kind, n in counts.items())
             print(f"{task.name:22} {told}; {len(lost)} lost or wrong", flush=True)
             failures += lost

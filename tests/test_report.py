@@ -46,7 +46,7 @@ def page(advdiff, inputs):
         made += ["--ladder", root / "ladder", "--patches", 5, "-o", out]
         gallery = ["--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "-m", m, *defense]
         told = advdiff("report", *made, *gallery, "--json").json
-        assert sorted([*told["files"], "report.advdiff.json"]) == sorted(p.name for p in out.iterdir())
+        assert sorted([*told["files"], "report.advdiff"]) == sorted(p.name for p in out.iterdir())
     return out / "report.html"
 
 

@@ -167,7 +167,7 @@ class _Pipeline:
 
     def report(self, results: "dict[str, JsonObject]", clean: "PatchSet", adv: "PatchSet", defense: "Defense") -> Path:
         from advdiff_cli.report.gallery import GalleryModel, PairedSets, build_gallery, judge_pairs
-        from advdiff_cli.report.page import PAGE, PANEL, Report
+        from advdiff_cli.report.page import PAGE, PANEL, TITLE, Report
 
         out = self.output.out
         named = " ".join(f"--result {name}={self._result(name)}" for name in results)
@@ -181,7 +181,7 @@ class _Pipeline:
         with tempfile.TemporaryDirectory() as scratch:
             panel = Path(scratch) / PANEL
             gallery = build_gallery(pairs, judged, by, EPS, count, panel)
-            Report("advdiff demo", results, gallery=gallery, panel=panel).write(out, overwrite=self.output.overwrite)
+            Report(TITLE, results, gallery=gallery, panel=panel).write(out, overwrite=self.output.overwrite)
         return out / PAGE
 
 

@@ -1,4 +1,4 @@
-"""Files that cannot hold their own recipe (CSV, HTML, pictures), recorded in a JSON file next to them.
+"""Files that cannot hold their own recipe (CSV, HTML, pictures), recorded in a JSON file next to them (NAME.advdiff).
 
 The record holds the provenance and the SHA-256 of each file. A file that is not recorded, or was changed since, is
 someone else's: it is not replaced without --overwrite.
@@ -17,7 +17,7 @@ from advdiff_cli.errors import AdvdiffError
 
 def record_of(path: Path) -> Path:
     """Return where the record of a single file is."""
-    return path.with_name(f"{path.name}.advdiff.json")
+    return path.with_name(f"{path.name}.advdiff")
 
 
 def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequence[Path] = ()) -> None:

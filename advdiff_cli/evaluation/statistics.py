@@ -10,14 +10,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr
+from scipy.special import bdtr, ndtri
 
 RESAMPLES = 2000
-_Z = NormalDist().inv_cdf(0.975)
+_Z = float(ndtri(0.975))
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def wilson(successes: int, n: int) -> Estimate:
     """Return a proportion with its Wilson interval; all NaN if n is 0."""
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    share, scale = successes / n, 2 * (n + _Z**2)
-    center, half = (2 * successes + _Z**2) / scale, _Z / scale * math.sqrt(4 * successes * (1 - share) + _Z**2)
+    share, scale = successes / n, 2 * (n + _Z**2)  # in this order of operations, scipy's, for the same last digits
+    center, half = (2 * n * share + _Z**2) / scale, _Z / scale * math.sqrt(4 * n * share * (1 - share) + _Z**2)
     return Estimate(share, center - half if successes else 0.0, center + half if successes < n else 1.0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -162,8 +163,8 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
 def _check_size(config: Path, weights: Path) -> None:
     """Check that the file of weights could hold a U-Net of the configured size, before one is built.
 
-    Every layer of a block has more than one tensor, each with more than 8 bytes of name and shape, and the widest one
-    has a convolution of 3 x 3 weights of two bytes or more between its channels.
+    Every layer of a block has at least four tensors, and a pickled tensor takes at least 16 bytes. The widest layer has
+    a convolution of 3 x 3 weights of two bytes or more between its channels.
     """
     if not config.is_file() or not weights.is_file():
         return  # which diffusers names
@@ -172,7 +173,15 @@ def _check_size(config: Path, weights: Path) -> None:
     if not isinstance(channels, list) or not all(type(c) is int and c > 0 for c in (*channels, layers)):
         raise AdvdiffError(f"{config}: layers_per_block and block_out_channels must be whole numbers above 0")
     largest = max((abs(v) for v in raw.values() if type(v) is int), default=0)
-    if 16 * layers * len(channels) > size or 18 * max(channels, default=1) ** 2 > size or largest > _MAX_SETTING:
+    try:
+        if weights.suffix == ".safetensors":
+            with safe_open(weights, "numpy") as file:
+                tensors = len(file.keys())
+        else:
+            tensors = size // 16
+    except SafetensorError as e:
+        raise AdvdiffError(f"{weights} is not a complete safetensors file ({e}); make or download it again") from None
+    if 4 * layers * len(channels) > tensors or 18 * max(channels, default=1) ** 2 > size or largest > _MAX_SETTING:
         raise AdvdiffError(f"{config} describes a larger U-Net than {weights.name} holds; make or download it again")
 
 

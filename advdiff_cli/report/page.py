@@ -22,8 +22,9 @@ from advdiff_cli.report.plots import ROBUST, STANDARD, accuracy_bars, suite_bars
 from advdiff_cli.robustness.sweep import axis_label
 
 PAGE = "report.html"
+TITLE = "Purification against adversarial attacks"
 PANEL = "panel.png"
-RECORD = "report.advdiff.json"
+RECORD = "report.advdiff"
 _PIXELS_PER_POINT = 1.7  # of figures, whose smallest letters have 7 points
 
 
