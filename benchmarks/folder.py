@@ -159,7 +159,7 @@ def at_once(root: Path, out: Path) -> list[str]:
 
 
 def images(out: Path) -> dict[str, str]:
-    found = (p for p in out.rglob("*") if p.suffix in (".png", ".tif", ".bmp") and p.is_file())
+    found = (p for p in out.rglob("*") if p.suffix.lower() in (".png", ".tif", ".bmp") and p.is_file())
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
