@@ -31,6 +31,7 @@ LOG = "training.jsonl"
 _RECIPE = "recipe.json"
 _STATE = "state"
 _CHECKSUM = "checksum"
+_LOGGED = "logged"  # bytes of the log when a checkpoint was written
 _PREVIOUS = "previous"
 """The model that is being replaced, in the work folder."""
 
@@ -108,12 +109,16 @@ class WorkFolder:
         _replace(self.part / _RECIPE, canonical_json(output.recipe))
 
     def _remove_damaged(self) -> None:
-        """Remove all checkpoints if one of them is damaged, so that training begins again."""
+        """Remove all checkpoints if one of them or the log before them is damaged, so that training begins again."""
         files = sorted(self.part.glob("*.safetensors"))
-        if not all(map(_is_whole, files)):
-            _log.warning("a checkpoint in %s is damaged; training begins again", self.part)
+        if not all(_is_whole(file, self._logged_bytes) for file in files):
+            _log.warning("a checkpoint or the log in %s is damaged; training begins again", self.part)
             for file in files:
                 file.unlink()
+
+    @property
+    def _logged_bytes(self) -> int:
+        return (self.part / LOG).stat().st_size if (self.part / LOG).is_file() else 0
 
     def log(self, record: Mapping[str, object]) -> None:
         """Append a record to training.jsonl."""
@@ -130,7 +135,8 @@ class WorkFolder:
         temporary = target.with_name(name + ".new")
         copies = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         with name_write_errors(target):
-            save_file(copies, temporary, {_STATE: canonical_json(dict(state)), _CHECKSUM: _checksum(copies)})
+            checks = {_CHECKSUM: _checksum(copies), _LOGGED: str(self._logged_bytes)}
+            save_file(copies, temporary, {_STATE: canonical_json(dict(state)), **checks})
         sync(temporary)
         os.replace(temporary, target)
 
@@ -210,13 +216,18 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return str(crc)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is as it was written; those of version 0.1.0 have no checksum."""
+def _is_whole(checkpoint: Path, logged: int) -> bool:
+    """Return whether a checkpoint is as it was written, and the log of `logged` bytes is no shorter than it was then.
+
+    Checkpoints of version 0.1.0 record neither.
+    """
     try:
         with safe_open(checkpoint, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             json.loads(metadata[_STATE])
+            if int(metadata.get(_LOGGED, 0)) > logged:
+                return False
     except (OSError, SafetensorError, KeyError, ValueError):
         return False
     found = _checksum(tensors)

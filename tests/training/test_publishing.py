@@ -160,3 +160,5 @@ def test_damaged_training_begins_again_or_is_refused(advdiff, test_x, tmp_path, 
     elif damage != "remove" and name != "training.jsonl":
         assert "damaged" in told
     assert folder_fingerprint(tmp_path / "m") == folder_fingerprint(whole)
+    if damage in ("remove", "truncate"):
+        assert (tmp_path / "m" / "training.jsonl").read_bytes() == (whole / "training.jsonl").read_bytes()
