@@ -352,6 +352,7 @@ if __name__ == "__main__":
     parser.add_argument("--kinds", nargs="*", help="of faults; all by default")
     parser.add_argument("--only", nargs="*", help="commands, as purify")
     asked = parser.parse_args()
+    torch.set_num_threads(1)  # a fork of a process with a pool of threads waits for them for ever
     asked.work.mkdir(parents=True)  # a new folder
     prepare(asked.work)
     failures: list[str] = []
