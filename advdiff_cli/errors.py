@@ -12,6 +12,10 @@ class AdvdiffError(Exception):
     exit_code = EXIT_ERROR
 
 
+class FileInUse(AdvdiffError):
+    """Another process holds a file, which is not a sign of damage."""
+
+
 class SomeInputsFailed(AdvdiffError):
     """Some inputs of a folder failed; each was named, and the others are done."""
 

@@ -575,3 +575,16 @@ def test_a_picture_with_spoilt_exif_is_read_upright(advdiff, tmp_path, ddpm):
     (root / "bad.jpg").write_bytes(whole[:head] + bytes(8) + whole[head + 8 :])  # the TIFF header of the metadata
     purify(advdiff, root, tmp_path / "out", ddpm)
     assert set(files(tmp_path / "out")) == {"good.png", "bad.jpg.png"}
+
+
+def test_overwriting_a_few_keeps_the_others_and_is_finished_later(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+    purify(advdiff, folder, out, ddpm)
+    before = files(out)
+    purify(advdiff, folder, out, ddpm, "--overwrite", "--seed", 1, "--limit", 2)
+    assert set(files(out)) == set(before)
+    assert sum(files(out)[name] != before[name] for name in before) == 2
+    result = purify(advdiff, folder, out, ddpm, "--seed", 1).json
+    assert (result["purified"], result["kept"], result["failed"]) == (3, 2, 0)
+    purify(advdiff, folder, tmp_path / "whole", ddpm, "--seed", 1)
+    assert files(out) == files(tmp_path / "whole")

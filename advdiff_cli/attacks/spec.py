@@ -98,7 +98,7 @@ class AttackSpec:
         found = {k: v for k, v in parameters.items() if k in names}
         if "attacks" in found:
             found["attacks"] = tuple(cast("list[Member]", found["attacks"]))
-        return cls(**found)  # type: ignore[arg-type]  # from JSON
+        return cls(**found)  # type: ignore[arg-type]  # a recipe is JSON, whose values have no types
 
     @property
     def computes_defense(self) -> bool:
@@ -148,7 +148,7 @@ def resolve(method: Method, norm: Norm, eps: float, asked: AttackRequest = NO_RE
             attack = f"--gradient {gradient}" if "gradient" in settings else "a defense"
             against = f"with {attack}" if defended else "without a defense (-m or --defense)"
             raise AdvdiffError(f"--{name.replace('_', '-')} does not apply to --method {method} {against}")
-    spec = AttackSpec(method, norm, eps, **(settings | given))  # type: ignore[arg-type]
+    spec = AttackSpec(method, norm, eps, **(settings | given))  # type: ignore[arg-type]  # by asdict()
     deterministic = not defended or gradient == "blind" or bool(asked.fixed_draw)
     _check_combination(spec, defended=defended, deterministic=deterministic)
     if method == "fgsm":

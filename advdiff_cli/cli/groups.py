@@ -56,7 +56,7 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
         built = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**given, **built)
 
-    run.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]  # which inspect and Typer read
     run.__annotations__ = {p.name: p.annotation for p in flat}
     return run
 

@@ -1,6 +1,6 @@
 """`advdiff evaluate`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,9 +19,11 @@ from advdiff_cli.cli.groups import (
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
+    from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.evaluation.comparison import EvaluatedSet
+    from advdiff_cli.purification.defense import EvaluatedModel
 
 _COLUMNS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc")
 _DRAWS = 11
@@ -63,9 +65,7 @@ def evaluate(
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
-    from advdiff_cli.data.output_spec import OutputSpec
-    from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.data.recorded_files import check_replaceable, record_files, record_of
+    from advdiff_cli.data.recorded_files import record_files
     from advdiff_cli.evaluation.comparison import compare
     from advdiff_cli.evaluation.predictions_csv import write_predictions
     from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
@@ -84,26 +84,18 @@ def evaluate(
     precision = "fp32" if protection is None else compute.resolve_precision(device)
     model = undefended.behind(protection, device, precision)
     draws = range(1 if protection is None else settings.draws or _DRAWS)
-    written = None
-    if settings.predictions is not None:
-        made_by = recipe(
-            "evaluate",
-            {**model.parameters, "draws": len(draws), "seed": compute.seed},
-            data=[{"name": name, **s.recipe_input()} for name, s in zip(data, sets, strict=True)],
-            classifier=model.fingerprint,
-            ddpm=model.ddpm_fingerprint,
-        )
-        written = OutputSpec(record_of(settings.predictions), made_by, device.type, settings.overwrite)
-        check_replaceable(written, [settings.predictions], [Path(name) for name in data])
+    named = dict(zip(data, sets, strict=True))
+    judging = {"draws": len(draws), "seed": compute.seed, "precision": precision}
+    table = settings.predictions
+    written = None if table is None else _predictions_output(settings, table, named, model, judging, device.type)
     with console.progress(sum(map(len, sets)), "evaluate", quiet=output.quiet) as advance:
         evaluated = [
             evaluate_set(name, patches, model, device, draws=draws, seed=compute.seed, advance=advance)
             for name, patches in zip(data, sets, strict=True)
         ]
-    if settings.predictions is not None and written is not None:
-        write_predictions(settings.predictions, [(e, s.keys) for e, s in zip(evaluated, sets, strict=True)])
-        record_files(written, [settings.predictions])
-    judging = {"draws": len(draws), "seed": compute.seed, "precision": precision}
+    if table is not None and written is not None:
+        write_predictions(table, [(e, s.keys) for e, s in zip(evaluated, sets, strict=True)])
+        record_files(written, [table])
     result: JsonObject = {
         "classifier": {"name": Path(classifier).name, "fingerprint": model.fingerprint},
         "defense": None if protection is None else {**protection.spec.parameters(), **judging},
@@ -117,6 +109,35 @@ def evaluate(
         console.warn(line)
     brief = "\n".join(str(s["accuracy"]["value"]) for s in result["sets"])
     output.emit(result, _text(result), brief)
+
+
+def _predictions_output(
+    settings: EvaluateOptions,
+    table: Path,
+    sets: "Mapping[str, PatchSet]",
+    model: "EvaluatedModel",
+    judging: "Mapping[str, object]",
+    device: str,
+) -> "OutputSpec":
+    """Return the record of the file of predictions, which may be written.
+
+    Raises:
+        AdvdiffError: Another file is there, or the file is an input.
+    """
+    from advdiff_cli.data.output_spec import OutputSpec
+    from advdiff_cli.data.provenance import recipe
+    from advdiff_cli.data.recorded_files import check_replaceable, record_of
+
+    made_by = recipe(
+        "evaluate",
+        {**model.parameters, **judging},
+        data=[{"name": name, **patches.recipe_input()} for name, patches in sets.items()],
+        classifier=model.fingerprint,
+        ddpm=model.ddpm_fingerprint,
+    )
+    output = OutputSpec(record_of(table), made_by, device, settings.overwrite)
+    check_replaceable(output, [table], [Path(name) for name in sets])
+    return output
 
 
 def _check_predictions_path(path: Path | None, data: list[str]) -> None:

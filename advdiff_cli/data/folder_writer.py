@@ -88,22 +88,31 @@ class FolderWriter:
         self.__exit__(None, None, None)
 
     def _open(self, output: OutputSpec, *, whole: bool) -> None:
-        for journal in journals(self.out):
-            self._read_or_remove(journal, output, whole=whole)
-        if not self._journal.exists():
+        found = {journal: self._read(journal, output, whole=whole) for journal in journals(self.out)}
+        replaced = {journal: lines for journal, lines in found.items() if lines is not None}
+        if self._journal in replaced or not self._journal.exists():
             fresh = self._journal.with_suffix(".new")  # other processes must see a complete first line
-            fresh.write_text(canonical_json(provenance(output.recipe, device=output.device)) + "\n")
+            head = canonical_json(provenance(output.recipe, device=output.device)) + "\n"
+            earlier = [line for lines in replaced.values() for line in lines]  # whose outputs are to be made again
+            fresh.write_text(head + "".join(line.as_text() for line in earlier))
             sync(fresh)
             os.replace(fresh, self._journal)
+        for journal in replaced.keys() - {self._journal}:
+            with OutputLock(journal):
+                journal.unlink(missing_ok=True)
         drop_incomplete_line(self._journal)
         if whole:
             self._merge_shards()
 
-    def _read_or_remove(self, journal: Path, output: OutputSpec, *, whole: bool) -> None:
-        """Take over the lines of a journal of the same recipe; remove one that may be replaced."""
+    def _read(self, journal: Path, output: OutputSpec, *, whole: bool) -> list[JournalLine] | None:
+        """Take over the lines of a journal of the same recipe.
+
+        Returns:
+            None; or, for a journal that is to be replaced, lines about its outputs, which are not done any more.
+        """
         if journal.is_symlink():
             raise AdvdiffError(f"{journal} is a symbolic link, which advdiff does not write through; remove it")
-        head, *texts = (complete_lines(journal) if journal.exists() else []) or [""]
+        head, *texts = complete_lines(journal) or [""]
         have: Provenance | None = parse_provenance(head, journal)["recipe"] if head else None
         same = matches_recipe(self.out, have, output.recipe, overwrite=output.overwrite)
         lines = list(parse_lines(texts))
@@ -111,23 +120,17 @@ class FolderWriter:
             if line.out is not None:
                 self._written.setdefault(line.file, set()).add(line.out)
         if not same or (output.overwrite and (whole or journal == self._journal)):
-            self._remove(journal)
-        elif not output.overwrite:
+            return [JournalLine(line.file, "unsure", out=line.out) for line in lines if line and line.out]
+        if not output.overwrite:
             self.damaged_lines += lines.count(None)
             self._take_over({line.file: line for line in lines if line is not None})
+        return None
 
     def _take_over(self, lines: Mapping[str, JournalLine]) -> None:
         for file, line in lines.items():
             known = self._lines.get(file, line)
             agree = known.sha256 == line.sha256  # the order of lines in two journals is not known
             self._lines[file] = line if agree else JournalLine(file, "unsure", line.sha256, line.out)
-
-    def _remove(self, journal: Path) -> None:
-        if journal == self._journal:
-            journal.unlink()
-        else:
-            with OutputLock(journal):
-                journal.unlink(missing_ok=True)
 
     def _merge_shards(self) -> None:
         """Append the lines of finished shards to the journal."""
@@ -212,7 +215,7 @@ class FolderWriter:
             journal.write("".join(line.as_text() for line in lines))
 
     def _sweep(self) -> None:
-        """Remove temporary files of killed processes, and outputs that an input no longer has.
+        """Remove temporary files of killed processes, and outputs whose input was purified to another name since.
 
         Nothing is removed while a shard is at work.
         """
@@ -222,17 +225,14 @@ class FolderWriter:
                     stack.enter_context(OutputLock(journal))
             except AdvdiffError:
                 return
-            current = {line.out for line in self._lines.values() if line.out is not None}
-            current |= {out for file, outs in self._written.items() if self._failed(file) for out in outs}
-            for out in set().union(*self._written.values()) - current:
+            done = {file: line.out for file, line in self._lines.items() if line.status == "ok"}
+            current = {line.out for line in self._lines.values()}
+            for out in {out for file in done for out in self._written.get(file, ())} - current:
                 self._remove_output(out)
             known = {out for outs in self._written.values() for out in outs}
             for file in self.out.rglob(".*.part.*"):
                 if _is_temporary(file, file.parent.relative_to(self.out), known):
                     file.unlink(missing_ok=True)
-
-    def _failed(self, file: str) -> bool:
-        return file in self._lines and self._lines[file].status != "ok"
 
     def _remove_output(self, out: str) -> None:
         path = PurePosixPath(out)

@@ -19,7 +19,7 @@ from advdiff_cli.data.output_spec import FileLayout
 from advdiff_cli.data.patch_source import Images, Rows, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.errors import AdvdiffError, FileInUse
 
 _CHUNK_BYTES = 1 << 20
 _OVERHEAD_BYTES = 1 << 20  # an upper bound of HDF5's own structures
@@ -112,7 +112,7 @@ def _name_read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except BlockingIOError:
-        raise AdvdiffError(f"{path} is being written by another process; wait until it ends") from None
+        raise FileInUse(f"{path} is in use by another process; wait until it ends") from None
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as e:
         why = str(e).strip("'\"").splitlines()[0] if str(e) else type(e).__name__
         raise AdvdiffError(f"{path} is not a complete HDF5 file ({why}); make or download it again") from None

@@ -30,7 +30,7 @@ from advdiff_cli.data.row_journal import (
     work_files,
 )
 from advdiff_cli.data.safetensors_file import SafetensorsTarget
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.errors import AdvdiffError, FileInUse
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ def recorded(out: Path) -> Provenance | None:
     """Return the provenance of the patch set at `out`, or None if there is none."""
     try:
         return open_patches(out).provenance
+    except FileInUse:
+        raise
     except AdvdiffError:
         return None
 
@@ -173,6 +175,8 @@ class PatchWriter:
         """Take over the finished rows of unfinished work, as far as they are undamaged."""
         try:
             self._target = _TARGETS[self.out.suffix].reopen(self._work, layout)
+        except FileInUse:
+            raise
         except AdvdiffError:
             return False
         drop_incomplete_line(self._journal)

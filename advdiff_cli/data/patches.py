@@ -96,19 +96,7 @@ class PatchSet:
         self.labels: Rows | None = None if source.labels is None else source.labels[self._rows]
         self.index: Rows = source.index[self._rows]
         self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
-        self._warn_of_one_class()
         self._fingerprint: str | None = None  # computed once, since the rows of a set do not change
-
-    def _warn_of_one_class(self) -> None:
-        """Warn where --limit or --range leaves one class of two, as in sets that are sorted by class or slide."""
-        everything = self.source.labels
-        if self.labels is None or everything is None or self.selection.shuffle_seed is not None:
-            return
-        if len(self.labels) > 1 and len(set(self.labels.tolist())) < len(set(everything.tolist())):
-            _log.warning(
-                "all %d patches selected from %s have label %d, and the set has both; --shuffle-seed 0 mixes them",
-                *(len(self.labels), self.path, self.labels[0]),
-            )
 
     def first(self, n: int) -> "PatchSet":
         """Return the first n selected rows, or all of them if there are fewer."""
@@ -249,7 +237,19 @@ def open_patches(
         raise AdvdiffError(
             f"the patches of {path} are {source.shape[0]}x{source.shape[1]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
         )
-    return PatchSet(source, selection)
+    patches = PatchSet(source, selection)
+    _warn_of_one_class(patches)
+    return patches
+
+
+def _warn_of_one_class(patches: PatchSet) -> None:
+    """Warn where --limit or --range leaves one class of two, as in sets that are sorted by class or slide."""
+    labels, everything = patches.labels, patches.source.labels
+    if labels is None or everything is None or patches.selection.shuffle_seed is not None:
+        return
+    if len(labels) > 1 and len(set(labels.tolist())) < len(set(everything.tolist())):
+        text = "all %d patches selected from %s have label %d, and the set has both; --shuffle-seed 0 mixes them"
+        _log.warning(text, len(labels), patches.path, labels[0])
 
 
 def _open_source(path: str | Path, split: str | None, labels: Path | None) -> PatchSource:

@@ -10,8 +10,14 @@ from pathlib import Path
 
 from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.output_spec import OutputSpec
-from advdiff_cli.data.provenance import JsonObject, file_digest, parse_json_object, provenance
-from advdiff_cli.data.resume import matches_recipe
+from advdiff_cli.data.provenance import (
+    JsonObject,
+    difference,
+    file_digest,
+    parse_json_object,
+    provenance,
+    same_recipe,
+)
 from advdiff_cli.errors import AdvdiffError
 
 
@@ -43,8 +49,10 @@ def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequenc
     for file in existing:
         if recorded["files"].get(file.name) != file_digest(file):
             raise AdvdiffError(f"{file} exists and was not made by this command; give --overwrite or another name")
-    made = recorded["provenance"]
-    matches_recipe(existing[0], made.get("recipe") if isinstance(made, dict) else {}, output.recipe)
+    made = recorded["provenance"].get("recipe", {})
+    if not same_recipe(made, output.recipe):
+        changes = difference(made, output.recipe)
+        raise AdvdiffError(f"{existing[0]} was made with other settings ({changes}); give --overwrite or another name")
 
 
 def record_files(output: OutputSpec, files: Sequence[Path]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from advdiff_cli.data.journal import complete_lines
 from advdiff_cli.data.patch_source import Images
 from advdiff_cli.data.provenance import Provenance, canonical_json, parse_provenance
@@ -32,7 +34,7 @@ def work_files(out: Path) -> tuple[Path, Path]:
 
 def checksum(images: Images) -> int:
     """Return the checksum of rows."""
-    return zlib.crc32(images.tobytes())
+    return zlib.crc32(np.ascontiguousarray(images).data)
 
 
 def begin_journal(journal: Path, provenance: Provenance) -> None:

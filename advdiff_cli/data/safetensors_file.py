@@ -33,10 +33,14 @@ class SafetensorsSource:
     def __init__(self, path: Path) -> None:
         """Open `path` and check its header."""
         self.path = path
-        tensors, metadata, self._start = _header(path)
+        tensors, metadata, self._start = read_header(path)
         if "images" not in tensors:
             raise AdvdiffError(f"{path} has no tensor named images; a patch set needs images, labels and index")
-        stored: _Tensors = {k: tensors[k] for k in ("images", "labels", "index") if k in tensors}
+        stored: _Tensors = {
+            k: (_DTYPES.get(t["dtype"], t["dtype"]), tuple(t["shape"]), t["data_offsets"][0])
+            for k in ("images", "labels", "index")
+            if (t := tensors.get(k)) is not None
+        }
         self._dtype, shape, self._offset = stored["images"]
         check_layout(path, shape, self._dtype, {k: v[1][0] if v[1] else 0 for k, v in stored.items() if k != "images"})
         self._n, self._row_shape = shape[0], shape[1:]
@@ -80,22 +84,21 @@ def open_safetensors(path: Path) -> SafetensorsSource:
     return SafetensorsSource(path)
 
 
-def _header(path: Path) -> tuple[_Tensors, dict[str, str], int]:
-    """Return tensors as {name: (dtype, shape, offset)}, the metadata, and the offset of the data."""
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Return the entries of the tensors, the metadata, and the offset of the data.
+
+    Raises:
+        AdvdiffError: The file is not a complete safetensors file.
+    """
     try:
         with safe_open(path, "np"):  # refuses truncated, overlapping and oversized headers
             pass
     except SafetensorError as e:
-        raise AdvdiffError(f"{path} is not a complete safetensors file ({e}); make it again") from None
+        raise AdvdiffError(f"{path} is not a complete safetensors file ({e}); make or download it again") from None
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(size))
-    metadata = header.pop("__metadata__", {})
-    tensors = {
-        name: (_DTYPES.get(t["dtype"], t["dtype"]), tuple(t["shape"]), t["data_offsets"][0])
-        for name, t in header.items()
-    }
-    return tensors, metadata, 8 + size
+    return header, header.pop("__metadata__", {}), 8 + size
 
 
 class SafetensorsTarget:

@@ -105,7 +105,7 @@ class FolderPurifier:
             if self.writer.is_done(entry):
                 return Outcome(key, "kept")
             size = image_size(file) or (0, 0)  # decoding names the problem of an unreadable file
-        except Exception as e:
+        except Exception as e:  # whatever one file raises is that file's failure; see _describe
             return Outcome(key, "failed", _describe(e, file), sha256)
         image = _Image(file, entry, size, {})
         return image if max(size) > MAX_UNTILED else _decode(image)
@@ -158,7 +158,7 @@ class FolderPurifier:
             self.writer.write(image.entry, pixels, image.metadata)
         except OSError:  # of the disk, which the next file would meet too
             raise
-        except Exception as e:
+        except Exception as e:  # as in _load
             return image.failed(_describe(e, image.file))
         return Outcome(image.entry.file, "ok")
 
@@ -187,7 +187,7 @@ def _decode(image: _Image) -> Outcome | _Image:
         height, width = pixels.shape[1:]
         if min(height, width) < MIN_SIZE:
             raise AdvdiffError(f"{image.file} is {height}x{width}; at least {MIN_SIZE}x{MIN_SIZE} is needed")
-    except Exception as e:
+    except Exception as e:  # as in FolderPurifier._load
         return image.failed(_describe(e, image.file))
     return replace(image, size=(height, width), metadata=metadata, pixels=_round_up(pixels))
 

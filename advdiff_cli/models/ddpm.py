@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from advdiff_cli.data.atomic_files import name_write_errors
 from advdiff_cli.data.provenance import parse_json_object
+from advdiff_cli.data.safetensors_file import read_header
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, DdpmCard, load_card, save_card
 from advdiff_cli.models.device import memory_layout
@@ -173,14 +173,7 @@ def _check_size(config: Path, weights: Path) -> None:
     if not isinstance(channels, list) or not all(type(c) is int and c > 0 for c in (*channels, layers)):
         raise AdvdiffError(f"{config}: layers_per_block and block_out_channels must be whole numbers above 0")
     largest = max((abs(v) for v in raw.values() if type(v) is int), default=0)
-    try:
-        if weights.suffix == ".safetensors":
-            with safe_open(weights, "numpy") as file:
-                tensors = len(file.keys())
-        else:
-            tensors = size // 16
-    except SafetensorError as e:
-        raise AdvdiffError(f"{weights} is not a complete safetensors file ({e}); make or download it again") from None
+    tensors = len(read_header(weights)[0]) if weights.suffix == ".safetensors" else size // 16
     if 4 * layers * len(channels) > tensors or 18 * max(channels, default=1) ** 2 > size or largest > _MAX_SETTING:
         raise AdvdiffError(f"{config} describes a larger U-Net than {weights.name} holds; make or download it again")
 

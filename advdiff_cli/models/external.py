@@ -122,8 +122,6 @@ def load_callable(name: str) -> nn.Module:
         if module_name == missing or module_name.startswith(f"{missing}."):
             raise AdvdiffError(f"{name}: there is no module {missing} here or among the installed packages") from None
         raise AdvdiffError(f"{name}: {_own_line(e)}") from None
-    except AttributeError as e:
-        raise AdvdiffError(f"{name}: {_own_line(e)}") from None
     except Exception as e:  # of the user's own code
         if is_debugging():
             raise
@@ -132,7 +130,7 @@ def load_callable(name: str) -> nn.Module:
         raise AdvdiffError(f"{name} is {type(found).__name__}, not a callable that returns a torch module")
     try:
         made = found()
-    except Exception as e:
+    except Exception as e:  # of the user's own code
         if is_debugging():
             raise
         raise AdvdiffError(f"{name}: {_own_line(e)}") from None

@@ -1,16 +1,12 @@
 """Fingerprints of models: what their results depend on, and nothing else."""
 
-import json
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING
 
 from advdiff_cli.data.provenance import canonical_json, digest, parse_json_object
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.data.safetensors_file import read_header
 from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, load_card
 from advdiff_cli.models.classifier_config import WEIGHTS
 
@@ -55,20 +51,13 @@ def _folder_parts(folder: Path) -> Iterator[bytes]:
 
 def _stored_parts(path: Path) -> Iterable[bytes]:
     """Return the parts of a safetensors file, as `_tensor_parts` gives them for its tensors, without torch."""
-    try:
-        with safe_open(path, "numpy"):  # checks the header
-            pass
-    except SafetensorError as e:
-        raise AdvdiffError(f"{path} is not a complete safetensors file ({e}); make or download it again") from None
+    header, _, offset = read_header(path)
     with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(size))
-        header.pop("__metadata__", None)
         for name, stored in sorted(header.items()):
             start, stop = stored["data_offsets"]
             dtype = _TORCH_NAMES.get(stored["dtype"], stored["dtype"])
             yield f"\n{name} torch.{dtype} {stored['shape']}".encode()
-            file.seek(8 + size + start)
+            file.seek(offset + start)
             yield file.read(stop - start)
 
 

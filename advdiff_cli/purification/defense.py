@@ -50,7 +50,7 @@ class DefenseSpec:
         names = ("defense", "t_star", "sampler", "sampler_steps")
         if "t_star" not in parameters:
             return None
-        return cls(**{k: parameters[k] for k in names if k in parameters})  # type: ignore[arg-type]  # from JSON
+        return cls(**{k: parameters[k] for k in names if k in parameters})  # type: ignore[arg-type]  # as AttackSpec
 
     def differences(self, other: "DefenseSpec") -> list[str]:
         """Return the names of the settings that both defenses have, with different values."""

@@ -93,10 +93,10 @@ class WorkFolder:
             self._lock.release()
 
     def _open(self, output: OutputSpec) -> None:
-        if (previous := self.part / _PREVIOUS).is_dir() and not self.out.exists():  # killed between its two renames
-            os.replace(previous, self.out)
         if self.part.is_symlink():
             raise AdvdiffError(f"{self.part} is a symbolic link, which advdiff does not write through; remove it")
+        if (previous := self.part / _PREVIOUS).is_dir() and not self.out.exists():  # killed between its two renames
+            os.replace(previous, self.out)
         begun = _read_recipe(self.part)
         if matches_recipe(self.part, begun, output.recipe, overwrite=output.overwrite, unfinished=True):
             self._remove_damaged()

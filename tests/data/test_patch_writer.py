@@ -1,5 +1,9 @@
 """OUT.part, its sidecar, shards, and the two formats."""
 
+import subprocess
+import sys
+from subprocess import PIPE
+
 import numpy as np
 import pytest
 import torch
@@ -262,3 +266,16 @@ def test_killed_right_after_the_rename(tmp_path, source, suffix):
     out.with_name(out.name + ".part.rows").write_text("of the finished work\n")
     assert write(out, source) == 0
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_unfinished_work_that_another_process_reads_is_not_begun_again(tmp_path, source):
+    out = tmp_path / "a.h5"
+    write(out, source, stop_after=2)
+    reading = "import h5py, sys; f = h5py.File(sys.argv[1], 'r'); print(flush=True); sys.stdin.read()"
+    work = str(out) + ".part"
+    with subprocess.Popen([sys.executable, "-c", reading, work], stdin=PIPE, stdout=PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(AdvdiffError, match="is in use by another process"):
+            write(out, source)
+        other.stdin.close()
+    assert write(out, source) == 1
