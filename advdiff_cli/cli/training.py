@@ -12,7 +12,8 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import OutputOptions, SeededComputeOptions
+from advdiff_cli.cli.compute_options import SeededComputeOptions
+from advdiff_cli.cli.output_options import OutputOptions
 from advdiff_cli.data.distributed import world_size
 from advdiff_cli.errors import AdvdiffError
 

@@ -7,14 +7,12 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import (
-    DefenseOptions,
-    PlannedOutputOptions,
-    RowOptions,
-    ShardedComputeOptions,
-    with_option_groups,
-)
+from advdiff_cli.cli.compute_options import ShardedComputeOptions
+from advdiff_cli.cli.defense_options import DefenseOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import PlannedOutputOptions
 from advdiff_cli.cli.parsers import fraction
+from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
@@ -127,7 +125,8 @@ def attack(
     from advdiff_cli.cli.progress import follow_rows
     from advdiff_cli.data.distributed import process_group
     from advdiff_cli.data.output_spec import OutputSpec, shard_rows
-    from advdiff_cli.data.patch_writer import check_suffix, resume_params
+    from advdiff_cli.data.patch_writer import check_suffix
+    from advdiff_cli.data.resume import resume_params
     from advdiff_cli.jobs.attack import AttackJob
     from advdiff_cli.jobs.sharding import ShardedOutput
 

@@ -9,7 +9,9 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import ComputeOptions, ResultOptions, with_option_groups
+from advdiff_cli.cli.compute_options import ComputeOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import ResultOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

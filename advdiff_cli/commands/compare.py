@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advdiff_cli.cli.groups import ResultOptions, with_option_groups
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import ResultOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advdiff_cli import console
-from advdiff_cli.cli.groups import OutputOptions, SeededComputeOptions, with_option_groups
+from advdiff_cli.cli.compute_options import SeededComputeOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import OutputOptions
 from advdiff_cli.cli.progress import follow_rows
 from advdiff_cli.errors import AdvdiffError
 

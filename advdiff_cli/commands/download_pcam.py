@@ -8,7 +8,8 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import ResultOptions, with_option_groups
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import ResultOptions
 from advdiff_cli.errors import AdvdiffError
 
 

@@ -9,13 +9,11 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import (
-    DefenseOptions,
-    ResultOptions,
-    RowOptions,
-    SeededComputeOptions,
-    with_option_groups,
-)
+from advdiff_cli.cli.compute_options import SeededComputeOptions
+from advdiff_cli.cli.defense_options import DefenseOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import ResultOptions
+from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:

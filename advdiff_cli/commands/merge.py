@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from advdiff_cli import console
-from advdiff_cli.cli.groups import OutputOptions, with_option_groups
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import OutputOptions
 
 
 @with_option_groups

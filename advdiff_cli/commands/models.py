@@ -1,7 +1,8 @@
 """`advdiff models`."""
 
 from advdiff_cli import console
-from advdiff_cli.cli.groups import ResultOptions, with_option_groups
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import ResultOptions
 
 
 @with_option_groups

@@ -13,13 +13,11 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import (
-    PlannedOutputOptions,
-    PurifierOptions,
-    RowOptions,
-    ShardedComputeOptions,
-    with_option_groups,
-)
+from advdiff_cli.cli.compute_options import ShardedComputeOptions
+from advdiff_cli.cli.defense_options import PurifierOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import PlannedOutputOptions
+from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError, SomeInputsFailed
 
 if TYPE_CHECKING:
@@ -69,8 +67,8 @@ def purify(
     """
     from advdiff_cli.data.distributed import process_group
     from advdiff_cli.data.folder_journal import folder_resume_params
-    from advdiff_cli.data.patch_writer import resume_params
     from advdiff_cli.data.patches import PATCH_FILES
+    from advdiff_cli.data.resume import resume_params
 
     out = output.out
     to_file = out.suffix in PATCH_FILES

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advdiff_cli import console
-from advdiff_cli.cli.groups import (
-    OutputOptions,
-    PurifierOptions,
-    RowOptions,
-    SeededComputeOptions,
-    with_option_groups,
-)
+from advdiff_cli.cli.compute_options import SeededComputeOptions
+from advdiff_cli.cli.defense_options import PurifierOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import OutputOptions
+from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:

@@ -9,14 +9,12 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import (
-    BatchedComputeOptions,
-    DefenseOptions,
-    PlannedOutputOptions,
-    RowOptions,
-    with_option_groups,
-)
+from advdiff_cli.cli.compute_options import BatchedComputeOptions
+from advdiff_cli.cli.defense_options import DefenseOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import PlannedOutputOptions
 from advdiff_cli.cli.progress import duration, follow
+from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
@@ -108,7 +106,7 @@ def robustness(
 def _resume_params(out: Path, suite: "Sequence[SuiteRow]") -> Mapping[str, object]:
     """Return the parameters of an existing row of the suite, if possible of one through the defense."""
     from advdiff_cli.attacks.spec import AttackSpec
-    from advdiff_cli.data.patch_writer import resume_params
+    from advdiff_cli.data.resume import resume_params
 
     found = [p for r in suite if r.attack and (p := resume_params(out / f"{r.name}.safetensors"))]
     through = (p for p in found if "t_star" in p and AttackSpec.from_parameters(p).computes_defense)

@@ -1,6 +1,5 @@
 """`advdiff sweep`."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +9,12 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import (
-    PlannedOutputOptions,
-    PurifierOptions,
-    RowOptions,
-    SeededComputeOptions,
-    with_option_groups,
-)
+from advdiff_cli.cli.compute_options import SeededComputeOptions
+from advdiff_cli.cli.defense_options import PurifierOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import PlannedOutputOptions
 from advdiff_cli.cli.progress import follow
+from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
@@ -151,7 +148,7 @@ def sweep(
 
 def _resume_params(out: Path) -> dict[str, Any]:
     """Return the batch size and precision of the results in a sweep's folder."""
-    from advdiff_cli.data.patch_writer import resume_params
+    from advdiff_cli.data.resume import resume_params
     from advdiff_cli.jobs.result_cache import recorded_recipe
 
     found: dict[str, Any] = {}
@@ -168,8 +165,10 @@ def _run(
     points: "Sequence[SweepPoint]", undefended: "SuiteRunner", request: "SweepRequest", rule: "Rule", *, quiet: bool
 ) -> "JsonObject":
     """Make and judge every point, and return the content of sweep.json."""
+    from advdiff_cli.evaluation.statistics import mean_share
     from advdiff_cli.robustness.suite import CLEAN
     from advdiff_cli.robustness.sweep import JudgedPoint, choose, summarize_point
+    from advdiff_cli.robustness.sweep_result import sweep_settings
 
     plain = replace(undefended, label="undefended-")
     clean, judged, rows = _judge(plain, CLEAN, quiet=quiet), [], []
@@ -183,74 +182,12 @@ def _run(
         standard, robust = (100 * p.share.mean() for p in (one.clean, one.attacked))
         console.log(f"{point.name}: standard {standard:.1f} %, robust {robust:.1f} %")
     chosen = None if request.over == "eps" else points[choose(judged, rule)]  # the defender does not choose eps
-    return _summary(points, undefended, request, rule, chosen) | {
+    return sweep_settings(points, undefended, request, rule, chosen) | {
         "n": len(clean.labels),
         "draws": judged[0].clean.draws,
-        "undefended": _estimate(clean),
+        "undefended": mean_share(clean.share).as_dict(),
         "rows": rows,
     }
-
-
-def _summary(
-    points: "Sequence[SweepPoint]",
-    undefended: "SuiteRunner",
-    request: "SweepRequest",
-    rule: "Rule",
-    chosen: "SweepPoint | None",
-) -> "JsonObject":
-    """Return the settings of a sweep and the chosen value."""
-    from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.robustness.sweep import RULES
-
-    typical = chosen or points[-1]
-    model, spec = typical.runner.model, typical.attack.attack
-    assert spec is not None
-    attack = {**spec.parameters(), "gradient": request.attack.gradient}
-    settings = {
-        "over": request.over,
-        "rule": rule,
-        "seed": undefended.seed,
-        "batch_size": undefended.batch_size,
-        "draws": undefended.budget.draws,
-        "values": [p.value for p in points],
-        "attack": attack,
-    }
-    made_by = recipe(
-        "sweep",
-        {**settings, **model.parameters},
-        data=undefended.patches.recipe_input(),
-        classifier=undefended.model.fingerprint,
-        ddpm=model.ddpm_fingerprint,
-    )
-    return {
-        "out": str(undefended.out),
-        "over": request.over,
-        "recipe": made_by,
-        "attack": attack,
-        "attack_told": _describe_attack(attack, request.over),
-        "defense": model.parameters,
-        "rule": f"{rule}: {RULES[rule]}",
-        "chosen": chosen and chosen.name,
-        "chosen_value": chosen and chosen.value,
-        "chosen_told": chosen and chosen.flag_value,
-    }
-
-
-def _estimate(predictions: "Predictions") -> "JsonObject":
-    from advdiff_cli.evaluation.statistics import mean_share
-
-    return dict(mean_share(predictions.share).as_dict())
-
-
-def _describe_attack(attack: "JsonObject", over: str) -> str:
-    """Describe the attack, without its eps if that is varied."""
-    from advdiff_cli.attacks.spec import AttackSpec
-
-    text = AttackSpec.from_parameters(attack).describe()
-    if over != "eps":
-        return text
-    head, comma, rest = text.partition(",")
-    return f"{head.rpartition(' ')[0]}{comma}{rest}"
 
 
 def _judge(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predictions":
@@ -260,20 +197,13 @@ def _judge(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predictio
 
 def _write(result: "JsonObject", out: Path) -> None:
     """Write sweep.json, sweep.csv and the plots."""
-    from advdiff_cli.data.atomic_files import atomic_write
     from advdiff_cli.jobs.result_cache import write_json
     from advdiff_cli.report.plots import sweep_curves
     from advdiff_cli.robustness.sweep import axis_label
+    from advdiff_cli.robustness.sweep_result import write_table
 
     write_json(out / "sweep.json", result)
-    with atomic_write(out / "sweep.csv") as temporary, temporary.open("w", newline="") as file:
-        table = csv.writer(file)
-        kinds = ("standard", "robust")
-        columns = [f"{kind}{suffix}" for kind in kinds for suffix in ("", "_low", "_high")]
-        table.writerow(("value", "unet_evaluations", *columns))
-        for r in result["rows"]:
-            figures = [f"{r[kind][k]:.6g}" for kind in kinds for k in ("value", "low", "high")]
-            table.writerow((f"{r['value']:g}", r["unet_evaluations"], *figures))
+    write_table(result, out / "sweep.csv")
     sweep_curves(result, axis_label(result), [out / "sweep.png", out / "sweep.svg"])
 
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from advdiff_cli.cli import options
-from advdiff_cli.cli.groups import OutputOptions, SeededComputeOptions, with_option_groups
+from advdiff_cli.cli.compute_options import SeededComputeOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import OutputOptions
 from advdiff_cli.cli.parsers import fraction
 from advdiff_cli.cli.training import (
     InputRequest,

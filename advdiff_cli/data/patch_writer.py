@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,9 @@ from advdiff_cli.data.journal import drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import Batch, FileLayout, OutputSpec, RowRange
 from advdiff_cli.data.patch_source import Images
-from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import Provenance, provenance, same_recipe
-from advdiff_cli.data.resume import matches_recipe
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.provenance import Provenance, provenance
+from advdiff_cli.data.resume import identity, matches_recipe, recorded
 from advdiff_cli.data.row_journal import (
     FinishedRows,
     append_rows,
@@ -47,32 +47,6 @@ class _Target(Protocol):
     def read(self, start: int, stop: int) -> Images: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
-
-
-def resume_params(out: Path) -> Mapping[str, object]:
-    """Return the parameters of the result or the unfinished work at `out`; empty if there is neither.
-
-    A command takes its batch size and precision from them, so that it resumes work begun on another machine.
-    """
-    record = unfinished(out) or (recorded(out) if out.is_file() else None)
-    parameters: Mapping[str, object] = (record or {}).get("recipe", {}).get("parameters", {})
-    return parameters
-
-
-def recorded(out: Path) -> Provenance | None:
-    """Return the provenance of the patch set at `out`, or None if there is none."""
-    try:
-        return open_patches(out).provenance
-    except FileInUse:
-        raise
-    except AdvdiffError:
-        return None
-
-
-def is_complete(out: Path, recipe: Provenance) -> bool:
-    """Return whether the whole result of `recipe` is at `out`."""
-    have = recorded(out) if out.is_file() else None
-    return have is not None and same_recipe(_identity(have), {**recipe, "part": None})
 
 
 def check_suffix(out: Path) -> None:
@@ -152,7 +126,7 @@ class PatchWriter:
         have = recorded(self.out)
         if have is None:
             raise AdvdiffError(f"{self.out} is not a patch set of advdiff; give --overwrite or another --out")
-        return matches_recipe(self.out, _identity(have), _identity(self._record))
+        return matches_recipe(self.out, identity(have), identity(self._record))
 
     def _open(self, layout: FileLayout, overwrite: bool) -> None:
         """Reopen OUT.part and its journal, or create them."""
@@ -160,9 +134,9 @@ class PatchWriter:
             raise AdvdiffError(f"{link} is a symbolic link, which advdiff does not write through; remove it")
         self._pending, self._recorded, self._flushed = list[FinishedRows](), list[FinishedRows](), time.monotonic()
         begun = unfinished(self.out)
-        identity = _identity(self._record)
+        wanted = identity(self._record)
         if begun is not None and matches_recipe(
-            self._work, _identity(begun), identity, overwrite=overwrite, unfinished=True
+            self._work, identity(begun), wanted, overwrite=overwrite, unfinished=True
         ):
             if self._reopen(replace(layout, provenance=begun)):
                 return
@@ -267,8 +241,3 @@ class PatchWriter:
         finally:
             self._target = None
             self._lock.release()
-
-
-def _identity(record: Provenance) -> Provenance:
-    """Return what is equal for two results of one recipe that hold the same rows."""
-    return {**record["recipe"], "part": record.get("part")}

@@ -19,6 +19,7 @@ from advdiff_cli.data.pcam_files import find_split
 from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.safetensors_file import open_safetensors
+from advdiff_cli.data.selection import ALL, Selection
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:  # imported where it is used, so that commands that only read recipes answer at once
@@ -31,37 +32,6 @@ PATCH_FILES = (".safetensors", ".h5", ".hdf5")
 
 _BLOCK = 64  # rows hashed at a time
 _SAMPLED = 64  # rows that identify an origin set
-
-
-def row_batches(n: int, size: int, *, pad: bool = False) -> Iterator[Rows]:
-    """Yield the row numbers 0 to n - 1 in batches of `size`; `pad` fills the last batch by repeating the last row."""
-    for start in range(0, n, size):
-        yield np.minimum(np.arange(start, start + size if pad else min(start + size, n)), n - 1)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which rows of a set: shuffled, then a range of the shuffled order, then at most `limit` of them."""
-
-    limit: int | None = None
-    range: tuple[int, int | None] | None = None
-    shuffle_seed: int | None = None
-
-    def rows(self, n: int) -> Rows:
-        """Return the selected row numbers among n."""
-        order = np.arange(n)
-        if self.shuffle_seed is not None:
-            order = np.random.Generator(np.random.Philox(self.shuffle_seed)).permutation(n)
-        if self.range is not None:
-            order = order[slice(*self.range)]
-        return order[: self.limit].astype(np.int64)
-
-    def parameters(self) -> JsonObject:
-        """Return the parameters that enter a recipe."""
-        return {"limit": self.limit, "range": self.range and list(self.range), "shuffle_seed": self.shuffle_seed}
-
-
-ALL = Selection()
 
 
 @dataclass(frozen=True)

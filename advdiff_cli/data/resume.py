@@ -1,9 +1,12 @@
 """The one decision about existing work: up to date or resumable, replaceable, or made by another recipe."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import Provenance, difference, same_recipe
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.data.row_journal import unfinished
+from advdiff_cli.errors import AdvdiffError, FileInUse
 
 
 def matches_recipe(
@@ -30,3 +33,34 @@ def matches_recipe(
     changes = difference(recorded, wanted)
     state = "holds unfinished work of another recipe" if unfinished else "was made with other settings"
     raise AdvdiffError(f"{path} {state} ({changes}); give --overwrite or another --out")
+
+
+def resume_params(out: Path) -> Mapping[str, object]:
+    """Return the parameters of the result or the unfinished work at `out`; empty if there is neither.
+
+    A command takes its batch size and precision from them, so that it resumes work begun on another machine.
+    """
+    record = unfinished(out) or (recorded(out) if out.is_file() else None)
+    parameters: Mapping[str, object] = (record or {}).get("recipe", {}).get("parameters", {})
+    return parameters
+
+
+def recorded(out: Path) -> Provenance | None:
+    """Return the provenance of the patch set at `out`, or None if there is none."""
+    try:
+        return open_patches(out).provenance
+    except FileInUse:
+        raise
+    except AdvdiffError:
+        return None
+
+
+def is_complete(out: Path, recipe: Provenance) -> bool:
+    """Return whether the whole result of `recipe` is at `out`."""
+    have = recorded(out) if out.is_file() else None
+    return have is not None and same_recipe(identity(have), {**recipe, "part": None})
+
+
+def identity(record: Provenance) -> Provenance:
+    """Return what is equal for two results of one recipe that hold the same rows."""
+    return {**record["recipe"], "part": record.get("part")}

@@ -8,9 +8,9 @@ from typing import Literal
 from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.merge import merge_sets
 from advdiff_cli.data.output_spec import OutputSpec, shard_rows
-from advdiff_cli.data.patch_writer import PatchWriter, is_complete, recorded
+from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.resume import matches_recipe
+from advdiff_cli.data.resume import is_complete, matches_recipe, recorded
 from advdiff_cli.errors import AdvdiffError
 
 Status = Literal["done", "up to date"]

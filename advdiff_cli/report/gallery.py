@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from advdiff_cli.data.patches import PatchSet, row_batches
+from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject, history, recipe
+from advdiff_cli.data.selection import row_batches
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.statistics import wilson
 from advdiff_cli.purification.defended_classifier import DefendedClassifier

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from advdiff_cli.attacks.dispatch import AttackBatch, Target, run_attack
 from advdiff_cli.attacks.projections import random_point
-from advdiff_cli.data.patches import row_batches
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import RowKey, RowStreams
+from advdiff_cli.data.selection import row_batches
 from advdiff_cli.evaluation.statistics import Estimate, wilson
 from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.purification.defended_classifier import DefendedClassifier

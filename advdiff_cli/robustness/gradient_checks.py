@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
-from advdiff_cli.data.patches import LabelledBatch, PatchSet, row_batches
+from advdiff_cli.data.patches import LabelledBatch, PatchSet
 from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.data.selection import row_batches
 from advdiff_cli.evaluation.statistics import Estimate, bootstrap, wilson
 from advdiff_cli.purification.defended_classifier import logits_of_draws
 

@@ -13,9 +13,10 @@ from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.model_passes import Cost, attack_cost
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.output_spec import OutputSpec, shard_rows
-from advdiff_cli.data.patch_writer import PatchWriter, is_complete
+from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import JsonObject, Provenance, recipe
+from advdiff_cli.data.resume import is_complete
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.jobs.predict import predict

@@ -1,27 +1,24 @@
-"""Training state on disk: a work folder next to the output, checkpoints in safetensors, the final name by rename."""
+"""Training state on disk: a work folder next to the output, with checkpoints and the log; the final name by rename."""
 
 import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Mapping
 from math import inf
 from pathlib import Path
 from typing import Self
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from advdiff_cli.data.atomic_files import name_write_errors, set_default_mode, sync
+from advdiff_cli.data.atomic_files import set_default_mode, sync
 from advdiff_cli.data.journal import complete_lines
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, parse_json_object
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.training.checkpoint_file import is_whole, read_checkpoint, write_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -29,9 +26,6 @@ CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 120.0  # between checkpoints
 LOG = "training.jsonl"
 _RECIPE = "recipe.json"
-_STATE = "state"
-_CHECKSUM = "checksum"
-_LOGGED = "logged"  # bytes of the log when a checkpoint was written
 _PREVIOUS = "previous"
 """The model that is being replaced, in the work folder."""
 
@@ -111,7 +105,7 @@ class WorkFolder:
     def _remove_damaged(self) -> None:
         """Remove all checkpoints if one of them or the log before them is damaged, so that training begins again."""
         files = sorted(self.part.glob("*.safetensors"))
-        if not all(_is_whole(file, self._logged_bytes) for file in files):
+        if not all(is_whole(file, self._logged_bytes) for file in files):
             _log.warning("a checkpoint or the log in %s is damaged; training begins again", self.part)
             for file in files:
                 file.unlink()
@@ -131,24 +125,12 @@ class WorkFolder:
         """Write a checkpoint of tensors and a JSON state; it replaces the old one when it is complete."""
         if not self._is_main:
             return
-        target = self.part / name
-        temporary = target.with_name(name + ".new")
-        copies = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        with name_write_errors(target):
-            checks = {_CHECKSUM: _checksum(copies), _LOGGED: str(self._logged_bytes)}
-            save_file(copies, temporary, {_STATE: canonical_json(dict(state)), **checks})
-        sync(temporary)
-        os.replace(temporary, target)
+        write_checkpoint(self.part / name, tensors, state, self._logged_bytes)
 
     def load(self, name: str = CHECKPOINT) -> tuple[dict[str, Tensor], JsonObject] | None:
         """Return the tensors and the state of the last checkpoint, or None before the first one."""
         path = self.part / name
-        if not path.is_file():
-            return None
-        with safe_open(path, "pt") as file:
-            state: JsonObject = json.loads(file.metadata()[_STATE])
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        return tensors, state
+        return read_checkpoint(path) if path.is_file() else None
 
     def truncate_log(self, step: int) -> None:
         """Remove the log records after `step`, and that of publishing, which will be written again."""
@@ -209,53 +191,7 @@ def _step_of(line: str) -> float | None:
         return None
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    crc = 0
-    for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), crc))
-    return str(crc)
-
-
-def _is_whole(checkpoint: Path, logged: int) -> bool:
-    """Return whether a checkpoint is as it was written, and the log of `logged` bytes is no shorter than it was then.
-
-    Checkpoints of version 0.1.0 record neither.
-    """
-    try:
-        with safe_open(checkpoint, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            json.loads(metadata[_STATE])
-            if int(metadata.get(_LOGGED, 0)) > logged:
-                return False
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return False
-    found = _checksum(tensors)
-    return bool(metadata.get(_CHECKSUM, found) == found)
-
-
 def _replace(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".new")
     temporary.write_text(text)
     os.replace(temporary, file)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimizer's per-parameter state as named tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restore a state of `optimizer_tensors`."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".", 2)
-            state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the entries under `prefix.`, without the prefix."""
-    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}

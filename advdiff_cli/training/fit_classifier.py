@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from advdiff_cli.data.patch_source import Rows
-from advdiff_cli.data.patches import PatchSet, row_batches
+from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import stream, torch_seeded
+from advdiff_cli.data.selection import row_batches
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.device import Precision
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry, vary_stain
-from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, with_prefix
+from advdiff_cli.training.checkpoint_file import load_optimizer, optimizer_tensors, with_prefix
+from advdiff_cli.training.checkpoints import WorkFolder
 from advdiff_cli.training.loader import TrainingRows
 from advdiff_cli.training.optim import (
     build_accelerator,

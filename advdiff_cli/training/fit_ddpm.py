@@ -25,7 +25,8 @@ from advdiff_cli.models.device import Precision
 from advdiff_cli.purification.equations import estimate_x_0, forward_process, noise_levels
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.augmentation import random_symmetry
-from advdiff_cli.training.checkpoints import WorkFolder, load_optimizer, optimizer_tensors, with_prefix
+from advdiff_cli.training.checkpoint_file import load_optimizer, optimizer_tensors, with_prefix
+from advdiff_cli.training.checkpoints import WorkFolder
 from advdiff_cli.training.loader import TrainingRows
 from advdiff_cli.training.optim import (
     build_accelerator,

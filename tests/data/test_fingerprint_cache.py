@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from advdiff_cli.data import fingerprint_cache
-from advdiff_cli.data.patches import Selection, open_patches
+from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.selection import Selection
 
 OLD = 1_700_000_000
 

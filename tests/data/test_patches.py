@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from advdiff_cli.data.image_files import read_image
-from advdiff_cli.data.patches import Selection, open_patches
+from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.selection import Selection
 from advdiff_cli.errors import AdvdiffError
 
 

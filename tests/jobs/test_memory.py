@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from advdiff_cli.data.patch_writer import resume_params
+from advdiff_cli.data.resume import resume_params
 from advdiff_cli.jobs import memory
 from advdiff_cli.jobs.memory import auto_batch_size, free_memory, parallel_batches
 from advdiff_cli.models.ddpm import load_ddpm

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from advdiff_cli.data.output_spec import OutputSpec
-from advdiff_cli.data.patches import Selection, open_patches
+from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.data.rng import stream
+from advdiff_cli.data.selection import Selection
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier
