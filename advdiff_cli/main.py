@@ -21,6 +21,7 @@ from advdiff_cli.commands import (
     info,
     merge,
     models,
+    predict,
     purify,
     report,
     robustness,
@@ -44,6 +45,7 @@ app.command("train-classifier")(train_classifier.train_classifier)
 app.command("train-ddpm")(train_ddpm.train_ddpm)
 app.command("attack")(attack.attack)
 app.command("purify")(purify.purify)
+app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("robustness")(robustness.robustness)

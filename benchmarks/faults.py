@@ -133,7 +133,8 @@ def _rows(path: Path) -> str:
 
 def _model(folder: Path) -> str:
     left = sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != "samples.png")
-    return f"{folder_fingerprint(folder)} {(folder / 'training.jsonl').read_text()} {left}"
+    log = (folder / "training.jsonl").read_text(errors="replace")  # which a trial may have damaged
+    return f"{folder_fingerprint(folder)} {log} {left}"
 
 
 def _files(folder: Path) -> str:

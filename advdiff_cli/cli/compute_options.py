@@ -111,8 +111,8 @@ class BatchedComputeOptions(SeededComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardedComputeOptions(BatchedComputeOptions):
-    """Where and how to compute, in batches, and which shard."""
+class ShardedSeededOptions(SeededComputeOptions):
+    """Where and how to compute, with random streams, and which shard."""
 
     shard: Annotated[
         ShardNumber | None,
@@ -128,6 +128,11 @@ class ShardedComputeOptions(BatchedComputeOptions):
     def shard_pair(self) -> tuple[int, int] | None:
         """The shard as (I, N), or None for everything."""
         return None if self.shard is None else self.shard.pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedComputeOptions(ShardedSeededOptions, BatchedComputeOptions):
+    """Where and how to compute, in batches, and which shard."""
 
     def refuse_auto_for_parts(self) -> None:
         """Refuse --batch-size auto for one part of many, since all parts must use the same batch size.

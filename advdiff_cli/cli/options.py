@@ -12,6 +12,7 @@ ROWS = "Rows"
 COMPUTE = "Compute"
 OUTPUT = "Output"
 DEFENSE = "Defense"
+DRAWS = 11  # of a defense's noise, that judge a patch; odd, since there are two classes
 _MAX_LENGTH = 1e5  # of a change of a patch; one of 512 x 512 pixels changes by at most 887
 
 Data = Annotated[str, typer.Argument(help="Patch set: .safetensors, .h5, PCam's folder (with --split), or images.")]
@@ -42,6 +43,12 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace another result of that name.", rich_help_panel=OUTPUT)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.", rich_help_panel=OUTPUT)]
+Draws = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Draws of the defense's noise for each patch.", show_default=str(DRAWS), rich_help_panel=DEFENSE
+    ),
+]
 Norm = Annotated[Literal["linf", "l2"], typer.Option(help="Norm of the ball.")]
 Eps = Annotated[
     float | None,
@@ -52,6 +59,17 @@ Eps = Annotated[
         show_default="2/255; l2: required",
     ),
 ]
+
+
+def resolve_draws(draws: int | None, *, defended: bool) -> int:
+    """Return the number of draws that judge a patch.
+
+    Raises:
+        AdvdiffError: There is no defense to draw for.
+    """
+    if draws is not None and not defended:
+        raise AdvdiffError("--draws is about a defense's noise: give -m, or --defense noise")
+    return (draws or DRAWS) if defended else 1
 
 
 def attack_radius(norm: str, eps: float | None) -> float:

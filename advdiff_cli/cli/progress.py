@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from advdiff_cli import console
 
 if TYPE_CHECKING:
     from advdiff_cli.data.patch_writer import PatchWriter
+    from advdiff_cli.data.table_writer import TableWriter
+
+Writer = TypeVar("Writer", "PatchWriter", "TableWriter")
 
 
 def follow(counts: Iterable[int], total: int, label: str, *, done: int = 0, quiet: bool = False) -> None:
@@ -18,12 +21,10 @@ def follow(counts: Iterable[int], total: int, label: str, *, done: int = 0, quie
             advance(count)
 
 
-def follow_rows(
-    rows: Callable[[PatchWriter], Iterator[int]], label: str, *, quiet: bool
-) -> Callable[[PatchWriter], None]:
+def follow_rows(rows: Callable[[Writer], Iterator[int]], label: str, *, quiet: bool) -> Callable[[Writer], None]:
     """Return a function that writes the missing rows of a writer and shows its progress."""
 
-    def work(writer: PatchWriter) -> None:
+    def work(writer: Writer) -> None:
         follow(rows(writer), len(writer.finished), label, done=int(writer.finished.sum()), quiet=quiet)
 
     return work

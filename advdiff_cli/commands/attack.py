@@ -128,7 +128,7 @@ def attack(
     from advdiff_cli.data.patch_writer import check_suffix
     from advdiff_cli.data.resume import resume_params
     from advdiff_cli.jobs.attack import AttackJob
-    from advdiff_cli.jobs.sharding import ShardedOutput
+    from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
     out = output.out
     options.attack_radius(settings.norm, settings.eps)
@@ -157,7 +157,8 @@ def attack(
         return
 
     made = OutputSpec(out, job.recipe, device.type, output.overwrite)
-    sharded = ShardedOutput(made, patches, size, follow_rows(job.run, "attack", quiet=output.quiet))
+    work = follow_rows(job.run, "attack", quiet=output.quiet)
+    sharded = ShardedOutput(made, len(patches), size, PatchSetOutput(patches, work))
     with process_group(device) as group:
         status = sharded.make(compute.shard_pair, group)
     if status == "up to date":

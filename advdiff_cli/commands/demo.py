@@ -121,14 +121,14 @@ class _Pipeline:
         from advdiff_cli.data.output_spec import OutputSpec
         from advdiff_cli.data.patches import open_patches
         from advdiff_cli.jobs.attack import AttackJob
-        from advdiff_cli.jobs.sharding import ShardedOutput
+        from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
         out = self.output.out / "adv.safetensors"
         self._log(f"attack {clean.path} -c {CLASSIFIER} --eps {EPS_TEXT} -o {out}")
         job = AttackJob(self.model, resolve("pgd", "linf", EPS, defended=False), clean, self.seed, 32, self.device)
         spec = OutputSpec(out, job.recipe, self.device.type, self.output.overwrite)
         work = follow_rows(job.run, "attack", quiet=self.output.quiet)
-        ShardedOutput(spec, clean, job.batch_size, work).make(None, ProcessGroup())
+        ShardedOutput(spec, len(clean), job.batch_size, PatchSetOutput(clean, work)).make(None, ProcessGroup())
         return open_patches(out)
 
     def purify(self, patches: "PatchSet", defense: "Defense", name: str) -> "PatchSet":
@@ -136,7 +136,7 @@ class _Pipeline:
         from advdiff_cli.data.output_spec import OutputSpec
         from advdiff_cli.data.patches import open_patches
         from advdiff_cli.jobs.purify_rows import PurifyJob, purify_rows
-        from advdiff_cli.jobs.sharding import ShardedOutput
+        from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
         out = self.output.out / f"{name}.safetensors"
         noise = f"--defense noise --t-star {defense.spec.t_star:g}"
@@ -146,7 +146,7 @@ class _Pipeline:
         job = PurifyJob(defense, self.seed, 16, self.precision, self.device)
         spec = OutputSpec(out, job.recipe(patches), self.device.type, self.output.overwrite)
         work = follow_rows(partial(purify_rows, job, patches), "purify", quiet=self.output.quiet)
-        ShardedOutput(spec, patches, job.batch_size, work).make(None, ProcessGroup())
+        ShardedOutput(spec, len(patches), job.batch_size, PatchSetOutput(patches, work)).make(None, ProcessGroup())
         return open_patches(out)
 
     def evaluate(self, name: str, clean: "PatchSet", attacked: "PatchSet") -> "JsonObject":

@@ -24,16 +24,13 @@ if TYPE_CHECKING:
     from advdiff_cli.purification.defense import EvaluatedModel
 
 _COLUMNS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc")
-_DRAWS = 11
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """What is evaluated, and what is written beside the table."""
 
-    draws: Annotated[
-        int | None, typer.Option(min=1, help="Draws of the defense's noise for each patch.", show_default=str(_DRAWS))
-    ] = None
+    draws: options.Draws = None
     fidelity: Annotated[
         bool,
         typer.Option("--fidelity", help="Also measure the fidelity of the other sets to the first one."),
@@ -63,7 +60,7 @@ def evaluate(
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
-    from advdiff_cli.data.recorded_files import record_files
+    from advdiff_cli.data.recorded_files import recorded_write
     from advdiff_cli.evaluation.comparison import compare
     from advdiff_cli.evaluation.predictions_csv import write_predictions
     from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
@@ -73,15 +70,17 @@ def evaluate(
     device = compute.resolve_device()
     sets = [rows.open(path) for path in data]
     for patches in sets:
-        patches.require_labels()
+        if patches.labels is None:
+            raise AdvdiffError(
+                f"{patches.path} has no labels: sort images into 0/ and 1/, give --labels FILE.csv, or add a labels "
+                "tensor to the file; advdiff predict needs no labels"
+            )
         patches.require_shape()
     undefended = compute.load_classifier(classifier, device)
     protection = defense.build(compute)
-    if protection is None and settings.draws is not None:
-        raise AdvdiffError("--draws is about a defense's noise: give -m, or --defense noise")
     precision = "fp32" if protection is None else compute.resolve_precision(device)
     model = undefended.behind(protection, device, precision)
-    draws = range(1 if protection is None else settings.draws or _DRAWS)
+    draws = range(options.resolve_draws(settings.draws, defended=protection is not None))
     named = dict(zip(data, sets, strict=True))
     judging = {"draws": len(draws), "seed": compute.seed, "precision": precision}
     table = settings.predictions
@@ -92,8 +91,8 @@ def evaluate(
             for name, patches in zip(data, sets, strict=True)
         ]
     if table is not None and written is not None:
-        write_predictions(table, [(e, s.keys) for e, s in zip(evaluated, sets, strict=True)])
-        record_files(written, [table])
+        with recorded_write(written, table) as temporary:
+            write_predictions(temporary, [(e, s.keys) for e, s in zip(evaluated, sets, strict=True)])
     result: JsonObject = {
         "classifier": {"name": Path(classifier).name, "fingerprint": model.fingerprint},
         "defense": None if protection is None else {**protection.spec.parameters(), **judging},

@@ -13,17 +13,19 @@ from advdiff_cli.cli.output_options import OutputOptions
 @with_option_groups
 def merge(
     parts: Annotated[
-        list[Path], typer.Argument(help="Patch sets: the shards of one recipe, or sets of different rows.")
+        list[Path],
+        typer.Argument(help="Patch sets: the shards of one recipe, or sets of different rows. Or shards of predict."),
     ],
     output: OutputOptions,
 ) -> None:
-    """Merge patch sets: shards into the file that a single run would have made, other sets one after another.
+    """Merge shards into the file that a single run would have made, and other patch sets one after another.
 
     Example: advdiff merge part0.h5 part1.h5 -o adv.h5
     """
-    from advdiff_cli.data.merge import merge_sets
+    from advdiff_cli.data.merge import merge_sets, merge_tables
 
-    merged = merge_sets(parts, output.out, overwrite=output.overwrite)
+    merge_files = merge_tables if output.out.suffix.lower() == ".csv" else merge_sets
+    merged = merge_files(parts, output.out, overwrite=output.overwrite)
     if merged.up_to_date:
         console.log(f"{output.out} is up to date")
     status = "up to date" if merged.up_to_date else "done"

@@ -126,14 +126,15 @@ def _purify_rows(
     from advdiff_cli.cli.progress import follow_rows
     from advdiff_cli.data.output_spec import OutputSpec, shard_rows
     from advdiff_cli.jobs.purify_rows import purify_rows
-    from advdiff_cli.jobs.sharding import ShardedOutput
+    from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
     count = len(shard_rows(len(patches), job.batch_size, compute.shard_pair))
     if output.dry_run:
         return {"out": str(output.out), "status": "would purify", "patches": count}
     made = OutputSpec(output.out, job.recipe(patches), job.device.type, output.overwrite)
     work = follow_rows(partial(purify_rows, job, patches), "purify", quiet=output.quiet)
-    status = ShardedOutput(made, patches, job.batch_size, work).make(compute.shard_pair, group)
+    sharded = ShardedOutput(made, len(patches), job.batch_size, PatchSetOutput(patches, work))
+    status = sharded.make(compute.shard_pair, group)
     if status == "up to date":
         console.log(f"{output.out} is up to date")
     return {"out": str(output.out), "status": status, "patches": count}

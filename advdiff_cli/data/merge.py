@@ -12,6 +12,7 @@ from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, canonical_json, recipe
 from advdiff_cli.data.rng import RowKey
+from advdiff_cli.data.table_writer import TableWriter, read_csv, recorded_table
 from advdiff_cli.errors import AdvdiffError
 
 _BATCH = 64
@@ -56,7 +57,8 @@ def merge_sets(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwri
     _check_alike(sets)
     output = OutputSpec(out, {}, device, overwrite)
     if any("part" in (s.provenance or {}) for s in sets):
-        sets, made_by, inputs = _shards(sets)
+        order, made_by, inputs = _order_shards([s.provenance or {} for s in sets])
+        sets = [sets[i] for i in order]
     elif len(sets) == 1 and (known := sets[0].provenance) and "recipe" in known:
         made_by, inputs = known["recipe"], known.get("inputs", [])
     else:
@@ -86,12 +88,41 @@ def _check_alike(sets: Sequence[PatchSet]) -> None:
             )
 
 
-def _shards(sets: list[PatchSet]) -> tuple[list[PatchSet], Provenance, list[Provenance]]:
-    """Return the shards in order, their recipe and the provenance of their inputs."""
-    records = [s.provenance or {} for s in sets]
+def merge_tables(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwrite: bool) -> TableWriter:
+    """Merge the tables at `paths`, the shards of one recipe in any order, into `out`, and return the closed writer.
+
+    A single complete table is copied with its recipe.
+
+    Raises:
+        AdvdiffError: A file was changed since it was written, or they are not all the shards of one recipe.
+    """
+    records = []
+    for path in paths:
+        if not path.is_file():
+            raise AdvdiffError(f"no such file: {path}")
+        if (known := recorded_table(path)) is None:
+            raise AdvdiffError(f"{path} is not a table of advdiff predict, or was changed since; make it again")
+        records.append(known)
+    if len(paths) == 1 and "part" not in records[0]:
+        order, made_by, inputs = [0], records[0]["recipe"], records[0].get("inputs", [])
+    else:
+        order, made_by, inputs = _order_shards(records)
+    read = [read_csv(paths[i]) for i in order]
+    lines = [line for _, some in read for line in some]
+    output, rows = OutputSpec(out, made_by, device, overwrite), RowRange(0, len(lines), len(lines))
+    writer = TableWriter(output, read[0][0], rows, inputs=inputs, origin=records[0].get("origin"), read=paths)
+    if not writer.up_to_date:
+        with writer:
+            for batch in writer.batches(_BATCH):
+                writer.write(batch, lines[batch.start : batch.start + batch.count])
+    return writer
+
+
+def _order_shards(records: Sequence[Provenance]) -> tuple[list[int], Provenance, list[Provenance]]:
+    """Return the order of shards, given their provenance, their recipe and the provenance of their inputs."""
     if len({canonical_json(r.get("recipe")) for r in records}) > 1 or not all("part" in r for r in records):
-        raise AdvdiffError("the sets are not shards of one recipe; see advdiff info FILE for how each was made")
-    order = sorted(range(len(sets)), key=lambda i: records[i]["part"][0])
+        raise AdvdiffError("these are not the shards of one recipe; see advdiff info FILE for how each was made")
+    order = sorted(range(len(records)), key=lambda i: records[i]["part"][0])
     total = records[0]["part"][2]
     end, missing = 0, []
     for start, stop, _ in (*(records[i]["part"] for i in order), (total, total, total)):
@@ -102,4 +133,4 @@ def _shards(sets: list[PatchSet]) -> tuple[list[PatchSet], Provenance, list[Prov
     if missing:
         more = f" and {len(missing) - _SHOWN} more ranges" if len(missing) > _SHOWN else ""
         raise AdvdiffError(f"rows {', '.join(missing[:_SHOWN])}{more} are in no shard; make the missing shards")
-    return [sets[i] for i in order], records[0]["recipe"], records[0]["inputs"]
+    return order, records[0]["recipe"], records[0]["inputs"]

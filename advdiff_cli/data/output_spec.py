@@ -1,6 +1,6 @@
 """What is to be written: an output and its recipe, the rows of it, and the layout of its file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,20 @@ def shard_rows(n: int, batch_size: int, shard: tuple[int, int] | None) -> RowRan
     if start >= n or start == stop:
         raise AdvdiffError(f"--shard {i}/{count} is empty: {n} patches make only {batches} batches of {batch_size}")
     return RowRange(start, min(stop, n), n)
+
+
+def unfinished_batches(rows: RowRange, batch_size: int, finished: NDArray[np.bool_]) -> Iterator[Batch]:
+    """Yield the batches of a range that are not finished, as positions in the source.
+
+    Args:
+        rows: The range.
+        batch_size: Rows of a batch.
+        finished: (len(rows),) which rows are finished; it may change meanwhile.
+    """
+    for start in range(rows.start, rows.stop, batch_size):
+        stop = min(start + batch_size, rows.stop)
+        if not finished[start - rows.start : stop - rows.start].all():
+            yield Batch(start, np.minimum(np.arange(start, start + batch_size), stop - 1), stop - start)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from advdiff_cli.data.atomic_files import sync
 from advdiff_cli.data.hdf5_file import Hdf5Target
 from advdiff_cli.data.journal import drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
-from advdiff_cli.data.output_spec import Batch, FileLayout, OutputSpec, RowRange
+from advdiff_cli.data.output_spec import Batch, FileLayout, OutputSpec, RowRange, unfinished_batches
 from advdiff_cli.data.patch_source import Images
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance, provenance
@@ -192,10 +192,7 @@ class PatchWriter:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Yield the unfinished batches, as positions in the source."""
-        for start in range(self.rows.start, self.rows.stop, batch_size):
-            stop = min(start + batch_size, self.rows.stop)
-            if not self.finished[start - self.rows.start : stop - self.rows.start].all():
-                yield Batch(start, np.minimum(np.arange(start, start + batch_size), stop - 1), stop - start)
+        return unfinished_batches(self.rows, batch_size, self.finished)
 
     def write(self, batch: Batch, images: Images) -> None:
         """Write the rows of a batch that are kept."""

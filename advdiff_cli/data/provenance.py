@@ -93,9 +93,14 @@ def parse_provenance(text: str | bytes, where: Path) -> Provenance:
         AdvdiffError: The text is not a provenance record.
     """
     record = parse_json_object(text, where)
-    if not _is_plain(record) or not _is_provenance(record):
+    if not is_provenance(record):
         raise AdvdiffError(f"the provenance record in {where} was not written by advdiff; write the file again")
     return record
+
+
+def is_provenance(value: object) -> bool:
+    """Return whether a JSON value is a provenance record."""
+    return _is_plain(value) and _has_structure(value)
 
 
 def parse_json_object(text: str | bytes, where: Path) -> JsonObject:
@@ -124,7 +129,7 @@ def _is_plain(value: object, depth: int = 0) -> bool:
     return not isinstance(value, list) or all(_is_plain(one, depth + 1) for one in value)
 
 
-def _is_provenance(value: object) -> bool:
+def _has_structure(value: object) -> bool:
     """Return whether a record and those of its inputs have the expected structure."""
     if not isinstance(value, dict) or not isinstance(recipe := value.get("recipe"), dict):
         return False
@@ -141,5 +146,5 @@ def _is_provenance(value: object) -> bool:
         and [type(p) for p in part] == [int] * 3
         and isinstance(inputs, list)
         and all(isinstance(i, dict) for i in inputs)
-        and all("recipe" not in i or _is_provenance(i) for i in inputs)
+        and all("recipe" not in i or _has_structure(i) for i in inputs)
     )

@@ -5,15 +5,18 @@ someone else's: it is not replaced without --overwrite.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.provenance import (
     JsonObject,
+    Provenance,
     difference,
     file_digest,
+    is_provenance,
     parse_json_object,
     provenance,
     same_recipe,
@@ -30,7 +33,7 @@ def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequenc
     """Check that files may be written: each is new, or was made by the same recipe, or may be overwritten.
 
     Args:
-        output: The record, and the recipe.
+        output: The record, and the recipe, with the part of it that the files hold, if it is one.
         files: What is to be written.
         inputs: Files that are read, and are never replaced.
 
@@ -45,28 +48,53 @@ def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequenc
     existing = [file for file in files if file.exists()]
     if output.overwrite or not existing:
         return
-    recorded = _read(output.path)
     for file in existing:
-        if recorded["files"].get(file.name) != file_digest(file):
+        if not is_recorded(file, output.path):
             raise AdvdiffError(f"{file} exists and was not made by this command; give --overwrite or another name")
-    made = recorded["provenance"].get("recipe", {})
-    if not same_recipe(made, output.recipe):
-        changes = difference(made, output.recipe)
+    known = read_record(output.path)["provenance"]
+    made = {**known.get("recipe", {}), "part": known.get("part")}
+    wanted = {"part": None, **output.recipe}
+    if not same_recipe(made, wanted):
+        changes = difference(made, wanted)
         raise AdvdiffError(f"{existing[0]} was made with other settings ({changes}); give --overwrite or another name")
+
+
+def is_recorded(file: Path, record: Path) -> bool:
+    """Return whether a file is as it was recorded."""
+    return file.is_file() and read_record(record)["files"].get(file.name) == file_digest(file)
 
 
 def record_files(output: OutputSpec, files: Sequence[Path]) -> None:
     """Record files that were just written."""
     made = provenance(output.recipe, device=output.device)
-    with atomic_write(output.path) as temporary:
-        content = {"provenance": made, "files": {file.name: file_digest(file) for file in files}}
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    _write(output.path, made, {file.name: file_digest(file) for file in files})
 
 
-def _read(record: Path) -> JsonObject:
+@contextmanager
+def recorded_write(output: OutputSpec, file: Path, made: Provenance | None = None) -> Iterator[Path]:
+    """Yield a temporary path; it replaces `file` when the block ends without an exception, and is recorded before.
+
+    Args:
+        output: The record, and the recipe.
+        file: What is written.
+        made: Its provenance; by default that of the recipe alone.
+    """
+    with atomic_write(file) as temporary:
+        yield temporary
+        known = made or provenance(output.recipe, device=output.device)
+        _write(output.path, known, {file.name: file_digest(temporary)})
+
+
+def read_record(record: Path) -> JsonObject:
+    """Return the `files` and the `provenance` of a record; both are empty where it is missing or damaged."""
     try:
         found = parse_json_object(record.read_bytes(), record)
     except (OSError, AdvdiffError):
         found = {}
     files, made = found.get("files"), found.get("provenance")
-    return {"files": files if isinstance(files, dict) else {}, "provenance": made if isinstance(made, dict) else {}}
+    return {"files": files if isinstance(files, dict) else {}, "provenance": made if is_provenance(made) else {}}
+
+
+def _write(record: Path, made: Provenance, files: Mapping[str, str]) -> None:
+    with atomic_write(record) as temporary:
+        temporary.write_text(json.dumps({"provenance": made, "files": files}, indent=2) + "\n")

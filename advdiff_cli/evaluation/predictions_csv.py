@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.comparison import EvaluatedSet
@@ -21,10 +20,7 @@ def write_predictions(path: Path, sets: Sequence[tuple[EvaluatedSet, Sequence[Ro
     The columns are: the name of the set, its origin, the row's index in the origin, the row's name (a file in a folder,
     else the index), its label, the draw of the defense's noise, and the probability of class 1.
     """
-    with (
-        atomic_write(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(_COLUMNS)
         for one, keys in sets:

@@ -1,6 +1,6 @@
 """Predict the probability of class 1 for every patch of a set, under each draw of a defense's noise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -25,7 +25,13 @@ def judging_batch_size(model: nn.Module) -> int:
 
 
 def predict(
-    model: nn.Module, patches: PatchSet, device: torch.device, *, draws: range = ONE_DRAW, seed: int = 0
+    model: nn.Module,
+    patches: PatchSet,
+    device: torch.device,
+    *,
+    draws: range = ONE_DRAW,
+    seed: int = 0,
+    batches: Iterable[Rows] | None = None,
 ) -> Iterator[NDArray[np.float64]]:
     """Yield p1 (B, R) of one batch after another.
 
@@ -36,6 +42,7 @@ def predict(
         draws: The R draws of the defense's noise, from the evaluation streams of `seed`, which no attack uses. The
             noise of a row is named by its index in the origin set.
         seed: Of those streams.
+        batches: The rows of each batch, of `judging_batch_size`, the last one padded; by default all rows.
 
     Raises:
         AdvdiffError: A logit is not finite.
@@ -56,4 +63,5 @@ def predict(
 
     external = any(isinstance(m, TwoLogits) for m in model.modules())  # may hold state, so one batch at a time
     workers = 0 if external else parallel_batches(model, patches.require_shape(), size, device)
-    yield from parallel_map(read, judge, row_batches(n, size, pad=True), workers)  # padded: rows do not depend on N
+    chosen = row_batches(n, size, pad=True) if batches is None else batches  # padded: rows do not depend on N
+    yield from parallel_map(read, judge, chosen, workers)

@@ -1,16 +1,19 @@
-"""Make a patch set in one process, or in those of torchrun: each makes a shard, and the main one merges them."""
+"""Make an output in one process, or in those of torchrun: each makes a shard, and the main one merges them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
+from advdiff_cli.data import resume, table_writer
 from advdiff_cli.data.distributed import ProcessGroup
-from advdiff_cli.data.merge import merge_sets
-from advdiff_cli.data.output_spec import OutputSpec, shard_rows
+from advdiff_cli.data.merge import merge_sets, merge_tables
+from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.resume import is_complete, matches_recipe, recorded
+from advdiff_cli.data.provenance import Provenance, same_recipe
+from advdiff_cli.data.recorded_files import record_of
+from advdiff_cli.data.table_writer import Line, TableWriter
 from advdiff_cli.errors import AdvdiffError
 
 Status = Literal["done", "up to date"]
@@ -19,27 +22,109 @@ Shard = tuple[int, int]
 NO_SHARD_UNDER_TORCHRUN = "--shard: under torchrun the shard is the process's rank; leave the option out"
 
 
+class RowOutput(Protocol):
+    """An output that is made row by row."""
+
+    def make(self, output: OutputSpec, rows: RowRange) -> Status:
+        """Make the missing ones of some rows."""
+
+    def recorded(self, out: Path) -> Provenance | None:
+        """Return the provenance of the output at `out`, or None if there is none."""
+
+    def merge(self, parts: Sequence[Path], output: OutputSpec) -> None:
+        """Merge shards, and remove them."""
+
+
 @dataclass(frozen=True)
-class ShardedOutput:
-    """A patch set to be made in shards.
+class PatchSetOutput:
+    """A patch set.
 
     Args:
-        output: The .safetensors or .h5 file.
         patches: The rows that it is made from.
-        batch_size: Patches computed together; shards hold whole batches.
         work: Computes and writes the missing rows of a writer, and closes it.
     """
 
-    output: OutputSpec
     patches: PatchSet
-    batch_size: int
     work: Callable[[PatchWriter], None]
 
+    def make(self, output: OutputSpec, rows: RowRange) -> Status:
+        """Make the missing ones of some rows."""
+        writer = PatchWriter(output, self.patches, rows)
+        if writer.up_to_date:
+            return "up to date"
+        self.work(writer)
+        return "done"
+
+    def recorded(self, out: Path) -> Provenance | None:
+        """Return the provenance of the patch set at `out`, or None if there is none."""
+        return resume.recorded(out)
+
+    def merge(self, parts: Sequence[Path], output: OutputSpec) -> None:
+        """Merge shards, and remove them."""
+        merge_sets(parts, output.path, device=output.device, overwrite=output.overwrite)
+        for part in parts:
+            part.unlink()
+
+
+@dataclass(frozen=True)
+class TableOutput:
+    """A table with a line for each patch.
+
+    Args:
+        patches: The rows that it is made from.
+        header: The names of the columns.
+        work: Computes and writes the missing lines of a writer, and closes it.
+        read: Files that the command reads, and which are never replaced.
+    """
+
+    patches: PatchSet
+    header: Line
+    work: Callable[[TableWriter], None]
+    read: Sequence[Path] = ()
+
+    def make(self, output: OutputSpec, rows: RowRange) -> Status:
+        """Make the missing ones of some rows."""
+        known, origin = self.patches.provenance, self.patches.origin()
+        inputs = [known] if known else []
+        writer = TableWriter(output, self.header, rows, inputs=inputs, origin=origin, read=self.read)
+        if writer.up_to_date:
+            return "up to date"
+        self.work(writer)
+        return "done"
+
+    def recorded(self, out: Path) -> Provenance | None:
+        """Return the provenance of the table at `out`, or None if there is none."""
+        return table_writer.recorded_table(out)
+
+    def merge(self, parts: Sequence[Path], output: OutputSpec) -> None:
+        """Merge shards, and remove them."""
+        merge_tables(parts, output.path, device=output.device, overwrite=output.overwrite)
+        for part in parts:
+            part.unlink()
+            record_of(part).unlink()
+
+
+@dataclass(frozen=True)
+class ShardedOutput:
+    """An output to be made in shards.
+
+    Args:
+        output: The file.
+        n: Its rows.
+        batch_size: Patches computed together; shards hold whole batches.
+        kind: Makes, reads and merges it.
+    """
+
+    output: OutputSpec
+    n: int
+    batch_size: int
+    kind: RowOutput
+
     def make(self, shard: Shard | None, group: ProcessGroup) -> Status:
-        """Make the rows that are missing: of a shard, or of the whole set by all processes of a group.
+        """Make the rows that are missing: of a shard, or of the whole output by all processes of a group.
 
         Raises:
-            AdvdiffError: As PatchWriter, or a shard is asked for under torchrun.
+            AdvdiffError: As the writer, or a shard is asked for under torchrun.
         """
         if group.size == 1:
             return self._make_part(self.output.path, shard)
@@ -48,22 +133,19 @@ class ShardedOutput:
         return self._make_together(group)
 
     def _make_part(self, path: Path, shard: Shard | None) -> Status:
-        rows = shard_rows(len(self.patches), self.batch_size, shard)
-        writer = PatchWriter(replace(self.output, path=path), self.patches, rows)
-        if writer.up_to_date:
-            return "up to date"
-        self.work(writer)
-        return "done"
+        rows = shard_rows(self.n, self.batch_size, shard)
+        return self.kind.make(replace(self.output, path=path), rows)
 
     def _make_together(self, group: ProcessGroup) -> Status:
         output, out = self.output, self.output.path
-        if not output.overwrite and is_complete(out, output.recipe):
-            return "up to date"
         if out.exists() and not output.overwrite:
-            have = recorded(out) or {}
+            have = self.kind.recorded(out)
             whole = {**output.recipe, "part": None}
-            matches_recipe(out, {**have.get("recipe", {}), "part": have.get("part")}, whole)
-        batches = -(-len(self.patches) // self.batch_size)
+            known = {} if have is None else resume.identity(have)
+            if same_recipe(known, whole):
+                return "up to date"
+            resume.matches_recipe(out, known, whole)
+        batches = -(-self.n // self.batch_size)
         shards = min(group.size, batches)
         if shards == 1:
             if group.is_main:
@@ -75,8 +157,6 @@ class ShardedOutput:
             self._make_part(parts[group.rank], (group.rank, shards))
         group.wait()
         if group.is_main:
-            merge_sets(parts, out, device=output.device, overwrite=output.overwrite)
-            for part in parts:
-                part.unlink()
+            self.kind.merge(parts, output)
         group.wait()
         return "done"
