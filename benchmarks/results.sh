@@ -43,7 +43,7 @@ blind() { # the attack knows only the classifier
 
 choose() { # t*, on valid: blind, and under an attack through the purification
     local some=("$VALID" --over t-star --shuffle-seed 1 --sampler-steps 1)
-    advdiff sweep "${some[@]}" "${frozen[@]}" --values 0.1,0.15,0.2,0.25,0.3 --limit 512 --steps 20 -o "$OUT/choose-blind" -q
+    advdiff sweep "${some[@]}" "${frozen[@]}" --values 0.1,0.15,0.2,0.25,0.3 --limit 512 --steps 20 --draws 1 -o "$OUT/choose-blind" -q
     local through=(--limit 256 --gradient full --steps 10 --eot 4 --draws 11)
     advdiff sweep "${some[@]}" "${frozen[@]}" --values 0.15,0.2,0.25,0.3 "${through[@]}" -o "$OUT/choose-frozen" -q
     advdiff sweep "${some[@]}" "${adapted[@]}" --values 0.15,0.2,0.25 "${through[@]}" --rule robust -o "$OUT/choose-adapted" -q
@@ -57,10 +57,10 @@ ladder() {
 
 steps() { # of the same t*; then 40 of diffusers' scheduler at the t* that is best for them on valid
     local valid=("$VALID" "${frozen[@]}" --shuffle-seed 1) menu=(--over sampler-steps --values 1,2,4,8,40 --t-star 0.25)
-    advdiff sweep "${valid[@]}" "${menu[@]}" --limit 200 --steps 20 -o "$OUT/steps-blind" -q
+    advdiff sweep "${valid[@]}" "${menu[@]}" --limit 200 --steps 20 --draws 1 -o "$OUT/steps-blind" -q
     advdiff sweep "${valid[@]}" "${menu[@]}" --limit 64 --gradient full --steps 10 --eot 2 --draws 5 -o "$OUT/steps-through" -q
     local t
-    t=$(advdiff sweep "${valid[@]}" --over t-star --values 0.1,0.15,0.2,0.25 --sampler-steps 40 --limit 200 --steps 20 \
+    t=$(advdiff sweep "${valid[@]}" --over t-star --values 0.1,0.15,0.2,0.25 --sampler-steps 40 --limit 200 --steps 20 --draws 1 \
         -o "$OUT/forty" -q)
     local forty=(--t-star "$t" --sampler ddpm --sampler-steps 40) adv=$OUT/test-adv.safetensors
     advdiff attack "$TEST" -c pcam-resnet18 -o "$adv" -q

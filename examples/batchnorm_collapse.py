@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from advdiff_cli.attacks import pgd
+from advdiff_cli import pgd
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.evaluation.statistics import Estimate, wilson
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.registry import find_classifier
-from advdiff_cli.training.adversarial import Adversary, TrainingInput
+from advdiff_cli.training.adversarial import TrainingInput
+from advdiff_cli.training.recipes import Adversary
 
 EPS = 2 / 255
 BATCH = 64  # of the evaluation

@@ -17,6 +17,7 @@ import torch
 import typer
 from torch.nn.functional import cross_entropy, mse_loss
 
+from advdiff_cli import DiffusionPurifier
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import provenance, recipe
 from advdiff_cli.data.rng import stream
@@ -26,11 +27,11 @@ from advdiff_cli.models.ddpm import load_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.registry import find_classifier, find_ddpm
-from advdiff_cli.purification import DiffusionPurifier
-from advdiff_cli.training.adversarial import Adversary, TrainingInput
+from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry
 from advdiff_cli.training.loader import TrainingRows
 from advdiff_cli.training.optim import cosine
+from advdiff_cli.training.recipes import Adversary
 
 EPS = 2 / 255
 PIXELS = 30.0  # weight of the squared pixel error; both losses then start near 0.4

@@ -13,11 +13,11 @@ import foolbox
 import torch
 from pyautoattack import AutoAttack
 
+from advdiff_cli import DefendedClassifier, DiffusionPurifier
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.models.registry import find_classifier, find_ddpm
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier
 
 EPS = 2 / 255
 

@@ -66,6 +66,7 @@ def steps(test_x, classifier, ddpm, tmp_path):
         "attack": [test_x, "-c", classifier, "-o", adv, "--steps", 2, *few, "--eps", "8/255"],
         "purify": [adv, *through[2:], "-o", pure],
         "evaluate": [test_x, adv, pure, "-c", classifier, *few],
+        "predict": [adv, "-c", classifier, "-o", tmp_path / "decisions.csv"],
         "info": [pure],
         "merge": [adv, "-o", tmp_path / "merged.h5"],
         "models": [],

@@ -15,7 +15,8 @@ from advdiff_cli.attacks.spec import AttackRequest, resolve
 from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.jobs.result_cache import cached_result
-from advdiff_cli.purification.defense import Defense, DefenseSpec, EvaluatedModel
+from advdiff_cli.purification.defense import Defense, EvaluatedModel
+from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.robustness import suite
 from advdiff_cli.robustness.suite import Budget
 from advdiff_cli.robustness.timing_log import TimingLog

@@ -11,14 +11,13 @@ from advdiff_cli.attacks.apgd import apgd
 from advdiff_cli.attacks.bpda import BpdaClassifier
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.fab import fab
-from advdiff_cli.attacks.losses import LossName
 from advdiff_cli.attacks.pgd import pgd
 from advdiff_cli.attacks.projections import random_surface_point
-from advdiff_cli.attacks.spec import AttackSpec, Member
+from advdiff_cli.attacks.spec import AttackSpec, LossName, Member
 from advdiff_cli.attacks.square import square
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.device import Precision
+from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from advdiff_cli.attacks.losses import LOSSES, LossName
+from advdiff_cli.attacks.losses import LOSSES
+from advdiff_cli.attacks.spec import LossName
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, logits_of_draws
 

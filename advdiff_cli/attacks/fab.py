@@ -4,20 +4,14 @@ Source: Croce & Hein 2020, arXiv:1907.02044. The implementation seeds torch's gl
 patch may depend on the other patches of the batch. Here the generator is restored and patches are attacked one by one.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.eot import check_images
-from advdiff_cli.attacks.projections import Norm, project
+from advdiff_cli.attacks.projections import project
+from advdiff_cli.attacks.spec import Norm, fab_is_installed
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, FixedNoiseClassifier
-
-
-def fab_is_installed() -> bool:
-    """Return whether pyautoattack is installed."""
-    return find_spec("pyautoattack") is not None
 
 
 def fab(

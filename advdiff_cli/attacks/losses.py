@@ -1,13 +1,12 @@
 """The losses that attacks maximize, one value for each patch. Unlike AutoAttack's DLR, they work for two classes."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-LossName = Literal["ce", "margin"]
+from advdiff_cli.attacks.spec import LossName
 
 
 def ce(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec, best_restart, check_images
-from advdiff_cli.attacks.losses import LossName
-from advdiff_cli.attacks.projections import Norm, project, random_point, steepest
+from advdiff_cli.attacks.projections import project, random_point, steepest
+from advdiff_cli.attacks.spec import LossName, Norm
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 

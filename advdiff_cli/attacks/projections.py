@@ -1,13 +1,10 @@
 """Norm balls: random points, steepest-ascent steps, projections, and rounding to 8 bits inside the ball."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from advdiff_cli.attacks.spec import Norm
 from advdiff_cli.data.rng import RowStreams
-
-Norm = Literal["linf", "l2"]
 
 _ROUNDING_SLACK = 1e-4  # of 1/255: float error of an 8-bit value
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Literal, cast
 
-from advdiff_cli.attacks.fab import fab_is_installed
-from advdiff_cli.attacks.losses import LossName
-from advdiff_cli.attacks.projections import Norm
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.errors import AdvdiffError
 
 Method = Literal["pgd", "fgsm", "apgd", "square", "fab", "ensemble", "random", "paper"]
+Norm = Literal["linf", "l2"]
+LossName = Literal["ce", "margin"]
 Gradient = Literal["blind", "bpda", "surrogate", "full"]
 Member = Literal["apgd-ce", "apgd-margin", "square", "fab"]
 
@@ -190,6 +190,11 @@ def _check_combination(spec: AttackSpec, *, defended: bool, deterministic: bool)
         raise AdvdiffError("--method fab is for deterministic models: give --fixed-draw, or no defense")
     if spec.gradient == "surrogate" and spec.attack_sampler_steps is None:
         raise AdvdiffError("--gradient surrogate needs --attack-sampler-steps, fewer than those of the defense")
+
+
+def fab_is_installed() -> bool:
+    """Return whether pyautoattack is installed."""
+    return find_spec("pyautoattack") is not None
 
 
 def _members(norm: Norm, deterministic: bool) -> tuple[Member, ...]:

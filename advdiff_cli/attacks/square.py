@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec, best_restart, check_images
-from advdiff_cli.attacks.losses import LossName
 from advdiff_cli.attacks.projections import project
+from advdiff_cli.attacks.spec import LossName
 from advdiff_cli.data.rng import RowKey, stream
 
 _FIRST_SHARE = 0.8  # p, the share of the image that the first squares cover

@@ -25,13 +25,15 @@ from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map
 from advdiff_cli.jobs.purify_rows import PurifyJob, purify_rows
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm
-from advdiff_cli.models.device import Precision, autocast
+from advdiff_cli.models.device import autocast
+from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense
 from advdiff_cli.purification.purifier import DiffusionPurifier
 from advdiff_cli.training.checkpoints import WorkFolder
-from advdiff_cli.training.fit_ddpm import DdpmFit, DdpmRecipe
+from advdiff_cli.training.fit_ddpm import DdpmFit
 from advdiff_cli.training.loader import TrainingRows
+from advdiff_cli.training.recipes import DdpmRecipe
 
 PAPER_STEPS = 40
 BATCH = 16

@@ -13,6 +13,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def known_batch_size(asked: BatchSize | None, resume: Mapping[str, object], *, graph: bool) -> int | None:
+    """Return the number of patches to compute together, or None if the machine is measured for it.
+
+    Args:
+        asked: The option; None if it was not given.
+        resume: Parameters of the work at the output, which is resumed with the batch size it was begun with.
+        graph: Whether gradients are computed. The default is then 32, else 16.
+    """
+    if asked is not None and asked.size is not None:
+        return asked.size
+    if asked is None or "batch_size" in resume:
+        return cast("int", resume.get("batch_size", 32 if graph else 16))
+    return None
+
+
 def resolve_batch_size(
     asked: BatchSize | None,
     resume: Mapping[str, object],
@@ -23,23 +38,21 @@ def resolve_batch_size(
     graph: bool,
     n: int | None = None,
 ) -> int:
-    """Return the number of patches to compute together.
+    """Return the number of patches to compute together; for `auto`, by the machine.
 
     Args:
-        asked: The option; None if it was not given.
-        resume: Parameters of the work at the output, which is resumed with the batch size it was begun with.
+        asked: As for `known_batch_size`.
+        resume: As for `known_batch_size`.
         module: What computes images, and is measured for `auto`.
         shape: (H, W) of the images.
         device: Where it computes.
-        graph: Whether gradients are computed. The default is then 32, else 16.
+        graph: As for `known_batch_size`.
         n: The number of images, if known.
     """
     from advdiff_cli.jobs.memory import auto_batch_size
 
-    if asked is not None and asked.size is not None:
-        return asked.size
-    if asked is None or "batch_size" in resume:
-        return cast("int", resume.get("batch_size", 32 if graph else 16))
+    if (known := known_batch_size(asked, resume, graph=graph)) is not None:
+        return known
     size = auto_batch_size(module, shape, device, n=n, graph=graph)
     console.log(f"batch size {size}, by cores and free memory")
     return size

@@ -17,8 +17,9 @@ from advdiff_cli.errors import AdvdiffError
 if TYPE_CHECKING:
     import torch
 
-    from advdiff_cli.models.device import Precision
+    from advdiff_cli.models.precision import Precision
     from advdiff_cli.purification.defense import EvaluatedModel
+    from advdiff_cli.purification.defense_spec import DefenseSpec, ModelSpec
 
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
@@ -61,6 +62,27 @@ class ComputeOptions:
 
         asked: Any = resume.get("precision", "auto") if self.precision == "auto" else self.precision
         return resolve_precision(asked, device)
+
+    def known_precision(self, resume: Mapping[str, object]) -> Precision | None:
+        """Return the precision, if it is known without asking a device for its best: asked for, or that of `resume`."""
+        known: Any = resume.get("precision") if self.precision == "auto" else self.precision
+        return known if self.device in ("auto", "cpu") and world_size() == 1 else None
+
+    def find_model(
+        self, classifier: str, defense: tuple[DefenseSpec, str | None] | None, resume: Mapping[str, object]
+    ) -> ModelSpec | None:
+        """Return what the results of a model depend on, or None if that is not known without loading the model.
+
+        Raises:
+            AdvdiffError: There is no such classifier.
+        """
+        from advdiff_cli.models.registry import classifier_fingerprint
+        from advdiff_cli.purification.defense_spec import ModelSpec
+
+        fingerprint, precision = classifier_fingerprint(classifier), self.known_precision(resume)
+        if fingerprint is None or precision is None:
+            return None
+        return ModelSpec(fingerprint) if defense is None else ModelSpec(fingerprint, *defense, precision)
 
     def attack_precision(self, device: torch.device, resume: Mapping[str, object] = NOTHING) -> Precision:
         """Return the precision of an attacked purifier; `auto` is that of a resumed attack that computes it, if any.

@@ -13,7 +13,8 @@ from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from advdiff_cli.cli.compute_options import ComputeOptions
-    from advdiff_cli.purification.defense import Defense, DefenseKind, DefenseRequest
+    from advdiff_cli.purification.defense import Defense
+    from advdiff_cli.purification.defense_spec import DefenseKind, DefenseRequest, DefenseSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class DefenseOptions:
         float | None,
         typer.Option(
             help="Noise level as a fraction of T, in (0, 1].",
-            show_default="the model's own; noise: 0.04",
+            show_default="the model's own; noise: 0.085",
             rich_help_panel=options.DEFENSE,
         ),
     ] = None
@@ -53,10 +54,36 @@ class DefenseOptions:
 
     def request(self, kind: DefenseKind, compute: ComputeOptions) -> DefenseRequest:
         """Return the defense asked for, of a given kind."""
-        from advdiff_cli.purification.defense import DefenseRequest
+        from advdiff_cli.purification.defense_spec import DefenseRequest
 
         settings = (self.ddpm, self.t_star, self.sampler, self.sampler_steps)
         return DefenseRequest(kind, *settings, compute.allow_pickle)
+
+    def _request(self, compute: ComputeOptions) -> DefenseRequest | None:
+        """Return the defense asked for, or None for no defense.
+
+        Raises:
+            AdvdiffError: There is no defense to set.
+        """
+        kind = self.defense or ("ddpm" if self.ddpm else "none")
+        if kind != "none":
+            return self.request(kind, compute)
+        if (self.ddpm, self.t_star, self.sampler, self.sampler_steps) != (None,) * 4:
+            raise AdvdiffError(
+                "-m, --t-star, --sampler and --sampler-steps need a defense: give -m, or --defense noise"
+            )
+        return None
+
+    def find(self, compute: ComputeOptions) -> tuple[DefenseSpec, str | None] | None:
+        """Return the settings of the defense and the fingerprint of its model, which is not loaded; or None.
+
+        Raises:
+            AdvdiffError: There is no such model, or there is no defense to set.
+        """
+        from advdiff_cli.purification.defense_spec import find_defense
+
+        request = self._request(compute)
+        return None if request is None else find_defense(request)
 
     def build(self, compute: ComputeOptions) -> Defense | None:
         """Build the defense; settings that were not given are the model's recommendation, which is logged.
@@ -66,19 +93,12 @@ class DefenseOptions:
         """
         from advdiff_cli.purification.defense import build_defense
 
-        kind = self.defense or ("ddpm" if self.ddpm else "none")
-        if kind == "none":
-            if (self.ddpm, self.t_star, self.sampler, self.sampler_steps) != (None,) * 4:
-                raise AdvdiffError(
-                    "-m, --t-star, --sampler and --sampler-steps need a defense: give -m, or --defense noise"
-                )
+        request = self._request(compute)
+        if request is None:
             return None
-        request = self.request(kind, compute)
         defense = build_defense(request)
         if request.takes_defaults:
-            s = defense.spec
-            steps = s.sampler_steps or "every noise level"
-            console.log(f"{request.model_name}: t* {s.t_star:g}, sampler {s.sampler}, steps {steps}")
+            console.log(f"{request.model_name}: {defense.spec.describe()}")
         return defense
 
 

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
-    from advdiff_cli.models.device import Precision
-    from advdiff_cli.purification.defense import Defense
-    from advdiff_cli.training.adversarial import Adversary, TrainingInput
+    from advdiff_cli.models.precision import Precision
+    from advdiff_cli.purification.defense_spec import DefenseRequest
+    from advdiff_cli.training.adversarial import TrainingInput
     from advdiff_cli.training.checkpoints import WorkFolder
+    from advdiff_cli.training.recipes import Adversary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,15 @@ def training_precision(
     from advdiff_cli.training.checkpoints import training_resume_params
 
     return compute.resolve_precision(device, training_resume_params(out, recorded))
+
+
+def finished_precision(compute: SeededComputeOptions, output: OutputOptions, recorded: Provenance | None) -> Any:
+    """Return the precision of a finished model that may be up to date, if nothing has to be loaded to know that."""
+    from advdiff_cli.training.checkpoints import is_begun
+
+    if recorded is None or output.overwrite or is_begun(output.out):
+        return None
+    return compute.known_precision(recorded.get("parameters", {}))
 
 
 def process_parameters(batch_size: int) -> dict[str, int]:
@@ -149,39 +159,50 @@ def _short(value: object) -> str:
 class InputRequest:
     """What --augment and --adversarial ask for."""
 
-    augment: list[Defense | None]
+    augment: list[DefenseRequest | None]
     adversary: Adversary | None
 
     def parameters(self) -> JsonObject:
         """Return the parameters that enter the recipe; empty for training on clean patches."""
         from dataclasses import asdict
 
+        from advdiff_cli.purification.defense_spec import find_defense
+
         found: JsonObject = {}
         if self.augment != [None]:
-            found["augment"] = [d and {**d.spec.parameters(), "ddpm": d.fingerprint} for d in self.augment]
+            defenses = [request and find_defense(request) for request in self.augment]
+            found["augment"] = [d and {**d[0].parameters(), "ddpm": d[1]} for d in defenses]
         return found | ({} if self.adversary is None else {"adversary": asdict(self.adversary)})
 
     def build(self, precision: Precision, seed: int, device: torch.device) -> TrainingInput:
-        """Return the training input, with frozen purifiers on the device."""
+        """Return the training input, with frozen purifiers on the device.
+
+        Raises:
+            AdvdiffError: A setting does not fit its model.
+        """
+        from advdiff_cli.purification.defense import build_defense
         from advdiff_cli.training.adversarial import TrainingInput
 
-        purifiers = [None if d is None else d.purifier.to(device).requires_grad_(False).eval() for d in self.augment]
+        purifiers = [
+            None if request is None else build_defense(request).purifier.to(device).requires_grad_(False).eval()
+            for request in self.augment
+        ]
         return TrainingInput(purifiers, self.adversary, precision, seed)
 
 
-def parse_augmentation(text: str, *, allow_pickle: bool) -> Defense | None:
+def parse_augmentation(text: str, *, allow_pickle: bool) -> DefenseRequest | None:
     """Parse one --augment: none, noise:T, or purify:MODEL with an optional t* and sampler steps after it.
 
     Raises:
-        AdvdiffError: The text has another form, or there is no such model.
+        AdvdiffError: The text has another form.
     """
-    from advdiff_cli.purification.defense import DefenseRequest, build_defense
+    from advdiff_cli.purification.defense_spec import DefenseRequest
 
     kind, _, rest = text.partition(":")
     if text == "none":
         return None
     if kind == "noise" and _is_number(rest):
-        return build_defense(DefenseRequest("noise", t_star=float(rest)))
+        return DefenseRequest("noise", t_star=float(rest))
     model = rest
     numbers: list[str] = []
     while model and len(numbers) < 2 and _is_number(model.rpartition(":")[2]):
@@ -194,8 +215,7 @@ def parse_augmentation(text: str, *, allow_pickle: bool) -> Defense | None:
         )
     t_star = float(numbers[0]) if numbers else None
     steps = int(numbers[1]) if len(numbers) == 2 else None
-    request = DefenseRequest("ddpm", model, t_star, None, steps, allow_pickle)
-    return build_defense(request)
+    return DefenseRequest("ddpm", model, t_star, None, steps, allow_pickle)
 
 
 def _is_number(text: str) -> bool:

@@ -1,5 +1,6 @@
 """`advdiff attack`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from advdiff_cli.attacks.spec import AttackSpec
+    from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.jobs.attack import AttackJob
     from advdiff_cli.purification.defense import EvaluatedModel
@@ -121,27 +123,37 @@ def attack(
 
     Example: advdiff attack test.h5 -c pcam-resnet18 --eps 2/255 -o adv.safetensors
     """
-    from advdiff_cli.cli.batch_size import resolve_batch_size
-    from advdiff_cli.cli.progress import follow_rows
-    from advdiff_cli.data.distributed import process_group
-    from advdiff_cli.data.output_spec import OutputSpec, shard_rows
+    from advdiff_cli.attacks.spec import AttackSpec
     from advdiff_cli.data.patch_writer import check_suffix
     from advdiff_cli.data.resume import resume_params
-    from advdiff_cli.jobs.attack import AttackJob
-    from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
     out = output.out
     options.attack_radius(settings.norm, settings.eps)
     options.require_positive(step_size=settings.step_size)
     check_suffix(out)
     compute.refuse_auto_for_parts()
-    device = compute.resolve_device()
     patches = rows.open(data)
     patches.require_labels()
+    resume = {} if output.overwrite else resume_params(out)
+    if resume and not output.dry_run:
+        done = _finished(classifier, settings, defense, compute, patches, resume, output)
+        if done is not None:
+            console.log(f"{out} is up to date")
+            output.emit(done, "" if output.quiet else _text(AttackSpec.from_parameters(done["parameters"]), done), out)
+            return
+    from advdiff_cli.cli.batch_size import resolve_batch_size
+    from advdiff_cli.cli.progress import follow_rows
+    from advdiff_cli.data.distributed import process_group
+    from advdiff_cli.data.output_spec import OutputSpec, shard_rows
+    from advdiff_cli.data.patches import open_patches
+    from advdiff_cli.jobs.attack import AttackJob
+    from advdiff_cli.jobs.outcome_cache import cached_outcome, store_outcome
+    from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
+
+    device = compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
     protection = defense.build(compute)
     spec = settings.resolve(defended=protection is not None)
-    resume = {} if output.overwrite else resume_params(out)
     precision = "fp32" if protection is None else compute.attack_precision(device, resume)
     model = undefended.behind(protection, device, precision)
     if settings.compiled:
@@ -167,14 +179,52 @@ def attack(
         return
     result = {"out": str(out), "status": status, "parameters": parameters, "precision": precision}
     if output.prints_details:
-        result |= _outcome(job, part.start, len(part), output)
+        fingerprint = open_patches(out).fingerprint()
+        outcome = cached_outcome(job.recipe, fingerprint) or _outcome(job, part.start, len(part), output)
+        store_outcome(job.recipe, fingerprint, outcome)
+        result |= outcome
     output.emit(result, "" if output.quiet else _text(spec, result), out)
 
 
-def _compiled(model: "EvaluatedModel", spec: "AttackSpec", device: "torch.device") -> "EvaluatedModel":
-    from advdiff_cli.jobs.attack import differentiates_unet
+def _finished(
+    classifier: str,
+    settings: AttackOptions,
+    defense: DefenseOptions,
+    compute: ShardedComputeOptions,
+    patches: "PatchSet",
+    resume: "Mapping[str, object]",
+    output: PlannedOutputOptions,
+) -> "JsonObject | None":
+    """Return the result if it is up to date and nothing has to be loaded to know that, else None."""
+    from advdiff_cli.cli.batch_size import known_batch_size
+    from advdiff_cli.data.output_spec import shard_rows
+    from advdiff_cli.data.patches import open_patches
+    from advdiff_cli.data.resume import is_complete
+    from advdiff_cli.jobs.outcome_cache import cached_outcome
+    from advdiff_cli.jobs.recipes import attack_recipe, differentiates_unet
 
-    if not differentiates_unet(model, spec):
+    protection = defense.find(compute)
+    model = compute.find_model(classifier, protection, resume)
+    size = known_batch_size(compute.batch_size, resume, graph=True)
+    if model is None or size is None:
+        return None
+    spec = settings.resolve(defended=protection is not None)
+    compiled = settings.compiled and differentiates_unet(model, spec)
+    made_by = attack_recipe(model, spec, patches, seed=compute.seed, batch_size=size, compiled=compiled)
+    if not is_complete(output.out, made_by, shard_rows(len(patches), size, compute.shard_pair)):
+        return None
+    found: JsonObject = {"out": str(output.out), "status": "up to date", "parameters": made_by["parameters"]}
+    found["precision"] = model.precision
+    if not output.prints_details:
+        return found
+    outcome = cached_outcome(made_by, open_patches(output.out).fingerprint())
+    return None if outcome is None else found | outcome
+
+
+def _compiled(model: "EvaluatedModel", spec: "AttackSpec", device: "torch.device") -> "EvaluatedModel":
+    from advdiff_cli.jobs.recipes import differentiates_unet
+
+    if not differentiates_unet(model.spec, spec):
         raise AdvdiffError("--compile: this attack takes no gradient of a U-Net; leave the option out")
     return model.compile_unet(device)
 
@@ -186,11 +236,12 @@ def _outcome(job: "AttackJob", first: int, n: int, output: PlannedOutputOptions)
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.evaluation.attack_outcome import AttackedRows, attack_outcome
     from advdiff_cli.evaluation.statistics import mean_share
-    from advdiff_cli.jobs.predict import judging_batch_size
+    from advdiff_cli.jobs.recipes import judging_batch_size
 
     module, rows = job.model.module, AttackedRows(job.patches, open_patches(output.out), first, job.spec, job.seed)
     with console.progress(n, "attack: judge", quiet=output.quiet) as advance:
-        found = attack_outcome(module, rows, job.device, batch_size=judging_batch_size(module), advance=advance)
+        size = judging_batch_size(defended=job.model.defense is not None)
+        found = attack_outcome(module, rows, job.device, batch_size=size, advance=advance)
     kinds = {"clean": found.clean, "attacked": found.attacked, "rounded": found.rounded}
     return {
         "n": n,

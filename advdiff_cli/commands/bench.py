@@ -53,7 +53,8 @@ def bench(settings: BenchOptions, compute: ComputeOptions, output: ResultOptions
     from advdiff_cli.benchmark.timing import measure
     from advdiff_cli.benchmark.workloads import PURIFY, Benchmark
     from advdiff_cli.datasets.synthetic import write_synthetic
-    from advdiff_cli.purification.defense import DefenseRequest, build_defense
+    from advdiff_cli.purification.defense import build_defense
+    from advdiff_cli.purification.defense_spec import DefenseRequest
 
     device = compute.resolve_device()
     precision = compute.resolve_precision(device)

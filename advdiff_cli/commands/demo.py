@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject
-    from advdiff_cli.models.device import Precision
+    from advdiff_cli.models.precision import Precision
     from advdiff_cli.purification.defense import Defense, EvaluatedModel
 
 EXAMPLE_PATCHES = Path(__file__).resolve().parents[2] / "examples" / "patches"
 CLASSIFIER, DDPM = "pcam-resnet18", "pcam-ddpm"
-NOISE_T_STAR = 0.085
 """The noise level of NoiseDefense, chosen on valid (docs/results.md)."""
 EPS, EPS_TEXT = 2 / 255, "2/255"
 _SHOWN = 12
@@ -56,7 +55,8 @@ def demo(
     Example: advdiff demo
     """
     from advdiff_cli.data.patches import open_patches
-    from advdiff_cli.purification.defense import DefenseRequest, build_defense
+    from advdiff_cli.purification.defense import build_defense
+    from advdiff_cli.purification.defense_spec import DefenseRequest
 
     if data is None and not EXAMPLE_PATCHES.is_dir():
         raise AdvdiffError("the example patches are only in a clone of the repository; give patches of your own")
@@ -73,7 +73,7 @@ def demo(
     ddpm = build_defense(DefenseRequest("ddpm", DDPM))
     sets = {"undefended": (clean, adv)}
     for name, defense in (
-        ("NoiseDefense", build_defense(DefenseRequest("noise", t_star=NOISE_T_STAR))),
+        ("NoiseDefense", build_defense(DefenseRequest("noise"))),
         ("DDPM", ddpm),
     ):
         sets[name] = (

@@ -60,14 +60,7 @@ def evaluate(
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
-    from advdiff_cli.data.recorded_files import recorded_write
-    from advdiff_cli.evaluation.comparison import compare
-    from advdiff_cli.evaluation.predictions_csv import write_predictions
-    from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
-    from advdiff_cli.jobs.evaluate import evaluate_set
-
     _check_predictions_path(settings.predictions, data)
-    device = compute.resolve_device()
     sets = [rows.open(path) for path in data]
     for patches in sets:
         if patches.labels is None:
@@ -76,6 +69,14 @@ def evaluate(
                 "tensor to the file; advdiff predict needs no labels"
             )
         patches.require_shape()
+
+    from advdiff_cli.data.recorded_files import recorded_write
+    from advdiff_cli.evaluation.comparison import compare
+    from advdiff_cli.evaluation.predictions_csv import write_predictions
+    from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
+    from advdiff_cli.jobs.evaluate import evaluate_set
+
+    device = compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
     protection = defense.build(compute)
     precision = "fp32" if protection is None else compute.resolve_precision(device)
@@ -160,7 +161,7 @@ def _fidelity(sets: "Sequence[PatchSet]", evaluated: "Sequence[EvaluatedSet]") -
 def _how_made(history: "list[Provenance]") -> str:
     """Describe in one line how a set was made."""
     from advdiff_cli.attacks.spec import AttackSpec
-    from advdiff_cli.purification.defense import DefenseSpec
+    from advdiff_cli.purification.defense_spec import DefenseSpec
 
     steps = []
     for recipe in history:

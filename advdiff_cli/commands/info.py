@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @with_option_groups
 def info(
-    file: Annotated[Path, typer.Argument(help="A patch set, a purified folder, a model folder or a bundled model.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A patch set or purified folder, a table of predict, a model's folder or name."),
+    ],
     output: ResultOptions,
 ) -> None:
     """Show what a file is and how it was made, with the whole chain of its inputs.
@@ -26,7 +29,8 @@ def info(
     Example: advdiff info purified.safetensors
     """
     from advdiff_cli.data.folder_journal import JOURNAL
-    from advdiff_cli.data.provenance import parse_provenance
+    from advdiff_cli.data.provenance import file_digest, parse_provenance
+    from advdiff_cli.data.table_writer import read_csv, recorded_table
     from advdiff_cli.models import registry
     from advdiff_cli.models.fingerprint import folder_fingerprint
 
@@ -38,6 +42,8 @@ def info(
     if file.is_dir() and registry.is_model(file):
         facts: JsonObject = {"kind": "model", "fingerprint": folder_fingerprint(file)}
         made = registry.recorded_provenance(file)
+    elif (known := recorded_table(file)) is not None:
+        facts, made = {"kind": "table", "n": len(read_csv(file)[1]), "fingerprint": file_digest(file)}, known
     else:
         facts, made = _patch_set(file)
         if journal.is_file():

@@ -1,5 +1,6 @@
 """`advdiff predict`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +17,8 @@ from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
+    from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject
-    from advdiff_cli.jobs.predict_table import PredictJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +72,29 @@ def predict(
 
     Example: advdiff predict patches/ -c pcam-resnet18-adapted -m pcam-ddpm -o decisions.csv
     """
-    from advdiff_cli.cli.progress import follow_rows
-    from advdiff_cli.data.distributed import process_group
-    from advdiff_cli.data.output_spec import OutputSpec, shard_rows
     from advdiff_cli.data.table_writer import table_resume_params
-    from advdiff_cli.jobs.predict_table import HEADER, PredictJob
-    from advdiff_cli.jobs.sharding import ShardedOutput, TableOutput
 
     out = output.out
     if out.suffix.lower() != ".csv":
         raise AdvdiffError(f"--out {out}: predictions are written as .csv")
-    device = compute.resolve_device()
     patches = rows.open(data)
     patches.require_shape()
+    resume = {} if output.overwrite else table_resume_params(out)
+    if resume and not output.dry_run and _is_finished(classifier, vote, defense, compute, patches, resume, out):
+        console.log(f"{out} is up to date")
+        _emit(output, "up to date", resume)
+        return
+
+    from advdiff_cli.cli.progress import follow_rows
+    from advdiff_cli.data.distributed import process_group
+    from advdiff_cli.data.output_spec import OutputSpec, shard_rows
+    from advdiff_cli.jobs.predict_table import HEADER, PredictJob
+    from advdiff_cli.jobs.sharding import ShardedOutput, TableOutput
+
+    device = compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
     protection = defense.build(compute)
     draws = vote.resolve_draws(defended=protection is not None)
-    resume = {} if output.overwrite else table_resume_params(out)
     precision = "fp32" if protection is None else compute.resolve_precision(device, resume)
     model = undefended.behind(protection, device, precision)
     job = PredictJob(model, patches, draws, vote.alpha, compute.seed, device)
@@ -105,22 +112,48 @@ def predict(
     if status == "up to date":
         console.log(f"{out} is up to date")
     if group.is_main:
-        result = {"out": str(out), "status": status, **_counts(job, out)}
-        output.emit(result, _text(result), out)
+        _emit(output, status, job.recipe["parameters"])
 
 
-def _counts(job: "PredictJob", out: Path) -> "JsonObject":
-    """Return how many patches of a table have which decision."""
+def _is_finished(
+    classifier: str,
+    vote: VoteOptions,
+    defense: DefenseOptions,
+    compute: ShardedSeededOptions,
+    patches: "PatchSet",
+    resume: "Mapping[str, object]",
+    out: Path,
+) -> bool:
+    """Return whether the table is up to date, if nothing has to be loaded to know that."""
+    from advdiff_cli.data.output_spec import shard_rows
+    from advdiff_cli.data.table_writer import is_complete_table
+    from advdiff_cli.jobs.recipes import judging_batch_size, predict_recipe
+
+    protection = defense.find(compute)
+    model = compute.find_model(classifier, protection, resume)
+    if model is None:
+        return False
+    draws = vote.resolve_draws(defended=protection is not None)
+    made_by = predict_recipe(model, patches, draws=draws, alpha=vote.alpha, seed=compute.seed)
+    size = judging_batch_size(defended=protection is not None)
+    return is_complete_table(out, made_by, shard_rows(len(patches), size, compute.shard_pair))
+
+
+def _emit(output: PlannedOutputOptions, status: str, parameters: "Mapping[str, object]") -> None:
+    """Print how many patches of the table have which decision."""
     from advdiff_cli.data.table_writer import read_csv
 
-    _, lines = read_csv(out)
+    _, lines = read_csv(output.out)
     decided = [decision for _, decision, _, _, abstain in lines if abstain == "0"]
-    return {
+    result: JsonObject = {
+        "out": str(output.out),
+        "status": status,
         "patches": len(lines),
         "decided": {label: decided.count(label) for label in ("0", "1")},
         "abstained": len(lines) - len(decided),
-        "parameters": job.recipe["parameters"],
+        "parameters": dict(parameters),
     }
+    output.emit(result, _text(result), output.out)
 
 
 def _text(result: "JsonObject") -> str:

@@ -56,7 +56,7 @@ class SweepOptions:
         Literal["blind", "bpda", "full"], typer.Option(help="Through the defense; blind as in the paper.")
     ] = "blind"
     eot: Annotated[int | None, typer.Option(min=1, help="Draws that each gradient averages.", show_default="8")] = None
-    draws: Annotated[int, typer.Option(min=1, help="Draws of the defense's noise that judge a patch.")] = 1
+    draws: options.Draws = None
     batch_size: options.FixedBatch = None
 
     def request(self, purifier: PurifierOptions, compute: SeededComputeOptions) -> "SweepRequest":
@@ -122,7 +122,7 @@ def sweep(
     undefended = SuiteRunner(
         compute.load_classifier(classifier, device),
         patches,
-        Budget(len(patches), 0, settings.eot or 8, 0, settings.draws),
+        Budget(len(patches), 0, settings.eot or 8, 0, settings.draws or options.DRAWS),
         out,
         compute.seed,
         settings.batch_size or resume.get("batch_size", 32),

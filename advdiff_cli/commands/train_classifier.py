@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from advdiff_cli import console
 from advdiff_cli.cli import options
 from advdiff_cli.cli.compute_options import SeededComputeOptions
 from advdiff_cli.cli.groups import with_option_groups
@@ -13,6 +14,7 @@ from advdiff_cli.cli.parsers import fraction
 from advdiff_cli.cli.training import (
     InputRequest,
     TrainingDataOptions,
+    finished_precision,
     follow_training,
     parse_augmentation,
     process_parameters,
@@ -22,10 +24,11 @@ from advdiff_cli.cli.training import (
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.data.provenance import JsonObject
-    from advdiff_cli.training.adversarial import Adversary
+    from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.models.precision import Precision
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_classifier import Validation
+    from advdiff_cli.training.recipes import Adversary
 
 _INPUT = "Purified and attacked patches"
 _ATTACK_STEPS = 7
@@ -101,7 +104,7 @@ class InputOptions:
         return InputRequest(augment, adversary)
 
     def _adversary(self) -> "Adversary | None":
-        from advdiff_cli.training.adversarial import Adversary
+        from advdiff_cli.training.recipes import Adversary
 
         if not self.adversarial:
             if (self.eps, self.attack_steps, self.loss, self.beta) != (None,) * 4:
@@ -133,41 +136,53 @@ def train_classifier(
 
     Example: advdiff train-classifier train.h5 --valid valid.h5 -o classifier
     """
-    from advdiff_cli.data.provenance import provenance, recipe
+    from advdiff_cli.data.provenance import provenance, recipe, same_recipe
     from advdiff_cli.models import registry
     from advdiff_cli.models.classifier_config import ClassifierConfig
-    from advdiff_cli.models.classifiers import save_classifier
     from advdiff_cli.models.fingerprint import folder_fingerprint
-    from advdiff_cli.training.fit_classifier import ClassifierFit, ClassifierRecipe, Validation, channel_statistics
-    from advdiff_cli.training.initialization import initial_classifier
-    from advdiff_cli.training.loader import TrainingRows
+    from advdiff_cli.training.recipes import ClassifierRecipe
 
     s, out = settings, output.out
     options.require_positive(learning_rate=s.learning_rate)
-    device = compute.resolve_device()
     recorded = registry.recorded_recipe(out)
     opened = sets.open(data)
     if opened.valid is not None:
         opened.valid.require_labels()
+    request, batch_size = inputs.request(allow_pickle=compute.allow_pickle), s.batch_size or 64
+
+    def planned(precision: "Precision") -> "tuple[ClassifierRecipe, Provenance]":
+        fit_settings = ClassifierRecipe(
+            s.epochs, batch_size, s.learning_rate, s.weight_decay, s.stain, compute.seed, precision
+        )
+        return fit_settings, recipe(
+            "train-classifier",
+            fit_settings.parameters() | {"arch": s.arch} | request.parameters() | process_parameters(batch_size),
+            **opened.recipe_inputs(),
+            init=s.init and folder_fingerprint(registry.find_classifier(s.init)),
+        )
+
+    known = finished_precision(compute, output, recorded)
+    if known and recorded and same_recipe(recorded, planned(known)[1]):
+        console.log(f"{out} is up to date")
+        _print(settings, registry.training_log(out), output)
+        return
+
+    from advdiff_cli.models.classifiers import save_classifier
+    from advdiff_cli.training.fit_classifier import ClassifierFit, Validation, channel_statistics
+    from advdiff_cli.training.initialization import initial_classifier
+    from advdiff_cli.training.loader import TrainingRows
+
+    device = compute.resolve_device()
     precision = training_precision(compute, out, recorded, device)
     if inputs.adversarial and precision == "fp16":
         raise AdvdiffError("--precision fp16: gradients of the attack underflow; train in bf16 or fp32")
-    request, batch_size = inputs.request(allow_pickle=compute.allow_pickle), s.batch_size or 64
-    fit_settings = ClassifierRecipe(
-        s.epochs, batch_size, s.learning_rate, s.weight_decay, s.stain, compute.seed, precision
-    )
-    made_by = recipe(
-        "train-classifier",
-        fit_settings.parameters() | {"arch": s.arch} | request.parameters() | process_parameters(batch_size),
-        **opened.recipe_inputs(),
-        init=s.init and folder_fingerprint(registry.find_classifier(s.init)),
-    )
+    fit_settings, made_by = planned(precision)
+    training_input = request.build(precision, compute.seed, device)
 
     def fit(work: "WorkFolder", is_main: bool) -> None:
         rows = TrainingRows(opened.train, labelled=True)
         mean, std = channel_statistics(rows, compute.seed)
         model = initial_classifier(s.init, ClassifierConfig(s.arch, mean, std), compute.seed, rows.shape)
-        training_input = request.build(precision, compute.seed, device)
         steps = rows.steps(batch_size) * s.epochs
         records = ClassifierFit(model, rows, opened.valid, fit_settings, work, device, training_input).run()
         follow_training(records, steps, "train-classifier", quiet=output.quiet)

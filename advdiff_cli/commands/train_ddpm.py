@@ -5,15 +5,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from advdiff_cli import console
 from advdiff_cli.cli import options
 from advdiff_cli.cli.compute_options import SeededComputeOptions
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import OutputOptions
-from advdiff_cli.cli.training import TrainingDataOptions, follow_training, process_parameters, train, training_precision
+from advdiff_cli.cli.training import (
+    TrainingDataOptions,
+    finished_precision,
+    follow_training,
+    process_parameters,
+    train,
+    training_precision,
+)
 
 if TYPE_CHECKING:
-    from advdiff_cli.data.provenance import JsonObject
+    from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.models.ddpm import Ddpm
+    from advdiff_cli.models.precision import Precision
     from advdiff_cli.training.checkpoints import WorkFolder
 
 
@@ -78,26 +87,37 @@ def train_ddpm(
 
     Example: advdiff train-ddpm train.h5 --valid valid.h5 -o ddpm
     """
-    from advdiff_cli.data.provenance import provenance, recipe
+    from advdiff_cli.data.provenance import provenance, recipe, same_recipe
     from advdiff_cli.models import registry
-    from advdiff_cli.models.card import DdpmCard, PurificationSettings
-    from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
     from advdiff_cli.models.fingerprint import folder_fingerprint
-    from advdiff_cli.training.fit_ddpm import SAMPLES, DdpmFit, DdpmRecipe
-    from advdiff_cli.training.initialization import initial_ddpm
-    from advdiff_cli.training.loader import TrainingRows
+    from advdiff_cli.training.recipes import DdpmRecipe
 
     s, out = settings, output.out
     options.require_positive(learning_rate=s.peak_rate)
-    device = compute.resolve_device()
     recorded = registry.recorded_recipe(out)
     opened = sets.open(data)
-    precision = training_precision(compute, out, recorded, device)
     batch_size = s.batch_size or 32
-    fit_settings = DdpmRecipe(s.steps, batch_size, s.peak_rate, s.ema, s.max_t, compute.seed, precision)
     init = s.init and folder_fingerprint(registry.find_ddpm(s.init, allow_pickle=compute.allow_pickle))
-    parameters = fit_settings.parameters() | s.parameters()
-    made_by = recipe("train-ddpm", parameters, **opened.recipe_inputs(), init=init)
+
+    def planned(precision: "Precision") -> "tuple[DdpmRecipe, Provenance]":
+        fit_settings = DdpmRecipe(s.steps, batch_size, s.peak_rate, s.ema, s.max_t, compute.seed, precision)
+        parameters = fit_settings.parameters() | s.parameters()
+        return fit_settings, recipe("train-ddpm", parameters, **opened.recipe_inputs(), init=init)
+
+    known = finished_precision(compute, output, recorded)
+    if known and recorded and same_recipe(recorded, planned(known)[1]):
+        console.log(f"{out} is up to date")
+        _print(settings, output)
+        return
+
+    from advdiff_cli.models.card import DdpmCard, PurificationSettings
+    from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
+    from advdiff_cli.training.fit_ddpm import SAMPLES, DdpmFit
+    from advdiff_cli.training.initialization import initial_ddpm
+    from advdiff_cli.training.loader import TrainingRows
+
+    device = compute.resolve_device()
+    fit_settings, made_by = planned(training_precision(compute, out, recorded, device))
 
     def fit(work: "WorkFolder", is_main: bool) -> None:
         rows = TrainingRows(opened.train, labelled=False)
@@ -116,8 +136,13 @@ def train_ddpm(
             save_ddpm(model.cpu(), work.final)
             work.publish(SAMPLES)
 
-    if not train(output, made_by, recorded, device, fit):
-        return
-    log = registry.training_log(out)
-    text = f"{out}: {s.preset}, {log[-1]['step']} steps, loss {log[-1]['loss']:.4f}"
-    output.emit({"out": str(out), "log": log}, text, out)
+    if train(output, made_by, recorded, device, fit):
+        _print(settings, output)
+
+
+def _print(settings: DdpmOptions, output: OutputOptions) -> None:
+    from advdiff_cli.models.registry import training_log
+
+    log = training_log(output.out)
+    text = f"{output.out}: {settings.preset}, {log[-1]['step']} steps, loss {log[-1]['loss']:.4f}"
+    output.emit({"out": str(output.out), "log": log}, text, output.out)

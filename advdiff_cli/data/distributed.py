@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+NO_SHARD_UNDER_TORCHRUN = "--shard: under torchrun the shard is the process's rank; leave the option out"
+
 _TIMEOUT = timedelta(days=7)  # one process may finish hours before another
 
 

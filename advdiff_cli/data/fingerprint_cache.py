@@ -9,6 +9,7 @@ from pathlib import Path
 
 from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.provenance import canonical_json, digest
+from advdiff_cli.data.user_cache import cache_folder
 
 _MIN_BYTES = 256 << 20  # smaller files are hashed in less than a second
 _SETTLE_SECONDS = 10.0  # a file changed more recently could change again without a trace in its times
@@ -26,7 +27,7 @@ def cached_fingerprint(path: Path, selection: bytes, compute: Callable[[], str])
     if before is None or before.st_size < _MIN_BYTES:
         return compute()
     key = canonical_json({"path": str(path.resolve()), "stat": _version(before)}).encode()
-    entry = _cache_folder() / digest([key, selection])
+    entry = cache_folder("fingerprints") / digest([key, selection])
     with suppress(OSError, UnicodeDecodeError):
         if re.fullmatch(r"[0-9a-f]{64}", found := entry.read_text()):
             return found
@@ -44,8 +45,3 @@ def cached_fingerprint(path: Path, selection: bytes, compute: Callable[[], str])
 def _version(s: os.stat_result) -> list[int]:
     """Return what changes when a file changes: size, modification and change times, inode and device."""
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev]
-
-
-def _cache_folder() -> Path:
-    """Return the cache folder of the XDG Base Directory Specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advdiff" / "fingerprints"

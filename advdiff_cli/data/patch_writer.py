@@ -19,7 +19,7 @@ from advdiff_cli.data.output_spec import Batch, FileLayout, OutputSpec, RowRange
 from advdiff_cli.data.patch_source import Images
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance, provenance
-from advdiff_cli.data.resume import identity, matches_recipe, recorded
+from advdiff_cli.data.resume import identity, matches_recipe, part_of, recorded
 from advdiff_cli.data.row_journal import (
     FinishedRows,
     append_rows,
@@ -94,8 +94,8 @@ class PatchWriter:
             origin=source.origin(),
             device=output.device,
         )
-        if len(rows) < rows.total:
-            self._record["part"] = [rows.start, rows.stop, rows.total]
+        if (part := part_of(rows)) is not None:
+            self._record["part"] = part
         self.finished = np.zeros(len(rows), bool)
         self._target: _Target | None = None
         self._resumed = False

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from advdiff_cli.data.output_spec import RowRange
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import Provenance, difference, same_recipe
 from advdiff_cli.data.row_journal import unfinished
@@ -55,10 +56,15 @@ def recorded(out: Path) -> Provenance | None:
         return None
 
 
-def is_complete(out: Path, recipe: Provenance) -> bool:
-    """Return whether the whole result of `recipe` is at `out`."""
+def is_complete(out: Path, recipe: Provenance, rows: RowRange | None = None) -> bool:
+    """Return whether the result of `recipe` is at `out`: some of its rows, or all of them."""
     have = recorded(out) if out.is_file() else None
-    return have is not None and same_recipe(identity(have), {**recipe, "part": None})
+    return have is not None and same_recipe(identity(have), {**recipe, "part": part_of(rows)})
+
+
+def part_of(rows: RowRange | None) -> list[int] | None:
+    """Return the `part` that is recorded for some rows of a recipe; None for all of them."""
+    return None if rows is None or len(rows) == rows.total else [rows.start, rows.stop, rows.total]
 
 
 def identity(record: Provenance) -> Provenance:

@@ -21,9 +21,9 @@ from advdiff_cli.data.atomic_files import sync
 from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import Batch, OutputSpec, RowRange, unfinished_batches
-from advdiff_cli.data.provenance import Provenance, canonical_json, parse_provenance, provenance
+from advdiff_cli.data.provenance import Provenance, canonical_json, parse_provenance, provenance, same_recipe
 from advdiff_cli.data.recorded_files import check_replaceable, is_recorded, read_record, record_of, recorded_write
-from advdiff_cli.data.resume import identity, matches_recipe
+from advdiff_cli.data.resume import identity, matches_recipe, part_of
 from advdiff_cli.errors import AdvdiffError
 
 _log = logging.getLogger(__name__)
@@ -42,6 +42,12 @@ def work_file(out: Path) -> Path:
 def recorded_table(out: Path) -> Provenance | None:
     """Return the provenance of the table at `out`, or None if there is none, or it was changed since."""
     return read_record(record_of(out))["provenance"] or None if is_recorded(out, record_of(out)) else None
+
+
+def is_complete_table(out: Path, recipe: Provenance, rows: RowRange) -> bool:
+    """Return whether the lines of some rows of `recipe` are at `out`."""
+    have = recorded_table(out)
+    return have is not None and same_recipe(identity(have), {**recipe, "part": part_of(rows)})
 
 
 def unfinished_table(out: Path) -> Provenance | None:
@@ -92,8 +98,8 @@ class TableWriter:
         self.rows, self.finished = rows, np.zeros(len(rows), bool)
         self._header, self._work, self._read = header, work_file(out), read
         self._record = provenance(output.recipe, inputs=inputs, origin=origin, device=output.device)
-        if len(rows) < rows.total:
-            self._record["part"] = [rows.start, rows.stop, rows.total]
+        if (part := part_of(rows)) is not None:
+            self._record["part"] = part
         self._output = replace(output, path=record_of(out), recipe=identity(self._record))
         self._lines: list[Line] = [()] * len(rows)
         self._pending: list[str] = []

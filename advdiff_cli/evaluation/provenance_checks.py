@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.evaluation.comparison import EvaluatedSet
-from advdiff_cli.purification.defense import DefenseSpec
+from advdiff_cli.purification.defense_spec import DefenseSpec
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Votes:
 
 def two_sided_p(fewer: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
     """Return the p-values of binomial tests of equal classes, where `fewer` of the draws are for the minority."""
+    from scipy.special import bdtr  # a slow import
+
     p: NDArray[np.float64] = np.minimum(1.0, 2 * bdtr(fewer, draws, 0.5))
     return p
 

@@ -12,7 +12,8 @@ from advdiff_cli.data.output_spec import Batch
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import LabelledBatch, PatchSet
 from advdiff_cli.data.prefetch import prefetch
-from advdiff_cli.data.provenance import Provenance, recipe
+from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.jobs.recipes import attack_recipe, differentiates_unet
 from advdiff_cli.purification.defense import EvaluatedModel
 
 
@@ -39,19 +40,10 @@ class AttackJob:
     @cached_property
     def recipe(self) -> Provenance:
         """The recipe of the attack."""
-        m, defense = self.model, self.model.defense
-        through = defense is not None and self.spec.computes_defense
-        parameters = {
-            **self.spec.parameters(),
-            **({} if defense is None else defense.spec.parameters()),
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "precision": m.precision if through else "fp32",
-        }
-        if m.compiled and differentiates_unet(m, self.spec):
-            parameters["compiled"] = True  # compiled gradients round differently
-        models = {"classifier": m.fingerprint} | ({} if defense is None else {"ddpm": defense.fingerprint})
-        return recipe("attack", parameters, data=self.patches.recipe_input(), **models)
+        compiled = self.model.compiled and differentiates_unet(self.model.spec, self.spec)
+        return attack_recipe(
+            self.model.spec, self.spec, self.patches, seed=self.seed, batch_size=self.batch_size, compiled=compiled
+        )
 
     def run(self, writer: PatchWriter) -> Iterator[int]:
         """Attack the rows that `writer` does not have yet, yielding the number of rows after each batch."""
@@ -66,8 +58,3 @@ class AttackJob:
                 attacked = AttackBatch(rows.images, rows.labels, rows.keys, rows.index, self.seed)
                 writer.write(batch, run_attack(target, self.spec, attacked).cpu().numpy())
                 yield batch.count
-
-
-def differentiates_unet(model: EvaluatedModel, spec: AttackSpec) -> bool:
-    """Return whether an attack takes gradients of a U-Net."""
-    return model.defense is not None and model.defense.spec.defense == "ddpm" and spec.takes_exact_gradients

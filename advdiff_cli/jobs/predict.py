@@ -12,16 +12,12 @@ from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map
+from advdiff_cli.jobs.recipes import judging_batch_size
 from advdiff_cli.models.device import to_device
 from advdiff_cli.models.external import TwoLogits
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, check_finite, logits_of_draws
 
 ONE_DRAW = range(1)
-
-
-def judging_batch_size(model: nn.Module) -> int:
-    """Return how many patches are judged together: fewer with a U-Net before the classifier."""
-    return 16 if isinstance(model, DefendedClassifier) else 64
 
 
 def predict(
@@ -47,7 +43,7 @@ def predict(
     Raises:
         AdvdiffError: A logit is not finite.
     """
-    size, n = judging_batch_size(model), len(patches)
+    size, n = judging_batch_size(defended=isinstance(model, DefendedClassifier)), len(patches)
 
     def read(rows: Rows) -> tuple[Rows, Tensor]:
         return rows, to_device(patches.read(rows), device)

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.provenance import Provenance, recipe
+from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.table_writer import Line, TableWriter
 from advdiff_cli.evaluation.votes import Votes
-from advdiff_cli.jobs.predict import judging_batch_size, predict
+from advdiff_cli.jobs.predict import predict
+from advdiff_cli.jobs.recipes import judging_batch_size, predict_recipe
 from advdiff_cli.purification.defense import EvaluatedModel
 
 HEADER = ("name", "decision", "p1", "share", "abstain")
@@ -40,14 +41,12 @@ class PredictJob:
     @property
     def batch_size(self) -> int:
         """Patches computed together: as in `evaluate`, so that its figures are those of these predictions."""
-        return judging_batch_size(self.model.module)
+        return judging_batch_size(defended=self.model.defense is not None)
 
     @cached_property
     def recipe(self) -> Provenance:
         """The recipe of the table."""
-        settings = {"draws": self.draws, "alpha": self.alpha, "seed": self.seed, "precision": self.model.precision}
-        models = {"classifier": self.model.fingerprint, "ddpm": self.model.ddpm_fingerprint}
-        return recipe("predict", {**settings, **self.model.parameters}, data=self.patches.recipe_input(), **models)
+        return predict_recipe(self.model.spec, self.patches, draws=self.draws, alpha=self.alpha, seed=self.seed)
 
     def run(self, writer: TableWriter) -> Iterator[int]:
         """Predict the rows that `writer` does not have yet, yielding the number of rows after each batch."""

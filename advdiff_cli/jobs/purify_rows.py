@@ -9,11 +9,13 @@ from torch import Tensor
 from advdiff_cli.data.output_spec import Batch
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.provenance import Provenance, recipe
+from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map
-from advdiff_cli.models.device import Precision, autocast, to_device
+from advdiff_cli.jobs.recipes import purify_recipe
+from advdiff_cli.models.device import autocast, to_device
+from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import row_noise
 from advdiff_cli.purification.defense import Defense
 
@@ -38,9 +40,9 @@ class PurifyJob:
 
     def recipe(self, patches: PatchSet | None = None) -> Provenance:
         """Return the recipe for a patch set, or for a folder of images."""
-        settings = {"seed": self.seed, "batch_size": self.batch_size, "precision": self.precision}
-        data = {} if patches is None else {"data": patches.recipe_input()}
-        return recipe("purify", self.defense.spec.parameters() | settings, **data, ddpm=self.defense.fingerprint)
+        spec, ddpm = self.defense.spec, self.defense.fingerprint
+        settings = {"seed": self.seed, "batch_size": self.batch_size}
+        return purify_recipe(spec, ddpm, patches, **settings, precision=self.precision)
 
     @torch.inference_mode()
     def purify(self, images: Tensor, noise: Tensor) -> Tensor:

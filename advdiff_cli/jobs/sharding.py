@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from advdiff_cli.data import resume, table_writer
-from advdiff_cli.data.distributed import ProcessGroup
+from advdiff_cli.data.distributed import NO_SHARD_UNDER_TORCHRUN, ProcessGroup
 from advdiff_cli.data.merge import merge_sets, merge_tables
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
 from advdiff_cli.data.patch_writer import PatchWriter
@@ -18,8 +18,6 @@ from advdiff_cli.errors import AdvdiffError
 
 Status = Literal["done", "up to date"]
 Shard = tuple[int, int]
-
-NO_SHARD_UNDER_TORCHRUN = "--shard: under torchrun the shard is the process's rank; leave the option out"
 
 
 class RowOutput(Protocol):

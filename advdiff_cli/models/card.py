@@ -15,6 +15,8 @@ CARD = "advdiff.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PICKLED_UNET = "unet/diffusion_pytorch_model.bin"
 
+_MAX_TIMESTEPS = 100_000
+
 SamplerName = Literal["ddpm", "ddim"]
 
 
@@ -95,6 +97,21 @@ def load_card(folder: Path) -> DdpmCard:
         return DdpmCard(**raw, data_range=(float(low), float(high)), recommended=recommended)
     except (ValueError, TypeError, AttributeError) as e:
         raise AdvdiffError(f"{path} is not the advdiff.json of a diffusion model ({e})") from None
+
+
+def read_timesteps(folder: Path) -> int:
+    """Return T, the number of noise levels of the schedule in a diffusion model folder.
+
+    Raises:
+        AdvdiffError: There is no schedule, or its number of levels is not reasonable.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise AdvdiffError(f"{folder} is not a diffusion model folder: {path.name} is missing")
+    levels = parse_json_object(path.read_text(), path).get("num_train_timesteps", 1000)
+    if type(levels) is not int or not 1 <= levels <= _MAX_TIMESTEPS:
+        raise AdvdiffError(f"{path}: num_train_timesteps is {str(levels)[:40]}; 1 to {_MAX_TIMESTEPS} is needed")
+    return levels
 
 
 def recommend(folder: Path, settings: PurificationSettings) -> None:

@@ -19,10 +19,9 @@ from advdiff_cli.data.atomic_files import name_write_errors
 from advdiff_cli.data.provenance import parse_json_object
 from advdiff_cli.data.safetensors_file import read_header
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, DdpmCard, load_card, save_card
+from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, DdpmCard, load_card, read_timesteps, save_card
 from advdiff_cli.models.device import memory_layout
 
-_MAX_TIMESTEPS = 100_000
 _MAX_SETTING = 100_000  # of a whole number in a U-Net's configuration
 
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -133,7 +132,7 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
         raise AdvdiffError(
             f"{folder / PICKLED_UNET} holds pickled weights; give --allow-pickle if you trust its source"
         )
-    _check_schedule(folder / "scheduler" / "scheduler_config.json")
+    read_timesteps(folder)
     _check_size(folder / "unet" / "config.json", folder / (PICKLED_UNET if pickled else UNET_WEIGHTS))
     try:
         unet = UNet2DModel.from_pretrained(
@@ -176,12 +175,3 @@ def _check_size(config: Path, weights: Path) -> None:
     tensors = len(read_header(weights)[0]) if weights.suffix == ".safetensors" else size // 16
     if 4 * layers * len(channels) > tensors or 18 * max(channels, default=1) ** 2 > size or largest > _MAX_SETTING:
         raise AdvdiffError(f"{config} describes a larger U-Net than {weights.name} holds; make or download it again")
-
-
-def _check_schedule(path: Path) -> None:
-    """Check that the schedule exists and has a reasonable number of noise levels."""
-    if not path.is_file():
-        raise AdvdiffError(f"{path.parent.parent} is not a diffusion model folder: {path.name} is missing")
-    levels = parse_json_object(path.read_text(), path).get("num_train_timesteps", 1000)
-    if type(levels) is not int or not 1 <= levels <= _MAX_TIMESTEPS:
-        raise AdvdiffError(f"{path}: num_train_timesteps is {str(levels)[:40]}; 1 to {_MAX_TIMESTEPS} is needed")

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.precision import Precision, PrecisionName
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from advdiff_cli.models.ddpm import Ddpm
 
+_CALLABLE = re.compile(r"[\w.]+:[\w.]+")  # module:callable
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -54,6 +55,19 @@ def find_ddpm(name: str, *, allow_pickle: bool = False) -> Path:
     return _find(name, "diffusion model", UNET_WEIGHTS, allow_pickle=allow_pickle)
 
 
+def classifier_fingerprint(name: str) -> str | None:
+    """Return the fingerprint of the classifier called `name`, or None if it has to be loaded for that.
+
+    Raises:
+        AdvdiffError: There is no such classifier.
+    """
+    from advdiff_cli.models.fingerprint import folder_fingerprint
+
+    if Path(name).is_file() or _CALLABLE.fullmatch(name):
+        return None
+    return folder_fingerprint(find_classifier(name))
+
+
 def load_frozen_classifier(name: str, device: "torch.device", *, allow_pickle: bool = False) -> "tuple[nn.Module, str]":
     """Return the classifier called `name`, in eval mode and without parameter gradients, and its fingerprint.
 
@@ -76,7 +90,7 @@ def load_frozen_classifier(name: str, device: "torch.device", *, allow_pickle: b
     if Path(name).is_file():
         model = load_tiatoolbox(Path(name), allow_pickle=allow_pickle)
         fingerprint = module_fingerprint(model.config.arch, model)
-    elif re.fullmatch(r"[\w.]+:[\w.]+", name):
+    elif _CALLABLE.fullmatch(name):
         model = load_callable(name)
         fingerprint = module_fingerprint(f"{name} {source_digest(name)}", model)
     else:

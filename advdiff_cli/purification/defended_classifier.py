@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.device import Precision, autocast
+from advdiff_cli.models.device import autocast
+from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.purifier import Purifier
 
 

@@ -1,9 +1,8 @@
 """Defenses: a purifier with the settings and the model that its results depend on, and a classifier behind it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import nn
@@ -11,73 +10,19 @@ from torch import nn
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
-from advdiff_cli.models.card import PAPER, SamplerName
 from advdiff_cli.models.ddpm import Ddpm, load_ddpm
-from advdiff_cli.models.device import Precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
+from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
-from advdiff_cli.purification.equations import noise_levels
-from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, Purifier, check_t_star, linear_alpha_bar
-
-DEFAULT_DDPM = "pcam-ddpm"
-
-DefenseKind = Literal["noise", "ddpm"]
-
-
-@dataclass(frozen=True)
-class DefenseSpec:
-    """The settings of a defense.
-
-    Args:
-        defense: `ddpm`, or `noise` for NoiseDefense.
-        t_star: Noise level as a fraction of T.
-        sampler: Reverse process of a ddpm.
-        sampler_steps: U-Net evaluations of a ddpm; None is one for each noise level.
-    """
-
-    defense: DefenseKind
-    t_star: float
-    sampler: SamplerName | None = None
-    sampler_steps: int | None = None
-
-    def parameters(self) -> JsonObject:
-        """Return the parameters that enter a recipe."""
-        return asdict(self) if self.defense == "ddpm" else {"defense": self.defense, "t_star": self.t_star}
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, object]) -> "DefenseSpec | None":
-        """Return the defense in the parameters of a recipe, or None if it had none."""
-        names = ("defense", "t_star", "sampler", "sampler_steps")
-        if "t_star" not in parameters:
-            return None
-        return cls(**{k: parameters[k] for k in names if k in parameters})  # type: ignore[arg-type]  # as AttackSpec
-
-    def differences(self, other: "DefenseSpec") -> list[str]:
-        """Return the names of the settings that both defenses have, with different values."""
-        mine, theirs = asdict(self), asdict(other)
-        return [k for k in mine if None not in (mine[k], theirs[k]) and mine[k] != theirs[k]]
-
-
-@dataclass(frozen=True)
-class DefenseRequest:
-    """The defense asked for by name and settings; None takes the recommendation of the diffusion model."""
-
-    defense: DefenseKind
-    ddpm: str | None = None
-    t_star: float | None = None
-    sampler: SamplerName | None = None
-    sampler_steps: int | None = None
-    allow_pickle: bool = False
-
-    @property
-    def model_name(self) -> str:
-        """The name of the diffusion model."""
-        return self.ddpm or DEFAULT_DDPM
-
-    @property
-    def takes_defaults(self) -> bool:
-        """Whether a setting of the diffusion model's recommendation is used."""
-        return self.defense == "ddpm" and None in (self.t_star, self.sampler, self.sampler_steps)
+from advdiff_cli.purification.defense_spec import (
+    DefenseRequest,
+    DefenseSpec,
+    ModelSpec,
+    check_t_star,
+    resolve_ddpm_spec,
+    resolve_noise_spec,
+)
+from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, Purifier, linear_alpha_bar
 
 
 @dataclass(frozen=True)
@@ -126,22 +71,14 @@ def build_defense(request: DefenseRequest, load: DdpmLoader = load_named_ddpm) -
     Raises:
         AdvdiffError: There is no such model, or the settings do not fit it.
     """
-    r = request
-    if r.t_star is not None:
-        check_t_star(r.t_star)
-    if r.defense == "noise":
-        if r.ddpm or r.sampler or r.sampler_steps:
-            raise AdvdiffError("--defense noise only adds noise; -m, --sampler and --sampler-steps do not apply")
-        spec = DefenseSpec("noise", PAPER.t_star if r.t_star is None else r.t_star)
+    if request.defense == "noise":
+        spec = resolve_noise_spec(request)
         return Defense(NoisePurifier(linear_alpha_bar(), spec.t_star), spec, None)
-    model, fingerprint = load(r.model_name, r.allow_pickle)
-    default = model.card.recommended
-    t_star = default.t_star if r.t_star is None else r.t_star
-    steps = default.sampler_steps if r.sampler_steps is None else r.sampler_steps
-    if r.sampler_steps is None and r.t_star is not None and steps is not None:
-        steps = min(steps, noise_levels(t_star, model.timesteps))  # a low noise level has fewer levels
-    spec = DefenseSpec("ddpm", t_star, r.sampler or default.sampler, steps)
-    purifier = DiffusionPurifier(model, t_star, spec.sampler or default.sampler, steps).eval()
+    if request.t_star is not None:
+        check_t_star(request.t_star)  # before a large model is loaded
+    model, fingerprint = load(request.model_name, request.allow_pickle)
+    spec = resolve_ddpm_spec(request, model.card, model.timesteps)
+    purifier = DiffusionPurifier(model, spec.t_star, spec.sampler or "ddpm", spec.sampler_steps).eval()
     return Defense(purifier, spec, fingerprint)
 
 
@@ -189,14 +126,22 @@ class EvaluatedModel:
         return DefendedClassifier(self.defense.purifier, self.classifier, self.precision).eval()
 
     @property
+    def spec(self) -> ModelSpec:
+        """What the results of this model depend on."""
+        defense = self.defense
+        if defense is None:
+            return ModelSpec(self.fingerprint)
+        return ModelSpec(self.fingerprint, defense.spec, defense.fingerprint, self.precision)
+
+    @property
     def parameters(self) -> JsonObject:
         """The parameters of the defense that enter a recipe; empty without one."""
-        return {} if self.defense is None else {**self.defense.spec.parameters(), "precision": self.precision}
+        return self.spec.parameters
 
     @property
     def ddpm_fingerprint(self) -> str | None:
         """The fingerprint of the diffusion model, if there is one."""
-        return None if self.defense is None else self.defense.fingerprint
+        return self.spec.ddpm
 
     @property
     def sampler_steps(self) -> int:

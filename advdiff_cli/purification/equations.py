@@ -8,12 +8,19 @@ DDIM step         x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) noise_hat 
 Here noise_hat is the U-Net's prediction of the noise in x_t, and "the paper" is Ankile, Midgley & Weisshaar 2022.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
-NoisePredictor = Callable[[Tensor, int], Tensor]
+if TYPE_CHECKING:  # imported where it is used, so that commands that only read recipes answer at once
+    from torch import Tensor
+
+MAX_UNTILED = 384  # pixels: images up to this side are computed whole, larger ones in windows
+
+NoisePredictor = Callable[["Tensor", int], "Tensor"]
 """Predicts the noise in x_t (B, 3, H, W) at timestep t."""
 
 

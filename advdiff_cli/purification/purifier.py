@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.card import SamplerName
 from advdiff_cli.models.ddpm import Ddpm
+from advdiff_cli.purification.defense_spec import check_t_star
 from advdiff_cli.purification.equations import (
     forward_process,
     noise_levels,
@@ -155,16 +156,6 @@ def linear_alpha_bar(timesteps: int = 1000) -> Tensor:
 def _checked_levels(t_star: float, timesteps: int) -> int:
     check_t_star(t_star)
     return noise_levels(t_star, timesteps)
-
-
-def check_t_star(t_star: float) -> None:
-    """Check that a noise level is a fraction of T.
-
-    Raises:
-        AdvdiffError: It is outside (0, 1].
-    """
-    if not 0 < t_star <= 1:
-        raise AdvdiffError(f"t* = {t_star:g} is not in (0, 1]")
 
 
 def _pad_to(images: Tensor, height: int, width: int) -> Tensor:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from advdiff_cli.purification.equations import MAX_UNTILED
+
 WINDOW = 256  # side of a window in pixels
 OVERLAP = 64  # pixels
-MAX_UNTILED = 384  # images up to this side are computed whole
 BATCH = 16  # windows computed together; always a full batch, so that results do not depend on their number
 
 

@@ -22,7 +22,8 @@ from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.jobs.predict import predict
 from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, store_predictions, store_result
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
-from advdiff_cli.purification.defense import Defense, DefenseSpec, EvaluatedModel
+from advdiff_cli.purification.defense import Defense, EvaluatedModel
+from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
 from advdiff_cli.robustness.binarization import PROBE_PASSES, BinarizationResult, run_binarization_test
 from advdiff_cli.robustness.gradient_checks import GradientFindings, check_gradients

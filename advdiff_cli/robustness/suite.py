@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from advdiff_cli.attacks.fab import fab_is_installed
-from advdiff_cli.attacks.spec import NO_REQUEST, AttackRequest, AttackSpec, Method, resolve
+from advdiff_cli.attacks.spec import NO_REQUEST, AttackRequest, AttackSpec, Method, fab_is_installed, resolve
 
 Kind = Literal["control", "black-box", "white-box", "curve", "check"]
 Against = Literal["defense", "noise", "nothing"]

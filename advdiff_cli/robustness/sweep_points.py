@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from advdiff_cli.attacks.projections import Norm
-from advdiff_cli.attacks.spec import AttackRequest, Method, resolve
+from advdiff_cli.attacks.spec import AttackRequest, Method, Norm, resolve
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
-from advdiff_cli.models.device import Precision
-from advdiff_cli.purification.defense import DdpmLoader, Defense, DefenseRequest, build_defense, load_named_ddpm
+from advdiff_cli.models.precision import Precision
+from advdiff_cli.purification.defense import DdpmLoader, Defense, build_defense, load_named_ddpm
+from advdiff_cli.purification.defense_spec import DefenseRequest
 from advdiff_cli.purification.equations import noise_levels
 from advdiff_cli.robustness.runner import SuiteRunner
 from advdiff_cli.robustness.suite import Against, SuiteRow

@@ -7,7 +7,6 @@ Perturbations are made in eval mode, so that the running statistics of batch nor
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +16,11 @@ from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.pgd import Ball
 from advdiff_cli.attacks.projections import random_point
 from advdiff_cli.data.rng import RowKey, RowStreams, stream
-from advdiff_cli.models.device import Precision, autocast
+from advdiff_cli.models.device import autocast
+from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, logits_of_draws, row_noise
 from advdiff_cli.purification.purifier import Purifier
-
-
-@dataclass(frozen=True)
-class Adversary:
-    """The l-inf PGD attack of adversarial training, from a random start; its last iterate is trained on.
-
-    The step size is 2.5 eps / steps (Madry et al. 2018), and at most 1.25 eps (Wong et al. 2020, arXiv:2001.03994).
-
-    Args:
-        eps: Radius of the ball in [0, 1] pixels.
-        steps: Gradient steps.
-        loss: `madry` or `trades`.
-        beta: In TRADES, the weight of the divergence between clean and attacked outputs.
-    """
-
-    eps: float
-    steps: int
-    loss: Literal["madry", "trades"]
-    beta: float = 6.0
-
-    @property
-    def step_size(self) -> float:
-        """The size of a step in [0, 1] pixels."""
-        return self.eps * min(2.5 / self.steps, 1.25)
+from advdiff_cli.training.recipes import Adversary
 
 
 @dataclass(frozen=True)

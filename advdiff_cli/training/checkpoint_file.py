@@ -1,18 +1,22 @@
 """Checkpoints: safetensors files of tensors and a JSON state, with a checksum; and an optimizer's state in them."""
 
+from __future__ import annotations
+
 import json
 import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from advdiff_cli.data.atomic_files import name_write_errors, sync
 from advdiff_cli.data.provenance import JsonObject, canonical_json
+
+if TYPE_CHECKING:  # imported where it is used, so that a model that is up to date is told at once
+    import torch
+    from torch import Tensor
 
 _STATE = "state"
 _CHECKSUM = "checksum"
@@ -21,6 +25,8 @@ _LOGGED = "logged"  # bytes of the log when a checkpoint was written
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, object], logged: int) -> None:
     """Write a checkpoint, and the bytes that the log has; it replaces the old one when it is complete."""
+    from safetensors.torch import save_file
+
     temporary = path.with_name(path.name + ".new")
     copies = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     checks = {_CHECKSUM: _checksum(copies), _LOGGED: str(logged)}
@@ -44,6 +50,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    import torch
+
     crc = 0
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), crc))
@@ -68,6 +76,8 @@ def is_whole(checkpoint: Path, logged: int) -> bool:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return an optimizer's per-parameter state as named tensors."""
+    import torch
+
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
 

@@ -7,9 +7,7 @@ import shutil
 from collections.abc import Mapping
 from math import inf
 from pathlib import Path
-from typing import Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Self
 
 from advdiff_cli.data.atomic_files import set_default_mode, sync
 from advdiff_cli.data.journal import complete_lines
@@ -19,6 +17,9 @@ from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, 
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.training.checkpoint_file import is_whole, read_checkpoint, write_checkpoint
+
+if TYPE_CHECKING:  # imported where it is used, so that a model that is up to date is told at once
+    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,11 @@ def training_resume_params(out: Path, recorded: Provenance | None) -> Mapping[st
     recipe = _read_recipe(_work_folder(out)) or recorded
     parameters: Mapping[str, object] = (recipe or {}).get("parameters", {})
     return parameters
+
+
+def is_begun(out: Path) -> bool:
+    """Return whether there is a work folder for `out`."""
+    return _work_folder(out).exists()
 
 
 class WorkFolder:
@@ -121,13 +127,13 @@ class WorkFolder:
         with (self.part / LOG).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, object], name: str = CHECKPOINT) -> None:
+    def save(self, tensors: "Mapping[str, Tensor]", state: Mapping[str, object], name: str = CHECKPOINT) -> None:
         """Write a checkpoint of tensors and a JSON state; it replaces the old one when it is complete."""
         if not self._is_main:
             return
         write_checkpoint(self.part / name, tensors, state, self._logged_bytes)
 
-    def load(self, name: str = CHECKPOINT) -> tuple[dict[str, Tensor], JsonObject] | None:
+    def load(self, name: str = CHECKPOINT) -> "tuple[dict[str, Tensor], JsonObject] | None":
         """Return the tensors and the state of the last checkpoint, or None before the first one."""
         path = self.part / name
         return read_checkpoint(path) if path.is_file() else None

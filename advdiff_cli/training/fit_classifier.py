@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import stream, torch_seeded
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.models.classifiers import Classifier
-from advdiff_cli.models.device import Precision
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry, vary_stain
@@ -37,6 +36,7 @@ from advdiff_cli.training.optim import (
     scaler_state,
 )
 from advdiff_cli.training.platt import fit_platt
+from advdiff_cli.training.recipes import ClassifierRecipe
 
 Channels = tuple[float, float, float]
 
@@ -44,33 +44,6 @@ _log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
 CLEAN = TrainingInput()
-
-
-@dataclass(frozen=True)
-class ClassifierRecipe:
-    """The settings of a fit that enter the recipe.
-
-    Args:
-        epochs: Passes over the data.
-        batch_size: Patches in a step, over all processes.
-        learning_rate: Peak of the cosine cycle.
-        weight_decay: Of AdamW.
-        stain: Strength of stain variation; 0 for none.
-        seed: Of weights, order and augmentation.
-        precision: fp32, bf16 or fp16.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    stain: float
-    seed: int
-    precision: Precision
-
-    def parameters(self) -> JsonObject:
-        """Return the parameters that enter a recipe."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

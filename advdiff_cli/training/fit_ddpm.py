@@ -6,7 +6,7 @@ Source: Ho et al. 2020, algorithm 1 and eq. 14. Timesteps are drawn below max_t,
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import RowStreams, stream
 from advdiff_cli.models.ddpm import Ddpm
-from advdiff_cli.models.device import Precision
 from advdiff_cli.purification.equations import estimate_x_0, forward_process, noise_levels
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.augmentation import random_symmetry
@@ -36,38 +35,12 @@ from advdiff_cli.training.optim import (
     restore_scaler,
     scaler_state,
 )
+from advdiff_cli.training.recipes import DdpmRecipe
 
 SAMPLES = "samples.png"
 _LEVELS = (0.02, 0.04, 0.085, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # fractions of T of the validation loss
 _VALID_ROWS = 96
 _SHOWN = 8  # patches in the picture
-
-
-@dataclass(frozen=True)
-class DdpmRecipe:
-    """The settings of a fit that enter the recipe.
-
-    Args:
-        steps: Optimizer steps.
-        batch_size: Patches in a step, over all processes.
-        learning_rate: Peak of the cosine cycle.
-        ema: Decay of the moving average of the weights.
-        max_t: Highest trained noise level, as a fraction of T.
-        seed: Of weights, order, augmentation and noise.
-        precision: fp32, bf16 or fp16.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    ema: float
-    max_t: float
-    seed: int
-    precision: Precision
-
-    def parameters(self) -> JsonObject:
-        """Return the parameters that enter a recipe."""
-        return asdict(self)
 
 
 @dataclass

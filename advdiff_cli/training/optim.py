@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.device import Precision
+from advdiff_cli.models.precision import Precision
 
 DIVERGED = "training diverged; give a lower --learning-rate, or --precision fp32"
 

@@ -6,11 +6,12 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 
-from advdiff_cli.attacks import apgd
+from advdiff_cli.attacks.apgd import apgd
 from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.pgd import Ball, iterates
 from advdiff_cli.models.ddpm import load_ddpm
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.purification.purifier import DiffusionPurifier
 
 EPS = 2 / 255
 

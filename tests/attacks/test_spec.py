@@ -13,14 +13,11 @@ from advdiff_cli.attacks.spec import AttackRequest, AttackSpec, resolve
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import load_ddpm
-from advdiff_cli.purification import (
-    DefendedClassifier,
-    DiffusionPurifier,
-    NoisePurifier,
-    defended_classifier,
-)
-from advdiff_cli.purification.defense import Defense, DefenseSpec, EvaluatedModel
-from advdiff_cli.purification.purifier import linear_alpha_bar
+from advdiff_cli.purification import defended_classifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.purification.defense import Defense, EvaluatedModel
+from advdiff_cli.purification.defense_spec import DefenseSpec
+from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 
 EPS = 4 / 255
 

@@ -9,9 +9,9 @@ from torch.nn.functional import mse_loss
 
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.ddpm import load_ddpm
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.equations import forward_process, noise_levels, sampler_timesteps
-from advdiff_cli.purification.purifier import linear_alpha_bar
+from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 
 
 @pytest.fixture(scope="module")

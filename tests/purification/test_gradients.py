@@ -13,8 +13,8 @@ from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.card import DdpmCard
 from advdiff_cli.models.ddpm import Ddpm, load_ddpm
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
-from advdiff_cli.purification.purifier import linear_alpha_bar
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 
 ROWS = ["a", "b", "c"]
 

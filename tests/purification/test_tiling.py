@@ -11,7 +11,8 @@ from scipy.ndimage import gaussian_filter
 
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.models.registry import find_ddpm
-from advdiff_cli.purification import DiffusionPurifier, tiling
+from advdiff_cli.purification import tiling
+from advdiff_cli.purification.purifier import DiffusionPurifier
 from advdiff_cli.purification.tiling import OVERLAP, WINDOW, predict_in_windows, window_starts
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from advdiff_cli.attacks import pgd
 from advdiff_cli.attacks.eot import ObjectiveSpec
+from advdiff_cli.attacks.pgd import pgd
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.metrics import Predictions, classification_metrics, vote_accuracies
 from advdiff_cli.evaluation.statistics import wilson
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import EvaluatedModel
-from advdiff_cli.purification.purifier import linear_alpha_bar
+from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 from advdiff_cli.robustness.binarization import BinarizationResult, binarization_test
 from advdiff_cli.robustness.gradient_checks import check_gradients
 from advdiff_cli.robustness.runner import SuiteRunner

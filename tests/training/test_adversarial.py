@@ -12,10 +12,10 @@ from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.ddpm import load_ddpm
-from advdiff_cli.purification import DefendedClassifier, DiffusionPurifier, NoisePurifier
-from advdiff_cli.purification.defended_classifier import row_noise
-from advdiff_cli.purification.purifier import linear_alpha_bar
-from advdiff_cli.training.adversarial import Adversary, TrainingInput
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, row_noise
+from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
+from advdiff_cli.training.adversarial import TrainingInput
+from advdiff_cli.training.recipes import Adversary
 
 EPS = 2 / 255
 ROWS = range(100, 108)

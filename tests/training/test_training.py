@@ -20,14 +20,15 @@ from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
 from advdiff_cli.purification.equations import forward_process
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.training.adversarial import Adversary, TrainingInput
+from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry, vary_stain
 from advdiff_cli.training.checkpoints import WorkFolder
-from advdiff_cli.training.fit_classifier import CLEAN, ClassifierFit, ClassifierRecipe, channel_statistics
-from advdiff_cli.training.fit_ddpm import DdpmFit, DdpmRecipe
+from advdiff_cli.training.fit_classifier import CLEAN, ClassifierFit, channel_statistics
+from advdiff_cli.training.fit_ddpm import DdpmFit
 from advdiff_cli.training.loader import TrainingRows
 from advdiff_cli.training.optim import cosine
 from advdiff_cli.training.platt import fit_platt
+from advdiff_cli.training.recipes import Adversary, ClassifierRecipe, DdpmRecipe
 
 CPU = torch.device("cpu")
 

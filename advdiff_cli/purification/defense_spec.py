@@ -1,0 +1,161 @@
+"""The settings of a defense and of a model behind it: what their results depend on, known without loading a model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models import registry
+from advdiff_cli.models.card import DdpmCard, SamplerName, load_card, read_timesteps
+from advdiff_cli.models.fingerprint import folder_fingerprint
+from advdiff_cli.models.precision import Precision
+from advdiff_cli.purification.equations import noise_levels
+
+DEFAULT_DDPM = "pcam-ddpm"
+
+NOISE_T_STAR = 0.085
+"""The default t* of NoiseDefense: that of the paper, 0.04 of pixels in [0, 1], on the scale of pixels in [-1, 1]."""
+
+DefenseKind = Literal["noise", "ddpm"]
+
+
+@dataclass(frozen=True)
+class DefenseSpec:
+    """The settings of a defense.
+
+    Args:
+        defense: `ddpm`, or `noise` for NoiseDefense.
+        t_star: Noise level as a fraction of T.
+        sampler: Reverse process of a ddpm.
+        sampler_steps: U-Net evaluations of a ddpm; None is one for each noise level.
+    """
+
+    defense: DefenseKind
+    t_star: float
+    sampler: SamplerName | None = None
+    sampler_steps: int | None = None
+
+    def parameters(self) -> JsonObject:
+        """Return the parameters that enter a recipe."""
+        return asdict(self) if self.defense == "ddpm" else {"defense": self.defense, "t_star": self.t_star}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, object]) -> "DefenseSpec | None":
+        """Return the defense in the parameters of a recipe, or None if it had none."""
+        names = ("defense", "t_star", "sampler", "sampler_steps")
+        if "t_star" not in parameters:
+            return None
+        return cls(**{k: parameters[k] for k in names if k in parameters})  # type: ignore[arg-type]  # as AttackSpec
+
+    def describe(self) -> str:
+        """Describe the settings in a few words."""
+        if self.defense == "noise":
+            return f"t* {self.t_star:g}"
+        return f"t* {self.t_star:g}, sampler {self.sampler}, steps {self.sampler_steps or 'every noise level'}"
+
+    def differences(self, other: "DefenseSpec") -> list[str]:
+        """Return the names of the settings that both defenses have, with different values."""
+        mine, theirs = asdict(self), asdict(other)
+        return [k for k in mine if None not in (mine[k], theirs[k]) and mine[k] != theirs[k]]
+
+
+@dataclass(frozen=True)
+class DefenseRequest:
+    """The defense asked for by name and settings; None takes the recommendation of the diffusion model."""
+
+    defense: DefenseKind
+    ddpm: str | None = None
+    t_star: float | None = None
+    sampler: SamplerName | None = None
+    sampler_steps: int | None = None
+    allow_pickle: bool = False
+
+    @property
+    def model_name(self) -> str:
+        """The name of the diffusion model, or of the defense without one."""
+        return "NoiseDefense" if self.defense == "noise" else self.ddpm or DEFAULT_DDPM
+
+    @property
+    def takes_defaults(self) -> bool:
+        """Whether a setting was not asked for, and is recommended by the diffusion model or the paper."""
+        settings = (self.t_star, self.sampler, self.sampler_steps)
+        return None in (settings if self.defense == "ddpm" else settings[:1])
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the results of a classifier, alone or behind a defense, depend on.
+
+    Args:
+        classifier: Its fingerprint.
+        defense: The settings of the defense; None for the classifier alone.
+        ddpm: The fingerprint of the diffusion model, if there is one.
+        precision: Of the purifier.
+    """
+
+    classifier: str
+    defense: DefenseSpec | None = None
+    ddpm: str | None = None
+    precision: Precision = "fp32"
+
+    @property
+    def parameters(self) -> JsonObject:
+        """The parameters of the defense that enter a recipe; empty without one."""
+        return {} if self.defense is None else {**self.defense.parameters(), "precision": self.precision}
+
+
+def resolve_noise_spec(request: DefenseRequest) -> DefenseSpec:
+    """Return the settings of NoiseDefense.
+
+    Raises:
+        AdvdiffError: Other settings were asked for, or t* is outside (0, 1].
+    """
+    if request.t_star is not None:
+        check_t_star(request.t_star)
+    if request.ddpm or request.sampler or request.sampler_steps:
+        raise AdvdiffError("--defense noise only adds noise; -m, --sampler and --sampler-steps do not apply")
+    return DefenseSpec("noise", NOISE_T_STAR if request.t_star is None else request.t_star)
+
+
+def resolve_ddpm_spec(request: DefenseRequest, card: DdpmCard, timesteps: int) -> DefenseSpec:
+    """Return the settings of a defense by a diffusion model; those that were not asked for are its recommendation.
+
+    Args:
+        request: What is asked for.
+        card: Of the diffusion model.
+        timesteps: T, its number of noise levels.
+
+    Raises:
+        AdvdiffError: t* is outside (0, 1].
+    """
+    if request.t_star is not None:
+        check_t_star(request.t_star)
+    default = card.recommended
+    t_star = default.t_star if request.t_star is None else request.t_star
+    steps = default.sampler_steps if request.sampler_steps is None else request.sampler_steps
+    if request.sampler_steps is None and request.t_star is not None and steps is not None:
+        steps = min(steps, noise_levels(t_star, timesteps))  # a low noise level has fewer levels
+    return DefenseSpec("ddpm", t_star, request.sampler or default.sampler, steps)
+
+
+def find_defense(request: DefenseRequest) -> tuple[DefenseSpec, str | None]:
+    """Return the settings of a defense and the fingerprint of its diffusion model, without loading the model.
+
+    Raises:
+        AdvdiffError: There is no such model, or its configuration is damaged.
+    """
+    if request.defense == "noise":
+        return resolve_noise_spec(request), None
+    folder = registry.find_ddpm(request.model_name, allow_pickle=request.allow_pickle)
+    return resolve_ddpm_spec(request, load_card(folder), read_timesteps(folder)), folder_fingerprint(folder)
+
+
+def check_t_star(t_star: float) -> None:
+    """Check that a noise level is a fraction of T.
+
+    Raises:
+        AdvdiffError: It is outside (0, 1].
+    """
+    if not 0 < t_star <= 1:
+        raise AdvdiffError(f"t* = {t_star:g} is not in (0, 1]")
