@@ -112,14 +112,15 @@ def tasks(work: Path, mirror: str, registry: dict[str, RemoteFile]) -> list[Task
         ),
         command("attack, HDF5", "a.h5", _rows, "attack", data, *models, "--steps", 6, "--batch-size", 2),
         command("purify, safetensors", "p.safetensors", _rows, "purify", data, *through),
+        command("predict", "d.csv", _bytes, "predict", data, *models, *through[:-2], "--draws", 6),
         command("purify, folder", "f", _files, "purify", work / "images", *through),
-        Task("download", f"pcam/{NAME}", fetch, lambda path: hashlib.sha256(path.read_bytes()).hexdigest()),
+        Task("download", f"pcam/{NAME}", fetch, _bytes),
     ]
 
 
 def _is_work(path: Path) -> bool:
-    """Return whether a file is one of unfinished work, or a journal."""
-    return any(".part" in part for part in path.parts) or path.suffix == ".jsonl"
+    """Return whether a file is one of unfinished work, a journal or a record."""
+    return any(".part" in part for part in path.parts) or path.suffix in (".jsonl", ".advdiff")
 
 
 def _without_log(result: str) -> str:
@@ -131,10 +132,15 @@ def _rows(path: Path) -> str:
     return open_patches(path).fingerprint()
 
 
+def _bytes(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _model(folder: Path) -> str:
     left = sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != "samples.png")
-    log = (folder / "training.jsonl").read_text(errors="replace")  # which a trial may have damaged
-    return f"{folder_fingerprint(folder)} {log} {left}"
+    log = folder / "training.jsonl"
+    told = log.read_text(errors="replace") if log.exists() else ""  # a trial may have damaged or removed it
+    return f"{folder_fingerprint(folder)} {told} {left}"
 
 
 def _files(folder: Path) -> str:

@@ -201,7 +201,7 @@ def train_classifier(
 def _print(settings: ClassifierOptions, log: "list[JsonObject]", output: OutputOptions) -> None:
     from advdiff_cli.cli.tables import cell
 
-    published = log[-1].get("published")
+    published = log[-1].get("published") if log else None
     text = f"{output.out}: {settings.arch}, {settings.epochs} epochs"
     if published is not None:
         text += f"; published epoch {published['epoch']}, valid accuracy {cell(published['valid_accuracy'])} %, "

@@ -144,5 +144,7 @@ def _print(settings: DdpmOptions, output: OutputOptions) -> None:
     from advdiff_cli.models.registry import training_log
 
     log = training_log(output.out)
-    text = f"{output.out}: {settings.preset}, {log[-1]['step']} steps, loss {log[-1]['loss']:.4f}"
+    text = f"{output.out}: {settings.preset}, {settings.steps} steps"
+    if log and "loss" in log[-1]:
+        text += f", loss {log[-1]['loss']:.4f}"
     output.emit({"out": str(output.out), "log": log}, text, output.out)

@@ -1,7 +1,9 @@
 """Find models by name: a folder, a bundled name, a Hub id, or a model made elsewhere; and read what they record."""
 
 import json
+import logging
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from advdiff_cli.models.ddpm import Ddpm
+
+_log = logging.getLogger(__name__)
 
 _CALLABLE = re.compile(r"[\w.]+:[\w.]+")  # module:callable
 BUNDLED = Path(__file__).resolve().parent.parent / "weights"
@@ -210,5 +214,12 @@ def recorded_recipe(folder: Path) -> Provenance | None:
 
 
 def training_log(folder: Path) -> list[JsonObject]:
-    """Return the records of training.jsonl in a model folder."""
-    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    """Return the records of training.jsonl in a model folder, without damaged ones, which are told."""
+    path, records = folder / "training.jsonl", []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        with suppress(AdvdiffError):
+            records.append(parse_json_object(line, path))
+    if not lines or len(records) < len(lines):
+        _log.warning("%s is missing or damaged; the model beside it is complete", path)
+    return records

@@ -162,3 +162,15 @@ def test_damaged_training_begins_again_or_is_refused(advdiff, test_x, tmp_path, 
     assert folder_fingerprint(tmp_path / "m") == folder_fingerprint(whole)
     if damage in ("remove", "truncate"):
         assert (tmp_path / "m" / "training.jsonl").read_bytes() == (whole / "training.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["removed", "garbage"])
+def test_a_finished_model_whose_log_is_damaged_is_told_and_complete(advdiff, test_x, tmp_path, damage):
+    train = ["train-ddpm", test_x, "--preset", "tiny", "--steps", 2, "--batch-size", 2, "-o", tmp_path / "d"]
+    advdiff(*train)
+    log = tmp_path / "d" / "training.jsonl"
+    log.unlink() if damage == "removed" else log.write_bytes(b"\x86\xff{\n")
+    told = advdiff(*train, "--json")
+    assert "training.jsonl is missing or damaged; the model beside it is complete" in told.err
+    assert "up to date" in told.err
+    assert told.json["log"] == []
