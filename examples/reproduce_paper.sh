@@ -24,7 +24,7 @@ PCAM=$1 OUT=$2
 : "${ADAPTIVE_N:=128}" "${ADAPTIVE_STEPS:=40}"      # patches of test attacked through the diffusion model
 : "${QUERIES:=500}"                                # of Square
 : "${OTHER_ARCHS:=googlenet mobilenet_v2}"         # classifiers to be defended by the same purifier
-: "${CLASSIFIER_OPTIONS:=}" "${DDPM_OPTIONS:=}" "${ADVERSARIAL_OPTIONS:=}"
+: "${CLASSIFIER_OPTIONS:=}" "${DDPM_OPTIONS:=}" "${ADVERSARIAL_OPTIONS:=}" "${ATTACK_OPTIONS:=}" # such as --batch-size 64
 mkdir -p "$OUT"
 split() { echo "$PCAM/pcam/camelyonpatch_level_2_split_$1_x.h5"; }
 lossless=()
@@ -64,7 +64,7 @@ choose() { # NAME CLASSIFIER OPTIONS...: prints the chosen value
     local name=$1 judge=$2
     shift 2
     advdiff sweep "$(split valid)" -c "$(model "$judge")" --limit "$N" --shuffle-seed 1 --steps "$ATTACK_STEPS" \
-        -o "$OUT/sweep-$name" "$@" -q
+        -o "$OUT/sweep-$name" "$@" $ATTACK_OPTIONS -q
 }
 ddpm=(-m "$(model ddpm)" --sampler-steps "$SAMPLER_STEPS")
 t_noise=$(choose noise plain --values "$T_STARS" --defense noise)
@@ -80,7 +80,7 @@ few=("$(split test)" --shuffle-seed 0 --limit "$ADAPTIVE_N")
 attack() { # NAME CLASSIFIER OPTIONS...
     local name=$1 judge=$2
     shift 2
-    advdiff attack "${rows[@]}" -c "$(model "$judge")" "$@" -o "$OUT/adv-$name.safetensors" -q >&2
+    advdiff attack "${rows[@]}" -c "$(model "$judge")" "$@" $ATTACK_OPTIONS -o "$OUT/adv-$name.safetensors" -q >&2
 }
 measure() { # NAME ATTACKED CLASSIFIER DEFENCE...
     local name=$1 adv=$2 judge=$3
@@ -148,7 +148,7 @@ done
 {
     choose eps adapted --over eps "${adapted[@]}"
     choose eps-l2 adapted --over eps --norm l2 --values 0.125,0.25,0.5,1,2 "${adapted[@]}"
-    choose sampler-steps plain --over sampler-steps --values 1,2,4,8,40 -m "$(model ddpm)" --t-star 0.25
+    choose sampler-steps plain --draws 1 --over sampler-steps --values 1,2,4,8,40 -m "$(model ddpm)" --t-star 0.25
     for t in 0.2 0.3; do
         choose "training-$t" plain --over ddpm --values "$trained$(model ddpm)" --t-star "$t" --sampler-steps "$SAMPLER_STEPS"
     done

@@ -57,6 +57,7 @@ def test_reproduce_paper(run, patches, tmp_path):
         "CLASSIFIER_OPTIONS": "--batch-size 16",
         "DDPM_OPTIONS": "--batch-size 4",
         "ADVERSARIAL_OPTIONS": "--attack-steps 1",
+        "ATTACK_OPTIONS": "--batch-size 8",
     }
     done = run("reproduce_paper.sh", patches, tmp_path, **small)
     assert done.returncode == 0, done.stderr

@@ -7,9 +7,12 @@ caller's streams, folder and environment, and runs the same main().
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import socket
 import sys
+
+import advdiff_cli
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -27,7 +30,8 @@ def client(path):
 
 
 def serve(path):
-    for name in ("diffusers", "matplotlib.pyplot", "skimage.metrics", "torch", "torchvision"):
+    ours = (m.name for m in pkgutil.walk_packages(advdiff_cli.__path__, "advdiff_cli.") if "__main__" not in m.name)
+    for name in ("matplotlib.pyplot", "scipy.optimize", "skimage.metrics", *ours):
         importlib.import_module(name)  # for the forks to find
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork
     with socket.socket(socket.AF_UNIX) as waiting:
