@@ -306,4 +306,4 @@ def test_a_draw_number_that_no_memory_holds(advdiff, classifier, test_x, tmp_pat
     cells[5] = "1000000000"
     table.write_text("\n".join([*lines[:-1], ",".join(cells)]) + "\n")
     (tmp_path / "q.csv").write_bytes(table.read_bytes())
-    assert "is incomplete" in advdiff("compare", table, tmp_path / "q.csv", code=1).err
+    assert "is damaged" in advdiff("compare", table, tmp_path / "q.csv", code=1).err

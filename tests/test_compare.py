@@ -79,7 +79,7 @@ def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
     cases = {
         "needs at least two different files": [],
         "is not a file of predictions": [tmp_path / "other.csv"],
-        "is incomplete": [tmp_path / "cut.csv"],
+        "is damaged": [tmp_path / "cut.csv"],
         "holds 1 sets": [predictions("few.csv", "clean")],
         "shares no patches": [predictions("elsewhere.csv", "clean", "adv", origin="elsewhere")],
         "label the same rows differently": [predictions("labels.csv", "clean", "adv", labels=(1, 1))],

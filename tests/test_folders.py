@@ -17,7 +17,7 @@ from advdiff_cli.data.image_files import read_image
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.jobs import purify_folder
+from advdiff_cli.jobs import folder_images
 from advdiff_cli.jobs.purify_rows import PurifyJob
 
 
@@ -213,14 +213,11 @@ def test_listed_names_need_not_be_utf8(advdiff, folder, ddpm, tmp_path):
 def test_what_would_lose_or_ignore_something_is_named(advdiff, folder, ddpm, tmp_path, monkeypatch):
     Image.new("RGB", (96, 96)).save(folder / "pages.tif", save_all=True, append_images=[Image.new("RGB", (96, 96))])
     Image.new("RGB", (700, 600)).save(folder / "large.png")
-    compute = PurifyJob.purify
 
-    def short_of_memory(job, images, noise):
-        if images.shape[-1] > 512:
-            raise MemoryError
-        return compute(job, images, noise)
+    def short_of_memory(*_):
+        raise MemoryError
 
-    monkeypatch.setattr(PurifyJob, "purify", short_of_memory)
+    monkeypatch.setattr(PurifyJob, "purify_large", short_of_memory)
     result = purify(advdiff, folder, tmp_path / "out", ddpm, code=3)
     assert (result.json["purified"], result.json["failed"]) == (5, 2)
     assert "pages.tif has 2 pages" in result.err
@@ -522,7 +519,7 @@ def test_large_images_are_read_computed_and_written_one_at_a_time(advdiff, ddpm,
     for k in range(5):
         Image.fromarray(np.full((32, 400, 3), 40 * k, np.uint8)).save(tmp_path / "in" / f"{k}.png")
     held, most = [], []
-    read, write = purify_folder.read_image, FolderWriter.write
+    read, write = folder_images.read_image, FolderWriter.write
 
     def reading(file):
         held.append(file)
@@ -533,7 +530,7 @@ def test_large_images_are_read_computed_and_written_one_at_a_time(advdiff, ddpm,
         held.pop()
         return write(*arguments)
 
-    monkeypatch.setattr(purify_folder, "read_image", reading)
+    monkeypatch.setattr(folder_images, "read_image", reading)
     monkeypatch.setattr(FolderWriter, "write", writing)
     assert purify(advdiff, tmp_path / "in", tmp_path / "out", ddpm, "--batch-size", 16).json["purified"] == 5
     assert most == [1] * 5
@@ -547,7 +544,7 @@ def test_a_large_image_waits_for_the_batches_before_it(advdiff, ddpm, tmp_path, 
         Image.fromarray(np.full((*size, 3), 20 * k, np.uint8)).save(tmp_path / "in" / f"{k}.png")
     computing, most = [], []
 
-    def compute(job, images, noise):
+    def compute(job, images, *_):
         computing.append(max(images.shape[-2:]) > 384)
         most.append(not any(computing) or len(computing) == 1)
         time.sleep(0.02)
@@ -556,6 +553,7 @@ def test_a_large_image_waits_for_the_batches_before_it(advdiff, ddpm, tmp_path, 
         return images
 
     monkeypatch.setattr(PurifyJob, "purify", compute)
+    monkeypatch.setattr(PurifyJob, "purify_large", compute)
     threads(3)
     assert purify(advdiff, tmp_path / "in", tmp_path / "out", ddpm, "--batch-size", 1).json["purified"] == 9
     assert len(most) == 18

@@ -24,6 +24,11 @@ def stream(seed: int, purpose: str, *names: RowKey) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
+def row_stream(seed: int, purpose: str, row: RowKey, *, draw: int = 0, restart: int = 0) -> np.random.Generator:
+    """Return the generator of one row."""
+    return stream(seed, purpose, draw, restart, row)
+
+
 @contextmanager
 def torch_seeded(device: "torch.device", seed: int, purpose: str, *names: RowKey) -> Iterator[None]:
     """Seed torch's global generator from a stream inside the block, for layers such as dropout; restore it after."""
@@ -39,7 +44,7 @@ class RowStreams:
 
     def __init__(self, seed: int, purpose: str, rows: Sequence[RowKey], *, draw: int = 0, restart: int = 0) -> None:
         """Open the streams of `rows`; a padded batch may name a row more than once."""
-        self._streams = [stream(seed, purpose, draw, restart, row) for row in rows]
+        self._streams = [row_stream(seed, purpose, row, draw=draw, restart=restart) for row in rows]
 
     def normal(self, *shape: int) -> "torch.Tensor":
         """Draw (B, *shape) standard normal float32 numbers, each row from its own stream."""

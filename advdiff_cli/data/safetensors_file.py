@@ -111,7 +111,9 @@ class SafetensorsTarget:
         self._images = len(head)
         self._file = os.open(path, os.O_RDWR | mode, 0o666)
         os.pwrite(self._file, head, 0)
-        reserve(self._file, self._images + layout.shape[0] * layout.row_bytes)
+        size = self._images + layout.shape[0] * layout.row_bytes
+        reserve(self._file, size)
+        os.ftruncate(self._file, size)  # a damaged file may be too long
 
     @classmethod
     def create(cls, path: Path, layout: FileLayout) -> Self:
@@ -120,7 +122,7 @@ class SafetensorsTarget:
 
     @classmethod
     def reopen(cls, path: Path, layout: FileLayout) -> Self:
-        """Reopen the file of an earlier run; what it lacks is filled with zeros."""
+        """Reopen the file of an earlier run; it gets the size that it should have."""
         return cls(path, layout, 0)
 
     def write(self, start: int, images: Images) -> None:

@@ -50,11 +50,11 @@ def read_predictions(path: Path) -> list[EvaluatedSet]:
                 lines.setdefault(line[0], []).append(line)
         return [_parse_set(name, mine) for name, mine in lines.items()]
     except (ValueError, IndexError, csv.Error):
-        raise AdvdiffError(f"{path} is incomplete: make it again with advdiff evaluate --predictions {path}") from None
+        raise AdvdiffError(f"{path} is damaged: make it again with advdiff evaluate --predictions {path}") from None
 
 
 def _parse_set(name: str, lines: list[list[str]]) -> EvaluatedSet:
-    """Return a set; ValueError unless its lines are draws 0 to R - 1 of one patch after another."""
+    """Return a set; ValueError unless its lines are draws 0 to R - 1 of one patch after another, with valid figures."""
     _, origins, index, _, labels, draw, p1 = zip(*lines, strict=True)
     draws = max(map(int, draw)) + 1
     if len(lines) % draws:
@@ -63,4 +63,6 @@ def _parse_set(name: str, lines: list[list[str]]) -> EvaluatedSet:
         raise ValueError(name)
     first = slice(None, None, draws)
     predictions = Predictions(np.array(labels[first], np.int64), np.array(p1, np.float64).reshape(-1, draws))
+    if not ((predictions.p1 >= 0) & (predictions.p1 <= 1)).all() or not np.isin(predictions.labels, (0, 1)).all():
+        raise ValueError(name)
     return EvaluatedSet(name, origins[0], np.array(index[first], np.int64), predictions)

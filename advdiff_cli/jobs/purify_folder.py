@@ -83,12 +83,11 @@ class FolderPurifier:
         decoded = decode(image)
         if isinstance(decoded, Outcome):
             return decoded
+        assert decoded.pixels is not None
         try:
-            ((_, pixels),) = self._purify_batch(self._batch([decoded], 1))
+            pixels = self.job.purify_large(decoded.pixels, image.entry.file, self.images.writer.out)
         except (MemoryError, torch.OutOfMemoryError):
-            return image.failed(
-                f"{image.file} does not fit into memory; cut it into tiles, or give fewer --sampler-steps"
-            )
+            return image.failed(f"{image.file} does not fit into memory; cut it into tiles")
         return self.images.write(decoded, pixels)
 
     def _finish(self, found: Outcome | _Purified) -> Outcome:

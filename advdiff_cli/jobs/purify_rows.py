@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from advdiff_cli.data.output_spec import Batch
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.data.rng import row_stream
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map
@@ -18,6 +22,7 @@ from advdiff_cli.models.device import autocast, to_device
 from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import row_noise
 from advdiff_cli.purification.defense import Defense
+from advdiff_cli.purification.large_images import purify_large_image
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,28 @@ class PurifyJob:
         settings = {"seed": self.seed, "batch_size": self.batch_size}
         return purify_recipe(spec, ddpm, patches, **settings, precision=self.precision)
 
+    def purify_large(self, pixels: NDArray[np.uint8], name: str, folder: Path) -> NDArray[np.uint8]:
+        """Purify a large image (3, H, W) whose noise is that of `name`, with memory that hardly grows with its size.
+
+        Args:
+            pixels: uint8 RGB.
+            name: Its relative path.
+            folder: Where unnamed temporary files lie.
+
+        Raises:
+            AdvdiffError: The result is not finite.
+        """
+        purifier, noise = self.defense.purifier, row_stream(self.seed, "purify", name)
+        try:
+            with autocast(self.precision, self.device):
+                return purify_large_image(purifier, pixels, noise, self.device, folder)
+        except FloatingPointError:
+            raise self._not_finite() from None
+
+    def _not_finite(self) -> AdvdiffError:
+        advice = "give --precision fp32" if self.precision != "fp32" else "the diffusion model is damaged"
+        return AdvdiffError(f"purified patches are not finite, because the U-Net overflowed; {advice}")
+
     @torch.inference_mode()
     def purify(self, images: Tensor, noise: Tensor) -> Tensor:
         """Purify a batch (B, 3, H, W) in [0, 1] with the given noise, both on the device; return it on the CPU.
@@ -55,8 +82,7 @@ class PurifyJob:
             purified: Tensor = self.defense.purifier(images, noise)
         purified = purified.float().cpu()
         if not purified.isfinite().all():
-            advice = "give --precision fp32" if self.precision != "fp32" else "the diffusion model is damaged"
-            raise AdvdiffError(f"purified patches are not finite, because the U-Net overflowed; {advice}")
+            raise self._not_finite()
         return purified
 
 

@@ -103,16 +103,17 @@ class DiffusionPurifier(nn.Module):
         needs_graph = torch.is_grad_enabled() and x_t.requires_grad
         recompute = self.use_checkpoints and needs_graph and len(self.timesteps) > 1
         step = _checkpointed_step if recompute else reverse_step
-        return reverse_process(self._predict_noise, x_t, self.timesteps, step_noise, self.ddpm.alpha_bar, step)
+        return reverse_process(self._predict_in_windows, x_t, self.timesteps, step_noise, self.ddpm.alpha_bar, step)
 
-    def _predict_noise(self, x_t: Tensor, t: int) -> Tensor:
-        def predict(x: Tensor) -> Tensor:
-            predicted: Tensor = self.ddpm(x, torch.full((len(x),), t, device=x.device))
-            if torch.is_grad_enabled():
-                return predicted
-            return predicted.where(predicted.isfinite(), nan)  # the clip of x_0 would hide an overflow
+    def predict_noise(self, x_t: Tensor, t: int) -> Tensor:
+        """Return the noise that the U-Net predicts in x_t (B, 3, H', W') as a whole; NaN, without a graph, for inf."""
+        predicted: Tensor = self.ddpm(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        if torch.is_grad_enabled():
+            return predicted
+        return predicted.where(predicted.isfinite(), nan)  # the clip of x_0 would hide an overflow
 
-        return predict_in_windows(predict, x_t, self.ddpm.multiple)
+    def _predict_in_windows(self, x_t: Tensor, t: int) -> Tensor:
+        return predict_in_windows(lambda x: self.predict_noise(x, t), x_t, self.ddpm.multiple)
 
 
 class NoisePurifier(nn.Module):

@@ -24,9 +24,21 @@ def predict_in_windows(predict: Callable[[Tensor], Tensor], images: Tensor, mult
         images: (B, 3, H, W), with sides that are multiples of `multiple`.
         multiple: The positions of windows are multiples of it; it divides WINDOW.
     """
-    height, width = images.shape[-2:]
-    if max(height, width) <= MAX_UNTILED:
+    if max(images.shape[-2:]) <= MAX_UNTILED:
         return predict(images)
+    blended, total = torch.zeros_like(images), torch.zeros_like(images[:, :1])
+    add_windows(predict, images, multiple, blended, total)
+    return blended / total
+
+
+def add_windows(
+    predict: Callable[[Tensor], Tensor], images: Tensor, multiple: int, blended: Tensor, total: Tensor
+) -> None:
+    """Add weighted predictions of all windows to `blended` (B, 3, H, W), and their weights to `total` (B, 1, H, W).
+
+    The other arguments are those of `predict_in_windows`, for large images.
+    """
+    height, width = images.shape[-2:]
     sides = min(WINDOW, height), min(WINDOW, width)
     windows = [
         (b, top, left)
@@ -35,7 +47,6 @@ def predict_in_windows(predict: Callable[[Tensor], Tensor], images: Tensor, mult
         for left in window_starts(width, sides[1], multiple)
     ]
     weight = (_ramp(sides[0]).unsqueeze(1) * _ramp(sides[1])).to(images.device)
-    blended, total = torch.zeros_like(images), torch.zeros_like(images[:, :1])
     for k in range(0, len(windows), BATCH):
         chunk = windows[k : k + BATCH]
         full = [*chunk, *[chunk[-1]] * (BATCH - len(chunk))]
@@ -43,7 +54,6 @@ def predict_in_windows(predict: Callable[[Tensor], Tensor], images: Tensor, mult
         for (b, t, c), predicted in zip(chunk, predict(crops), strict=False):
             blended[b, :, t : t + sides[0], c : c + sides[1]] += predicted * weight
             total[b, :, t : t + sides[0], c : c + sides[1]] += weight
-    return blended / total
 
 
 def window_starts(length: int, side: int, multiple: int) -> list[int]:
