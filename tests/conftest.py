@@ -63,8 +63,14 @@ def advdiff(capsys, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache folder of the tests, so that they neither find nor leave results in the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
-def warm():
+def warm(own_cache):
     """An environment whose `advdiff` has its imports behind it, for scripts of many commands; see warm.py."""
     folder = Path(tempfile.mkdtemp(prefix="advdiff"))  # a socket's path must be short
     command = [sys.executable, str(Path(__file__).parent / "warm.py"), "serve", str(folder / "socket")]

@@ -55,6 +55,23 @@ def test_a_point_is_what_the_other_commands_make_of_it(advdiff, common, test_x, 
     assert [float(r["robust"]) for r in table] == pytest.approx([r["robust"]["value"] for r in found["rows"]])
 
 
+def test_files_of_others_are_kept(advdiff, common, tmp_path):
+    run = [*common, "--values", "0.1", "--steps", 1, "--sampler-steps", 1, "--draws", 1, "-o", tmp_path / "s"]
+    (tmp_path / "s").mkdir()
+    for name in ("sweep.json", "sweep.png"):
+        (tmp_path / "s" / name).write_text("{}")
+        assert f"{name} exists and was not made by this command" in advdiff(*run, code=1).err
+        assert [p.read_text() for p in (tmp_path / "s").iterdir()] == ["{}"]
+        (tmp_path / "s" / name).unlink()
+    advdiff(*run)
+    advdiff(*run)
+    (tmp_path / "s" / "sweep.csv").write_text("mine")
+    assert "sweep.csv exists and was not made by this command" in advdiff(*run, code=1).err
+    advdiff(*run, "--overwrite")
+    (tmp_path / "s" / "sweep.advdiff").unlink()  # an earlier version, or a process that was killed
+    advdiff(*run)
+
+
 def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
     run = [*common, "--values", "0.1", "--steps", 1, "--sampler-steps", 1, "-o", tmp_path / "s"]
     first = advdiff(*run, "-q").out

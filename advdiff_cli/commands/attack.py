@@ -180,8 +180,10 @@ def attack(
     result = {"out": str(out), "status": status, "parameters": parameters, "precision": precision}
     if output.prints_details:
         fingerprint = open_patches(out).fingerprint()
-        outcome = cached_outcome(job.recipe, fingerprint) or _outcome(job, part.start, len(part), output)
-        store_outcome(job.recipe, fingerprint, outcome)
+        outcome = cached_outcome(job.recipe, fingerprint, precision)
+        if outcome is None:
+            outcome = {"precision": precision, **_outcome(job, part.start, len(part), output)}
+            store_outcome(job.recipe, fingerprint, outcome)
         result |= outcome
     output.emit(result, "" if output.quiet else _text(spec, result), out)
 
@@ -217,7 +219,7 @@ def _finished(
     found["precision"] = model.precision
     if not output.prints_details:
         return found
-    outcome = cached_outcome(made_by, open_patches(output.out).fingerprint())
+    outcome = cached_outcome(made_by, open_patches(output.out).fingerprint(), compute.precision)
     return None if outcome is None else found | outcome
 
 

@@ -67,6 +67,8 @@ def robustness(
 
     Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o suite/
     """
+    from advdiff_cli.data.output_spec import OutputSpec
+    from advdiff_cli.data.recorded_files import check_summary, record_files
     from advdiff_cli.jobs.result_cache import write_json
     from advdiff_cli.robustness.suite import PRESETS, build_suite
 
@@ -95,11 +97,15 @@ def robustness(
         status = {"out": str(output.out), "status": "would climb", "n": len(patches)}
         output.emit({**status, "rungs": [c.as_dict() for c in plan]}, f"{title}\n{_plan_text(plan)}", output.out)
         return
+    summary, record = output.out / "robustness.json", output.out / "robustness.advdiff"
+    check_summary(record, [summary], overwrite=output.overwrite)
     _log_plan(title, plan, quiet=output.quiet)
     output.out.mkdir(parents=True, exist_ok=True)
     result = _run(runner, chosen, {c.name: c for c in plan}, eps, whole=settings.only is None, quiet=output.quiet)
     if settings.only is None:
-        write_json(output.out / "robustness.json", result)
+        record.unlink(missing_ok=True)  # without it, robustness.json tells whose it is
+        write_json(summary, result)
+        record_files(OutputSpec(record, result["recipe"], device.type), [summary])
     output.emit(result, f"{title}\n{_text(result)}", result["worst"]["accuracy"]["value"])
 
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from advdiff_cli.robustness.sweep_points import SweepRequest
 
 
+_FILES = ("sweep.json", "sweep.csv", "sweep.png", "sweep.svg")
+_RECORD = "sweep.advdiff"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
     """What is varied, the rule, and the attack."""
@@ -106,6 +110,7 @@ def sweep(
 
     Example: advdiff sweep valid.h5 -c pcam-resnet18 -m pcam-ddpm --limit 500 -o sweep/
     """
+    from advdiff_cli.data.recorded_files import check_summary
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import Budget
     from advdiff_cli.robustness.sweep import unet_evaluations
@@ -140,6 +145,7 @@ def sweep(
         plan = {"out": str(out), "status": "would sweep", "points": names, "patches": len(patches)}
         output.emit({**plan, "unet_forward": forward, "unet_backward": backward}, text, out)
         return
+    check_summary(out / _RECORD, [out / name for name in _FILES], overwrite=output.overwrite)
     out.mkdir(parents=True, exist_ok=True)
     result = _run(points, undefended, request, settings.rule, quiet=output.quiet)
     _write(result, out)
@@ -196,15 +202,19 @@ def _judge(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predictio
 
 
 def _write(result: "JsonObject", out: Path) -> None:
-    """Write sweep.json, sweep.csv and the plots."""
+    """Write sweep.json, sweep.csv and the plots, and record them."""
+    from advdiff_cli.data.output_spec import OutputSpec
+    from advdiff_cli.data.recorded_files import record_files
     from advdiff_cli.jobs.result_cache import write_json
     from advdiff_cli.report.plots import sweep_curves
     from advdiff_cli.robustness.sweep import axis_label
     from advdiff_cli.robustness.sweep_result import write_table
 
+    (out / _RECORD).unlink(missing_ok=True)  # without it, sweep.json tells whose the files are
     write_json(out / "sweep.json", result)
     write_table(result, out / "sweep.csv")
     sweep_curves(result, axis_label(result), [out / "sweep.png", out / "sweep.svg"])
+    record_files(OutputSpec(out / _RECORD, result["recipe"]), [out / name for name in _FILES])
 
 
 def _text(result: "JsonObject") -> str:

@@ -59,6 +59,32 @@ def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequenc
         raise AdvdiffError(f"{existing[0]} was made with other settings ({changes}); give --overwrite or another name")
 
 
+def check_summary(record: Path, files: Sequence[Path], *, overwrite: bool) -> None:
+    """Check that the summary of a folder may be written again, from results that have recipes of their own.
+
+    Args:
+        record: Of the files. Where there is none, as in version 0.1.0 and while they are written, the first file, in
+            JSON, tells by its recipe whose they are.
+        files: What is to be written.
+        overwrite: Whether files of others may be replaced.
+
+    Raises:
+        AdvdiffError: A file is someone else's.
+    """
+    if overwrite:
+        return
+    for file in (f for f in files if f.exists()):
+        if not (is_recorded(file, record) if record.exists() else _has_recipe(files[0])):
+            raise AdvdiffError(f"{file} exists and was not made by this command; give --overwrite or another --out")
+
+
+def _has_recipe(file: Path) -> bool:
+    try:
+        return isinstance(parse_json_object(file.read_bytes(), file).get("recipe"), dict)
+    except (OSError, AdvdiffError):
+        return False
+
+
 def is_recorded(file: Path, record: Path) -> bool:
     """Return whether a file is as it was recorded."""
     return file.is_file() and read_record(record)["files"].get(file.name) == file_digest(file)

@@ -8,18 +8,21 @@ from advdiff_cli import __version__
 from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, digest
 from advdiff_cli.data.user_cache import cache_folder
+from advdiff_cli.models.precision import PrecisionName
 
 
-def cached_outcome(recipe: Provenance, fingerprint: str) -> JsonObject | None:
+def cached_outcome(recipe: Provenance, fingerprint: str, precision: PrecisionName) -> JsonObject | None:
     """Return the stored outcome of attacked patches, or None.
 
     Args:
         recipe: Of the attack.
         fingerprint: Of the attacked patches.
+        precision: At which they are judged; any if `auto`.
     """
     with suppress(OSError, ValueError):
         found = json.loads(_entry(recipe, fingerprint).read_bytes())
-        return found if isinstance(found, dict) and "accuracy" in found else None
+        if isinstance(found, dict) and "accuracy" in found and precision in ("auto", found.get("precision")):
+            return found
     return None
 
 
