@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE_PATCHES = Path(__file__).parents[1] / "examples" / "patches"
+from advdiff_cli.datasets.example import EXAMPLE_PATCHES
 
 
 @pytest.fixture

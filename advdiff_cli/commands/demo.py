@@ -15,7 +15,6 @@ from advdiff_cli.cli.compute_options import SeededComputeOptions
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import OutputOptions
 from advdiff_cli.cli.progress import follow_rows
-from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +24,7 @@ if TYPE_CHECKING:
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.purification.defense import Defense, EvaluatedModel
 
-EXAMPLE_PATCHES = Path(__file__).resolve().parents[2] / "examples" / "patches"
 CLASSIFIER, DDPM = "pcam-resnet18", "pcam-ddpm"
-"""The noise level of NoiseDefense, chosen on valid (docs/results.md)."""
 EPS, EPS_TEXT = 2 / 255, "2/255"
 _SHOWN = 12
 
@@ -45,7 +42,7 @@ class DemoOutputOptions(OutputOptions):
 def demo(
     compute: SeededComputeOptions,
     output: DemoOutputOptions,
-    data: Annotated[str | None, typer.Argument(help="Patches with labels.", show_default="examples/patches")] = None,
+    data: Annotated[str | None, typer.Argument(help="Patches with labels.", show_default="the bundled patches")] = None,
 ) -> None:
     """Attack, purify and evaluate real patches with the bundled models, and write a report.
 
@@ -58,9 +55,7 @@ def demo(
     from advdiff_cli.purification.defense import build_defense
     from advdiff_cli.purification.defense_spec import DefenseRequest
 
-    if data is None and not EXAMPLE_PATCHES.is_dir():
-        raise AdvdiffError("the example patches are only in a clone of the repository; give patches of your own")
-    data = data or os.path.relpath(EXAMPLE_PATCHES)
+    data = data or _example_patches()
     clean = open_patches(data)
     clean.require_labels()
     device = compute.resolve_device()
@@ -95,6 +90,14 @@ def demo(
         "rows": accuracies,
     }
     output.emit(summary, _text(summary), output.out)
+
+
+def _example_patches() -> str:
+    """Return a short path to the bundled patches: in a clone, examples/patches is a link to them."""
+    from advdiff_cli.datasets.example import EXAMPLE_PATCHES
+
+    link = Path("examples/patches")
+    return str(link if link.exists() and link.samefile(EXAMPLE_PATCHES) else os.path.relpath(EXAMPLE_PATCHES))
 
 
 @dataclass(frozen=True)
