@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.evaluation.metrics import Predictions
     from advdiff_cli.purification.defense import EvaluatedModel
-    from advdiff_cli.robustness.runner import RowCost, SuiteRunner
+    from advdiff_cli.robustness.cost_estimate import RowCost
+    from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import Budget, SuiteRow
 
 
@@ -70,6 +71,7 @@ def robustness(
     from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.data.recorded_files import check_summary, record_files
     from advdiff_cli.jobs.result_cache import write_json
+    from advdiff_cli.robustness.cost_estimate import estimate_costs
     from advdiff_cli.robustness.suite import PRESETS, build_suite
 
     eps = options.attack_radius("linf", settings.eps)
@@ -91,7 +93,7 @@ def robustness(
         model = model.compile_unet(device)
     runner = _runner(model, patches, budget, compute, output, resume)
     tested = next(r.attack for r in chosen if r.name == "pgd") if settings.only is None else None
-    plan = runner.costs(chosen, tested)
+    plan = estimate_costs(runner, chosen, tested)
     title = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {settings.preset}, {budget.draws} judging draws"
     if output.dry_run:
         status = {"out": str(output.out), "status": "would climb", "n": len(patches)}
@@ -210,7 +212,7 @@ def _log_plan(title: str, plan: "Sequence[RowCost]", *, quiet: bool) -> None:
     for line in (title, *_plan_text(plan).split("\n")):
         console.log(line)
     console.log(
-        "the times are from passes measured now on this machine, as busy as it is; finished rows are not made again"
+        "the times are for nothing done yet, from passes measured just now, on a machine as busy as it was then"
     )
     if sum(c.seconds for c in plan) > _LONG:
         console.log("--preset quick and --limit are shorter; a stopped suite goes on when the command is run again")

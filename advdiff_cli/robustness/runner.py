@@ -1,16 +1,14 @@
 """Run a suite: attack and judge each row, and check the gradients and the attacks themselves."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
-from advdiff_cli.attacks.model_passes import Cost, attack_cost
+from advdiff_cli.attacks.eot import ObjectiveSpec
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.output_spec import OutputSpec, shard_rows
 from advdiff_cli.data.patch_writer import PatchWriter
@@ -25,7 +23,7 @@ from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.robustness.binarization import PROBE_PASSES, BinarizationResult, run_binarization_test
+from advdiff_cli.robustness.binarization import BinarizationResult, run_binarization_test
 from advdiff_cli.robustness.gradient_checks import GradientFindings, check_gradients
 from advdiff_cli.robustness.suite import Budget, SuiteRow
 from advdiff_cli.robustness.timing_log import TimingLog
@@ -34,30 +32,6 @@ Advance = Callable[[int], None]
 
 CHECKED_PATCHES = 64
 """Patches whose gradients are checked, and with which attacks are tested."""
-
-
-@dataclass(frozen=True)
-class RowCost:
-    """The estimated cost of a row: U-Net evaluations for each of n patches, and seconds for all of them."""
-
-    name: str
-    n: int
-    unet_forward: int
-    unet_backward: int
-    seconds: float
-
-    def as_dict(self) -> JsonObject:
-        """Return the fields."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PassSeconds:
-    """Measured seconds for each patch: of a forward pass and a gradient of the model, and of the classifier alone."""
-
-    forward: float
-    gradient: float
-    classifier: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +91,8 @@ class SuiteRunner:
                 timing.lap()
                 yield count
 
-    def _draws(self, row: SuiteRow) -> int:
+    def judging_draws(self, row: SuiteRow) -> int:
+        """Return the number of draws that judge a row."""
         return self.budget.draws if row.judged_on == "all" else 1
 
     @property
@@ -125,7 +100,7 @@ class SuiteRunner:
         return isinstance(self.model.module, DefendedClassifier)
 
     def _judging_recipe(self, row: SuiteRow) -> Provenance:
-        judging = {"draws": self._draws(row), "seed": self.seed} if self._is_random else {}
+        judging = {"draws": self.judging_draws(row), "seed": self.seed} if self._is_random else {}
         return recipe(
             "judge",
             {**judging, **self.model.parameters},
@@ -146,7 +121,7 @@ class SuiteRunner:
             advance(len(found.labels))
             return found
         patches = open_patches(self.out / f"{row.name}.safetensors") if row.attack else self.patches
-        draws = range(self._draws(row) if self._is_random else 1)
+        draws = range(self.judging_draws(row) if self._is_random else 1)
         batches = []
         with self._timing(made_by, restart=True):
             for p1 in predict(self.model.module, patches, self.device, draws=draws, seed=self.seed):
@@ -197,58 +172,3 @@ class SuiteRunner:
 
     def _timing(self, made_by: Provenance, *, restart: bool = False) -> TimingLog:
         return TimingLog(self.out / "seconds.jsonl", made_by, restart=restart)
-
-    def costs(self, rows: Sequence[SuiteRow], tested: AttackSpec | None = None) -> list[RowCost]:
-        """Return the cost of making and judging each row and, with an attack to be `tested`, of both checks.
-
-        The seconds are estimated from passes measured here.
-        """
-        measured, n = self._measure_passes(), len(self.patches)
-        found = [self._row_cost(r.name, n, self._passes(r), measured) for r in rows]
-        if tested is None:
-            return found
-        few, half = min(CHECKED_PATCHES, n), max(self.budget.eot // 2, 1)
-        gradients = Cost(forward=1, gradient=2 * half + 1 if self.model.defense else 2)
-        unit_test = Cost(forward=PROBE_PASSES, gradient=(tested.steps or 0) + 1)
-        checks = {"gradients": gradients, "unit-test": unit_test}
-        return found + [self._row_cost(name, few, cost, measured) for name, cost in checks.items()]
-
-    def unet_evaluations(self, row: SuiteRow) -> tuple[int, int]:
-        """Return the U-Net evaluations of making and judging a row, forward and backward, for each patch."""
-        return self._passes(row).unet_evaluations(self.model.sampler_steps)
-
-    def _row_cost(self, name: str, n: int, passes: Cost, measured: PassSeconds) -> RowCost:
-        forward, backward = passes.unet_evaluations(self.model.sampler_steps)
-        seconds = passes.forward * measured.forward + passes.gradient * measured.gradient
-        seconds += passes.classifier * measured.classifier
-        return RowCost(name, n, forward, backward, round(seconds * n, 1))
-
-    def _passes(self, row: SuiteRow) -> Cost:
-        has_defense = self.model.defense is not None
-        cost = Cost()
-        if row.attack:
-            cost = attack_cost(row.attack, defended=has_defense and row.against != "nothing")
-        if has_defense and row.against != "defense":  # noise costs nothing compared with the classifier
-            cost = Cost(classifier=cost.classifier + cost.gradient + cost.forward)
-        return cost + Cost(forward=self._draws(row) if has_defense else 1)
-
-    def _measure_passes(self) -> PassSeconds:
-        rows = np.arange(min(self.batch_size, len(self.patches)))
-        batch, spec = self.patches.batch(rows, self.device), ObjectiveSpec(seed=self.seed)
-        model = Objective(self.model.module, batch.labels, batch.keys, spec)
-        classifier = Objective(self.model.classifier, batch.labels, batch.keys, spec)
-        return PassSeconds(
-            self._fastest(lambda: model.value(batch.images, 0)) / len(rows),
-            self._fastest(lambda: model.gradient(batch.images, 0)) / len(rows),
-            self._fastest(lambda: classifier.gradient(batch.images, 0)) / len(rows),
-        )
-
-    def _fastest(self, task: Callable[[], object]) -> float:
-        times = []
-        for _ in range(2):  # the first one warms up
-            started = time.perf_counter()
-            task()
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize(self.device)
-            times.append(time.perf_counter() - started)
-        return min(times)

@@ -10,6 +10,7 @@ from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.statistics import mean_share, shares_difference
+from advdiff_cli.robustness import cost_estimate
 from advdiff_cli.robustness.runner import SuiteRunner
 from advdiff_cli.robustness.suite import CLEAN, SuiteRow
 
@@ -94,10 +95,10 @@ def unet_evaluations(points: Sequence[SweepPoint], undefended: SuiteRunner) -> t
     Points that share attacked patches attack them once.
     """
     attacked = set[str]()
-    forward, backward = undefended.unet_evaluations(CLEAN)
+    forward, backward = cost_estimate.unet_evaluations(undefended, CLEAN)
     for point in points:
         rows = [CLEAN, CLEAN if point.attack.name in attacked else point.attack]  # attacked patches are judged the same
         attacked.add(point.attack.name)
-        for ahead, behind in map(point.runner.unet_evaluations, rows):
+        for ahead, behind in (cost_estimate.unet_evaluations(point.runner, row) for row in rows):
             forward, backward = forward + ahead, backward + behind
     return forward, backward
