@@ -64,7 +64,7 @@ choose() { # NAME CLASSIFIER OPTIONS...: prints the chosen value
     local name=$1 judge=$2
     shift 2
     advdiff sweep "$(split valid)" -c "$(model "$judge")" --limit "$N" --shuffle-seed 1 --steps "$ATTACK_STEPS" \
-        -o "$OUT/sweep-$name" "$@" $ATTACK_OPTIONS -q
+        -o "$OUT/sweep-$name" --draws "$DRAWS" "$@" $ATTACK_OPTIONS -q
 }
 ddpm=(-m "$(model ddpm)" --sampler-steps "$SAMPLER_STEPS")
 t_noise=$(choose noise plain --values "$T_STARS" --defense noise)
@@ -148,7 +148,7 @@ done
 {
     choose eps adapted --over eps "${adapted[@]}"
     choose eps-l2 adapted --over eps --norm l2 --values 0.125,0.25,0.5,1,2 "${adapted[@]}"
-    choose sampler-steps plain --draws 1 --over sampler-steps --values 1,2,4,8,40 -m "$(model ddpm)" --t-star 0.25
+    choose sampler-steps plain --over sampler-steps --values 1,2,4,8,40 -m "$(model ddpm)" --t-star 0.25
     for t in 0.2 0.3; do
         choose "training-$t" plain --over ddpm --values "$trained$(model ddpm)" --t-star "$t" --sampler-steps "$SAMPLER_STEPS"
     done

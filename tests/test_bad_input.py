@@ -133,7 +133,7 @@ def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):
         (["-o", "nowhere/adv.h5"], "No such file or directory|Unable to"),
         (["--shard", "7/9"], "--shard 7/9 is empty"),
         (["--compile"], "--compile: this attack takes no gradient of a U-Net"),
-        (["--defense", "noise", "--compile"], "--compile: this attack takes no gradient of a U-Net"),
+        (["--defense", "noise", "--t-star", "0.1", "--compile"], "--compile: this attack takes no gradient of a U-Net"),
     ],
 )
 def test_settings_that_cannot_be(extra, message, advdiff, classifier, test_x, tmp_path, monkeypatch):

@@ -36,7 +36,9 @@ def test_defenses_attacked_on_their_own_are_compared_by_place(advdiff, test_x, c
     shares = {}
     for name, defense in defenses.items():
         adv, rows = tmp_path / f"{name}.h5", ["--limit", 8 if name == "noise" else 6]
-        advdiff("attack", test_x, *rows, "-c", classifier, *defense, "--steps", 1, "-o", adv)
+        advdiff(
+            "attack", test_x, *rows, "-c", classifier, *defense, "--steps", 1, "--eot", 2, "--batch-size", 8, "-o", adv
+        )
         judge = ["evaluate", test_x, adv, *rows, "-c", classifier, *defense, "--draws", 3]
         sets = advdiff(*judge, "--predictions", tmp_path / f"{name}.csv", "--json").json["sets"]
         shares[name] = [read.predictions.share for read in read_predictions(tmp_path / f"{name}.csv")]

@@ -60,6 +60,7 @@ def steps(test_x, classifier, ddpm, tmp_path):
     """A small run of each command."""
     adv, pure, few = tmp_path / "adv.safetensors", tmp_path / "pure.h5", ["--limit", 5]
     through = ["-c", classifier, "-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1]
+    one_pass = ["--steps", 1, "--sampler-steps", 1, "--draws", 1]
     plain = tmp_path / "plain.json"
     return {
         "synthesize": ["-n", 4, "-o", tmp_path / "s.h5"],
@@ -75,7 +76,7 @@ def steps(test_x, classifier, ddpm, tmp_path):
             *[adv, "--valid", adv, "-o", tmp_path / "c"],
             *"--arch squeezenet1_1 --epochs 1 --batch-size 2".split(),
         ],
-        "sweep": [test_x, *through[:4], *few, "--values", "0.02,0.05", "--steps", 1, "-o", tmp_path / "sweep"],
+        "sweep": [test_x, *through[:4], *few, "--values", "0.02,0.05", *one_pass, "-o", tmp_path / "sweep"],
         "robustness": [test_x, *through, *few, "--only", "random", "-o", tmp_path / "ladder"],
         "report": ["--result", f"plain={plain}", "-o", tmp_path / "report"],
         "download-pcam": ["--split", "test", "--data-dir", tmp_path, "--dry-run"],
@@ -134,11 +135,11 @@ def test_shells_complete_commands_and_options():
     assert complete("advdiff purify --sampler", 2) == ["--sampler", "--sampler-steps"]
 
 
-def test_narrow_terminals(test_x, classifier):
+def test_narrow_terminals(warm, test_x, classifier):
     for columns in ("20", "1"):
         done = subprocess.run(
-            [sys.executable, "-m", "advdiff_cli", "evaluate", str(test_x), "-c", str(classifier), "--limit", "2"],
-            env={**os.environ, "COLUMNS": columns},
+            ["advdiff", "evaluate", str(test_x), "-c", str(classifier), "--limit", "2"],
+            env={**warm, "COLUMNS": columns},
             capture_output=True,
             text=True,
             check=False,

@@ -42,7 +42,7 @@ def test_reproduce_paper(run, patches, tmp_path):
         "N": "6",
         "TEST_N": "8",
         "ADAPTIVE_N": "4",
-        "DRAWS": "3",
+        "DRAWS": "1",
         "TRAINING_STEPS": "1",
         "T_STARS": "0.02,0.05",
         "ADAPT_T_STARS": "0.1",

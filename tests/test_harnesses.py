@@ -21,7 +21,7 @@ def run(script, *arguments):
 
 @pytest.mark.parametrize("commands", [["train-ddpm", "purify"], ["train-classifier", "attack", "download"]])
 def test_faults_at_random_moments(commands, tmp_path):
-    told = run("faults.py", tmp_path / "work", "--faults", 1, "--only", *commands)
+    told = run("faults.py", tmp_path / "work", "--faults", 1, "--kinds", "kill -9", "damage", "--only", *commands)
     assert re.findall(r"(\d+) lost or wrong", told) == ["0"] * 3
 
 

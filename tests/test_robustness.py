@@ -187,7 +187,8 @@ def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
 def test_evaluate_judges_a_defense_over_draws(advdiff, test_x, classifier, ddpm, tmp_path):
     adv, csv = tmp_path / "adv.h5", tmp_path / "p.csv"
     defense = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1]
-    advdiff("attack", test_x, "--limit", 6, "-c", classifier, *defense, "--steps", 2, "--eot", 2, "-o", adv)
+    attack = ["attack", test_x, "--limit", 6, "-c", classifier, *defense, "--steps", 2, "--eot", 2]
+    advdiff(*attack, "--batch-size", 6, "-o", adv)
     both = ["evaluate", test_x, adv, "-c", classifier, *defense, "--limit", 6, "--draws", 5, "--precision", "fp32"]
     result = advdiff(*both, "--predictions", csv, "--json")
     assert "control" not in result.err

@@ -98,6 +98,7 @@ def test_steps_are_limited_by_the_timesteps_of_the_model(advdiff, common, ddpm, 
 
 
 def test_over_eps_steps_and_adaptive(advdiff, common, tmp_path):
+    common = [*common, "--draws", 1, "--batch-size", 8]
     over_eps = [*common, "--over", "eps", "--steps", 2, "--sampler-steps", 1, "--json"]
     eps = advdiff(*over_eps, "--values", "1/255,8/255", "-o", tmp_path / "e").json
     assert [r["value"] for r in eps["rows"]] == pytest.approx([1, 8])

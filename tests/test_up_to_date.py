@@ -30,8 +30,8 @@ def commands(test_x, classifier, ddpm, patches, tmp_path):
     folder, through = patches / "images" / "test", ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1]
     rows, fit = [test_x, "--limit", 6], ["--valid", test_x, "--batch-size", 20]
     return {
-        "attack": [*rows, "-c", classifier, "--steps", 2],
-        "attack, defended": [*rows, "-c", classifier, *through, "--steps", 1, "--eot", 1],
+        "attack": [*rows, "-c", classifier, "--steps", 2, "--batch-size", 6],
+        "attack, defended": [*rows, "-c", classifier, *through, "--steps", 1, "--eot", 1, "--batch-size", 6],
         "purify, file": [*rows, *through],
         "purify, folder": [folder, *through, "--limit", 6],
         "predict": [*rows, "-c", classifier, *through],

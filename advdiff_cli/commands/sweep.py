@@ -127,7 +127,7 @@ def sweep(
     undefended = SuiteRunner(
         compute.load_classifier(classifier, device),
         patches,
-        Budget(len(patches), 0, settings.eot or 8, 0, settings.draws or options.DRAWS),
+        Budget(len(patches), 0, settings.eot or 8, 0, settings.draws or resume.get("draws", options.DRAWS)),
         out,
         compute.seed,
         settings.batch_size or resume.get("batch_size", 32),
@@ -153,7 +153,7 @@ def sweep(
 
 
 def _resume_params(out: Path) -> dict[str, Any]:
-    """Return the batch size and precision of the results in a sweep's folder."""
+    """Return the batch size, the precision and the draws of the results in a sweep's folder."""
     from advdiff_cli.data.resume import resume_params
     from advdiff_cli.jobs.result_cache import recorded_recipe
 
@@ -162,8 +162,8 @@ def _resume_params(out: Path) -> dict[str, Any]:
         made = resume_params(path.with_name(path.name.removesuffix(".rows").removesuffix(".part")))
         found |= {"batch_size": made["batch_size"]} if "batch_size" in made else {}
     for path in sorted(out.glob("*-clean.predictions.safetensors")):
-        precision = recorded_recipe(path).get("parameters", {}).get("precision")
-        found |= {"precision": precision} if precision else {}
+        made = recorded_recipe(path).get("parameters", {})
+        found |= {k: made[k] for k in ("precision", "draws") if made.get(k)}
     return found
 
 
