@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork of a process with a pool of threads waits for ever
+
 import h5py
 import numpy as np
 import pytest

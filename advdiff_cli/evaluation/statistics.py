@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, ndtri
 
 RESAMPLES = 2000
-_Z = float(ndtri(0.975))
+_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,8 @@ def bootstrap(
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     """Return the two-sided p-value of McNemar's exact test on paired outcomes (N,); 1 without discordant pairs."""
+    from scipy.special import bdtr  # a slow import
+
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     discordant = only_first + only_second
     return min(1.0, 2 * float(bdtr(min(only_first, only_second), discordant, 0.5)))

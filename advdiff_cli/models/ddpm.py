@@ -5,13 +5,14 @@ levels, the space-to-depth factor and the settings recommended for purification.
 Source: Ho et al. 2020, arXiv:2006.11239.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -21,6 +22,9 @@ from advdiff_cli.data.safetensors_file import read_header
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, DdpmCard, load_card, read_timesteps, save_card
 from advdiff_cli.models.device import memory_layout
+
+if TYPE_CHECKING:  # a slow import, that classifiers without a diffusion model do not need
+    from diffusers import DDPMScheduler, UNet2DModel
 
 _MAX_SETTING = 100_000  # of a whole number in a U-Net's configuration
 
@@ -97,6 +101,8 @@ class Ddpm(nn.Module):
 
 def build_ddpm(preset: str, size: int, max_t: float, seed: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> Ddpm:
     """Return a DDPM of `preset` with random weights of `seed`, for patches of size x size pixels."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
     factor, arguments = PRESETS[preset]
     levels = len(arguments["block_out_channels"])
     plain = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
@@ -116,6 +122,8 @@ def build_ddpm(preset: str, size: int, max_t: float, seed: int, data_range: tupl
 
 def save_ddpm(model: Ddpm, folder: Path) -> None:
     """Write the pipeline folder and advdiff.json."""
+    from diffusers import DDPMPipeline
+
     with name_write_errors(folder):
         DDPMPipeline(unet=model.unet, scheduler=model.scheduler).save_pretrained(folder, safe_serialization=True)
     save_card(model.card, folder)
@@ -127,6 +135,8 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
     Raises:
         AdvdiffError: A file is missing or damaged, or the weights are pickled and that is not allowed.
     """
+    from diffusers import DDPMScheduler, UNet2DModel
+
     pickled = not (folder / UNET_WEIGHTS).is_file() and (folder / PICKLED_UNET).is_file()
     if pickled and not allow_pickle:
         raise AdvdiffError(

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtri
 from scipy.stats import norm as normal
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.evaluation import statistics
 from advdiff_cli.evaluation.comparison import EvaluatedSet, compare
 from advdiff_cli.evaluation.metrics import Predictions, auroc, classification_metrics
 from advdiff_cli.evaluation.statistics import (
@@ -191,3 +193,7 @@ def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
     right = sum((float(p) > 0.5) == (label == "1") for *_, label, _, p in (line.split(",") for line in lines[1:]))
     assert row["accuracy"]["value"] == pytest.approx(right / row["n"])
     assert advdiff("evaluate", folder, "-c", classifier, "-q").out.strip() == str(row["accuracy"]["value"])
+
+
+def test_the_point_of_the_normal_distribution():
+    assert ndtri(0.975) == statistics._Z
