@@ -41,6 +41,7 @@ from advdiff_cli.data.pcam_files import PREFIX
 from advdiff_cli.datasets import download
 from advdiff_cli.datasets.pcam import RemoteFile
 from advdiff_cli.datasets.synthetic import SyntheticSource
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.main import main
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier, save_classifier
@@ -203,7 +204,7 @@ class Run:
             code = 0
         except SystemExit as e:
             code = e.code or 0
-        except OSError as e:  # which main() tells in one line
+        except (AdvdiffError, OSError) as e:  # which main() tells in one line
             print(f"advdiff: error: {e}", file=sys.stderr)
         except BaseException as e:
             print(f"Traceback: {e!r}", file=sys.stderr)
@@ -281,7 +282,7 @@ class Trial:
         told, found = self.log.read_text(), self.task.result(folder)
         good = code == 0 and found is not None and _without_log(found) == _without_log(self.whole)
         partly = self.task.tell is _files and json.loads(found or "{}").items() <= json.loads(self.whole).items()
-        refused = code == 1 and told.count("advdiff: error") == 1 and (found in (None, self.whole) or partly)
+        refused = code in (1, 3) and told.count("advdiff: error") == 1 and (found in (None, self.whole) or partly)
         if "Traceback" in told or not (good or refused):
             name = file.relative_to(folder)
             self.lost.append(f"{self.task.name}: {name} {kind} at {at}, ended in {code}: {told[-500:]}")

@@ -40,6 +40,16 @@ def test_rows_of_a_file(advdiff, test_x, classifier, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5", "two.h5"]
 
 
+def test_lines_of_a_table(advdiff, test_x, classifier, tmp_path):
+    predict = ["predict", test_x, "-c", classifier, "--defense", "noise", "--t-star", "0.1", "--limit", 20]
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    alone = advdiff(*predict, "-o", one, "--json").json
+    assert json.loads(torchrun(*predict, "-o", two, "--json").stdout) | {"out": ""} == alone | {"out": ""}
+    assert two.read_bytes() == one.read_bytes()
+    assert "up to date" in advdiff(*predict, "-o", two).err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.csv", "one.csv.advdiff", "two.csv", "two.csv.advdiff"]
+
+
 def test_rows_that_fit_one_batch(advdiff, test_x, classifier, tmp_path):
     attack = [
         "attack",
