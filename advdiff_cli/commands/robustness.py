@@ -96,7 +96,7 @@ def robustness(
     plan = estimate_costs(runner, chosen, tested)
     title = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {settings.preset}, {budget.draws} judging draws"
     if output.dry_run:
-        status = {"out": str(output.out), "status": "would climb", "n": len(patches)}
+        status = {"out": str(output.out), "status": "would run", "n": len(patches)}
         output.emit({**status, "rungs": [c.as_dict() for c in plan]}, f"{title}\n{_plan_text(plan)}", output.out)
         return
     summary, record = output.out / "robustness.json", output.out / "robustness.advdiff"
