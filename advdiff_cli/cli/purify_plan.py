@@ -1,0 +1,58 @@
+"""The purification that is asked for: its recipe, which earlier work may tell, and the job with the model loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from advdiff_cli.cli.compute_options import ShardedComputeOptions
+from advdiff_cli.cli.defense_options import PurifierOptions
+
+if TYPE_CHECKING:
+    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.provenance import Provenance
+    from advdiff_cli.jobs.purify_rows import PurifyJob
+
+
+@dataclass(frozen=True)
+class PurifyPlan:
+    """What is to be done: the recipe is known before the model is loaded, where there is earlier work."""
+
+    purifier: PurifierOptions
+    compute: ShardedComputeOptions
+    patches: PatchSet | None
+    resume: Mapping[str, object]
+
+    @cached_property
+    def job(self) -> PurifyJob:
+        """The job, with the model loaded."""
+        from advdiff_cli.cli.batch_size import resolve_batch_size
+        from advdiff_cli.jobs.purify_rows import PurifyJob
+        from advdiff_cli.purification.equations import MAX_UNTILED
+
+        shape, n = (MAX_UNTILED, MAX_UNTILED), None  # the largest images of a folder that are batched
+        if self.patches is not None:
+            shape, n = self.patches.require_shape(), len(self.patches)
+        device = self.compute.resolve_device()
+        precision = self.compute.resolve_precision(device, self.resume)
+        defense = self.purifier.build(self.compute)
+        module = defense.purifier.to(device)
+        asked = self.compute.batch_size
+        size = resolve_batch_size(asked, self.resume, module, shape, device, graph=False, n=n)
+        return PurifyJob(defense, self.compute.seed, size, precision, device)
+
+    @cached_property
+    def known(self) -> tuple[Provenance, int] | None:
+        """The recipe and the batch size, if earlier work tells what would be taken from the machine; else None."""
+        from advdiff_cli.cli.batch_size import known_batch_size
+        from advdiff_cli.jobs.recipes import purify_recipe
+
+        precision = self.compute.known_precision(self.resume)
+        size = known_batch_size(self.compute.batch_size, self.resume, graph=False)
+        found = self.purifier.find(self.compute) if self.resume else None
+        if found is None or precision is None or size is None:
+            return None
+        seed = self.compute.seed
+        return purify_recipe(*found, self.patches, seed=seed, batch_size=size, precision=precision), size
