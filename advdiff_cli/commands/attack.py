@@ -58,6 +58,19 @@ def attack(
             console.log(f"{out} is up to date")
             output.emit(done, "" if output.quiet else _text(AttackSpec.from_parameters(done["parameters"]), done), out)
             return
+    _attack(classifier, settings, defense, compute, patches, resume, output)
+
+
+def _attack(
+    classifier: str,
+    settings: AttackOptions,
+    defense: DefenseOptions,
+    compute: ShardedComputeOptions,
+    patches: "PatchSet",
+    resume: "Mapping[str, object]",
+    output: PlannedOutputOptions,
+) -> None:
+    """Make the rows that are missing, and print the outcome."""
     from advdiff_cli.cli.batch_size import resolve_batch_size
     from advdiff_cli.cli.progress import follow_rows
     from advdiff_cli.data.distributed import process_group
@@ -67,7 +80,7 @@ def attack(
     from advdiff_cli.jobs.outcome_cache import cached_outcome, store_outcome
     from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
-    device = compute.resolve_device()
+    out, device = output.out, compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
     protection = defense.build(compute)
     spec = settings.resolve(defended=protection is not None)
@@ -128,8 +141,9 @@ def _finished(
     if model is None or size is None:
         return None
     spec = settings.resolve(defended=protection is not None)
-    compiled = settings.compiled and differentiates_unet(model, spec)
-    made_by = attack_recipe(model, spec, patches, seed=compute.seed, batch_size=size, compiled=compiled)
+    if settings.compiled and not differentiates_unet(model, spec):
+        return None  # an error, told where the model is compiled
+    made_by = attack_recipe(model, spec, patches, seed=compute.seed, batch_size=size, compiled=settings.compiled)
     if not is_complete(output.out, made_by, shard_rows(len(patches), size, compute.shard_pair)):
         return None
     found: JsonObject = {"out": str(output.out), "status": "up to date", "parameters": made_by["parameters"]}
