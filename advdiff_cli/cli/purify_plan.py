@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from advdiff_cli.cli.compute_options import ShardedComputeOptions
 from advdiff_cli.cli.defense_options import PurifierOptions
+from advdiff_cli.cli.output_options import PlannedOutputOptions
 
 if TYPE_CHECKING:
+    from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import Provenance
     from advdiff_cli.jobs.purify_rows import PurifyJob
@@ -42,6 +44,12 @@ class PurifyPlan:
         asked = self.compute.batch_size
         size = resolve_batch_size(asked, self.resume, module, shape, device, graph=False, n=n)
         return PurifyJob(defense, self.compute.seed, size, precision, device)
+
+    def spec(self, output: PlannedOutputOptions) -> OutputSpec:
+        """Return a folder to be made by the job."""
+        from advdiff_cli.data.output_spec import OutputSpec
+
+        return OutputSpec(output.out, self.job.recipe(), self.job.device.type, output.overwrite)
 
     @cached_property
     def known(self) -> tuple[Provenance, int] | None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,8 +22,9 @@ from advdiff_cli.errors import AdvdiffError, SomeInputsFailed
 if TYPE_CHECKING:
     from advdiff_cli.data.distributed import ProcessGroup
     from advdiff_cli.data.folder_writer import FolderWriter
+    from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.jobs.folder_images import Outcome
 
 
@@ -104,15 +106,16 @@ def _purify_folder(
 ) -> "JsonObject":
     from advdiff_cli.data.distributed import NO_SHARD_UNDER_TORCHRUN, ProcessGroup, process_group, world_size
     from advdiff_cli.data.folder_journal import JOURNAL
+    from advdiff_cli.data.output_spec import OutputSpec
 
     if world_size() > 1:
         if plan.compute.shard is not None:
             raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
         with process_group(plan.job.device) as group:
-            return _purify_images(plan, data, folder, rows, output, group, made_by=plan.job.recipe())
+            return _purify_images(plan, data, folder, rows, output, group, plan.spec(output))
     known = plan.known if plan.compute.shard is None and (output.out / JOURNAL).is_file() else None
-    made_by = plan.job.recipe() if known is None else known[0]
-    return _purify_images(plan, data, folder, rows, output, ProcessGroup(), made_by=made_by)
+    spec = plan.spec(output) if known is None else OutputSpec(output.out, known[0])  # the journal tells the device
+    return _purify_images(plan, data, folder, rows, output, ProcessGroup(), spec)
 
 
 def _purify_images(
@@ -122,12 +125,10 @@ def _purify_images(
     rows: RowOptions,
     output: PlannedOutputOptions,
     group: "ProcessGroup",
-    *,
-    made_by: "Provenance",
+    spec: "OutputSpec",
 ) -> "JsonObject":
-    """Purify this process's share of the images of a folder, by a recipe."""
+    """Purify this process's share of the images of a folder, by the recipe of `spec`."""
     from advdiff_cli.data.folder_writer import FolderWriter
-    from advdiff_cli.data.output_spec import OutputSpec
 
     out = output.out
     images = folder.find(data, out, rows, group)
@@ -137,13 +138,11 @@ def _purify_images(
     unread = images.unread if part == 0 else {}
     if output.dry_run:
         return {"out": str(out), "status": "would purify", "files": group.sum([len(files)])[0]}
-    device = plan.job.device.type if "job" in vars(plan) else "cpu"  # which an existing journal tells
-    spec = OutputSpec(out, made_by, device, output.overwrite)
     if group.size > 1:
         if group.is_main:
             FolderWriter(spec).close()
         group.wait()
-        spec = OutputSpec(out, made_by, device)
+        spec = replace(spec, overwrite=False)
     with FolderWriter(spec, shard) as writer:
         if writer.damaged_lines:
             console.warn(f"{out}: {writer.damaged_lines} lines of the journal are damaged; their files are done again")
@@ -155,7 +154,7 @@ def _purify_images(
     total = len(files) + len(unread)
     ok, kept, failed, total = group.sum([*(counts[k] for k in ("ok", "kept", "failed")), total])
     if group.is_main and group.size > 1:
-        FolderWriter(OutputSpec(out, made_by, device)).close()  # merges the journals
+        FolderWriter(spec).close()  # merges the journals
     status = "up to date" if kept == total else "done"
     return {"out": str(out), "status": status, "files": total, "purified": ok, "kept": kept, "failed": failed}
 
