@@ -14,6 +14,7 @@ from advdiff_cli import __version__, console
 from advdiff_cli.commands import (
     attack,
     bench,
+    certify,
     compare,
     demo,
     download_pcam,
@@ -48,6 +49,7 @@ app.command("purify")(purify.purify)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("certify")(certify.certify)
 app.command("robustness")(robustness.robustness)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)

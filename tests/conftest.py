@@ -31,6 +31,11 @@ PCAM = os.environ.get("ADVDIFF_TEST_PCAM")
 N = 40
 
 
+def pytest_collection_modifyitems(items):
+    """Run slow tests first, so that processes which share the tests end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @dataclass
 class Result:
     code: int

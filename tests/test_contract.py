@@ -68,6 +68,7 @@ def steps(test_x, classifier, ddpm, tmp_path):
         "purify": [adv, *through[2:], "-o", pure],
         "evaluate": [test_x, adv, pure, "-c", classifier, *few],
         "predict": [adv, "-c", classifier, "-o", tmp_path / "decisions.csv"],
+        "certify": [pure, *through, "--limit", 2, "--n", 20, "-o", tmp_path / "certificates.csv"],
         "info": [pure],
         "merge": [adv, "-o", tmp_path / "merged.h5"],
         "models": [],

@@ -20,6 +20,7 @@ def data(tmp_path, monkeypatch):
     return "patches"
 
 
+@pytest.mark.slow
 def test_printed_commands_have_the_same_results(advdiff, data):
     run = ["demo", data, "-o", "out", "--seed", 1, "--precision", "fp32"]
     done = advdiff(*run)

@@ -19,7 +19,7 @@ def run(script, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("commands", [["train-ddpm", "purify"], ["train-classifier", "attack", "download"]])
+@pytest.mark.parametrize("commands", [["train-ddpm", "purify"], ["attack", "download"]])
 def test_faults_at_random_moments(commands, tmp_path):
     told = run("faults.py", tmp_path / "work", "--faults", 1, "--kinds", "kill -9", "damage", "--only", *commands)
     assert re.findall(r"(\d+) lost or wrong", told) == ["0"] * 3

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def torchrun(*arguments, code=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "advdiff_cli", *map(str, arguments)]
+    command += ["-m", "--", "advdiff_cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done
@@ -48,6 +48,16 @@ def test_lines_of_a_table(advdiff, test_x, classifier, tmp_path):
     assert two.read_bytes() == one.read_bytes()
     assert "up to date" in advdiff(*predict, "-o", two).err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.csv", "one.csv.advdiff", "two.csv", "two.csv.advdiff"]
+
+
+def test_certificates(advdiff, test_x, classifier, tmp_path):
+    certify = ["certify", test_x, "-c", classifier, "--defense", "noise", "--limit", 6, "--n", 30]
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    advdiff(*certify, "-o", one)
+    torchrun(*certify, "-o", two)
+    alone, shared = ([line.rpartition(",")[0] for line in path.read_text().splitlines()] for path in (one, two))
+    assert shared == alone  # but for the seconds
+    assert "up to date" in advdiff(*certify, "-o", two).err
 
 
 def test_rows_that_fit_one_batch(advdiff, test_x, classifier, tmp_path):

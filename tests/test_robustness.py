@@ -44,6 +44,7 @@ def timeless(result):
     return {**result, "out": "", "rungs": [{**r, "seconds": 0} for r in result["rungs"]]}
 
 
+@pytest.mark.slow
 def test_the_whole_ladder(advdiff, command, tmp_path):
     out, command = tmp_path / "ladder", [*command, "--batch-size", N]
     plan = advdiff(*command, "-o", out, "--dry-run", "--json").json

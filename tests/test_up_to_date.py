@@ -35,6 +35,7 @@ def commands(test_x, classifier, ddpm, patches, tmp_path):
         "purify, file": [*rows, *through],
         "purify, folder": [folder, *through, "--limit", 6],
         "predict": [*rows, "-c", classifier, *through],
+        "certify": [*rows, "-c", classifier, *through, "--n", 20],
         "train-ddpm": [test_x, *fit, "--preset", "tiny", "--steps", 1],
         "train-classifier": [
             test_x,
@@ -49,12 +50,27 @@ def commands(test_x, classifier, ddpm, patches, tmp_path):
     }
 
 
-SUFFIX = {"attack": ".h5", "attack, defended": ".safetensors", "purify, file": ".h5", "predict": ".csv"}
+SUFFIX = {
+    "attack": ".h5",
+    "attack, defended": ".safetensors",
+    "purify, file": ".h5",
+    "predict": ".csv",
+    "certify": ".csv",
+}
 
 
 @pytest.mark.parametrize(
     "name",
-    ["attack", "attack, defended", "purify, file", "purify, folder", "predict", "train-ddpm", "train-classifier"],
+    [
+        "attack",
+        "attack, defended",
+        "purify, file",
+        "purify, folder",
+        "predict",
+        "certify",
+        "train-ddpm",
+        "train-classifier",
+    ],
 )
 def test_up_to_date(advdiff, commands, tmp_path, name):
     out = tmp_path / f"out{SUFFIX.get(name, '')}"

@@ -31,7 +31,9 @@ class PurifyPlan:
     def job(self) -> PurifyJob:
         """The job, with the model loaded."""
         from advdiff_cli.cli.batch_size import resolve_batch_size
+        from advdiff_cli.data.view import WHOLE
         from advdiff_cli.jobs.purify_rows import PurifyJob
+        from advdiff_cli.purification.defended_classifier import check_view
         from advdiff_cli.purification.equations import MAX_UNTILED
 
         shape, n = (MAX_UNTILED, MAX_UNTILED), None  # the largest images of a folder that are batched
@@ -40,6 +42,7 @@ class PurifyPlan:
         device = self.compute.resolve_device()
         precision = self.compute.resolve_precision(device, self.resume)
         defense = self.purifier.build(self.compute)
+        check_view(defense.purifier, WHOLE)
         module = defense.purifier.to(device)
         asked = self.compute.batch_size
         size = resolve_batch_size(asked, self.resume, module, shape, device, graph=False, n=n)

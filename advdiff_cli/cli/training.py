@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.data.view import View
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.purification.defense_spec import DefenseRequest
+    from advdiff_cli.purification.purifier import Purifier
     from advdiff_cli.training.adversarial import TrainingInput
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.recipes import Adversary
@@ -35,18 +37,40 @@ class TrainingDataOptions:
 
     valid: Annotated[str | None, typer.Option(help="Patch set for validation.")] = None
     split: options.Split = None
+    crop: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read only the central N x N pixels of each patch.", rich_help_panel=options.ROWS),
+    ] = None
+    pool: Annotated[
+        int,
+        typer.Option(min=1, help="Average pixels in squares of this side, after --crop.", rich_help_panel=options.ROWS),
+    ] = 1
+
+    @property
+    def view(self) -> View:
+        """What is read of each patch.
+
+        Raises:
+            AdvdiffError: --crop and --pool do not fit together.
+        """
+        from advdiff_cli.data.view import View
+
+        try:
+            return View(self.crop, self.pool)
+        except ValueError as e:
+            raise AdvdiffError(f"--crop, --pool: {e}") from None
 
     def open(self, data: Sequence[str]) -> TrainingSets:
         """Open the sets to train on and the one to validate on; --split names the split of PCam's folders to train on.
 
         Raises:
-            AdvdiffError: A set is missing, or the validation set has several sizes.
+            AdvdiffError: A set is missing, the validation set has several sizes, or patches do not fit the view.
         """
         from advdiff_cli.data.patches import open_patches
 
-        sets = [open_patches(path, split=self.split) for path in data]
-        valid_split = None if self.split is None else "valid"
-        valid = None if self.valid is None else open_patches(self.valid, split=valid_split)
+        view, valid_split = self.view, None if self.split is None else "valid"
+        sets = [open_patches(path, split=self.split).viewed(view) for path in data]
+        valid = None if self.valid is None else open_patches(self.valid, split=valid_split).viewed(view)
         if valid is not None:
             valid.require_shape()
         return TrainingSets(sets, valid)
@@ -174,19 +198,23 @@ class InputRequest:
             found["augment"] = [d and {**d[0].parameters(), "ddpm": d[1]} for d in defenses]
         return found | ({} if self.adversary is None else {"adversary": asdict(self.adversary)})
 
-    def build(self, precision: Precision, seed: int, device: torch.device) -> TrainingInput:
+    def build(self, precision: Precision, seed: int, device: torch.device, view: View) -> TrainingInput:
         """Return the training input, with frozen purifiers on the device.
 
         Raises:
-            AdvdiffError: A setting does not fit its model.
+            AdvdiffError: A setting does not fit its model, or its model was not trained on what is read.
         """
+        from advdiff_cli.purification.defended_classifier import check_view
         from advdiff_cli.purification.defense import build_defense
         from advdiff_cli.training.adversarial import TrainingInput
 
-        purifiers = [
-            None if request is None else build_defense(request).purifier.to(device).requires_grad_(False).eval()
-            for request in self.augment
-        ]
+        purifiers: list[Purifier | None] = []
+        for request in self.augment:
+            purifier = None if request is None else build_defense(request).purifier
+            if purifier is not None:
+                check_view(purifier, view)
+                purifier.to(device).requires_grad_(False).eval()
+            purifiers.append(purifier)
         return TrainingInput(purifiers, self.adversary, precision, seed)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def info(
     file: Annotated[
         Path,
-        typer.Argument(help="A patch set or purified folder, a table of predict, a model's folder or name."),
+        typer.Argument(help="A patch set or purified folder, a table of predict or certify, a model's folder or name."),
     ],
     output: ResultOptions,
 ) -> None:

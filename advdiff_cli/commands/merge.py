@@ -14,7 +14,9 @@ from advdiff_cli.cli.output_options import OutputOptions
 def merge(
     parts: Annotated[
         list[Path],
-        typer.Argument(help="Patch sets: the shards of one recipe, or sets of different rows. Or shards of predict."),
+        typer.Argument(
+            help="Patch sets: the shards of one recipe, or sets of different rows. Or shards of predict or certify."
+        ),
     ],
     output: OutputOptions,
 ) -> None:

@@ -1,6 +1,6 @@
 """`advdiff train-classifier`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -156,7 +156,11 @@ def train_classifier(
         )
         return fit_settings, recipe(
             "train-classifier",
-            fit_settings.parameters() | {"arch": s.arch} | request.parameters() | process_parameters(batch_size),
+            fit_settings.parameters()
+            | {"arch": s.arch}
+            | sets.view.parameters()
+            | request.parameters()
+            | process_parameters(batch_size),
             **opened.recipe_inputs(),
             init=s.init and folder_fingerprint(registry.find_classifier(s.init)),
         )
@@ -177,7 +181,7 @@ def train_classifier(
     if inputs.adversarial and precision == "fp16":
         raise AdvdiffError("--precision fp16: gradients of the attack underflow; train in bf16 or fp32")
     fit_settings, made_by = planned(precision)
-    training_input = request.build(precision, compute.seed, device)
+    training_input = request.build(precision, compute.seed, device, sets.view)
 
     def fit(work: "WorkFolder", is_main: bool) -> None:
         rows = TrainingRows(opened.train, labelled=True)
@@ -191,6 +195,7 @@ def train_classifier(
         if opened.valid is not None:
             validation = Validation(model, opened.valid, batch_size, training_input, device)
             work.log({"step": steps, "published": _published(validation, work)})
+        model.config = replace(model.config, crop=sets.crop, pool=sets.pool)
         save_classifier(model, work.final, provenance(made_by, inputs=opened.provenances, device=device.type))
         work.publish()
 

@@ -101,7 +101,7 @@ def train_ddpm(
 
     def planned(precision: "Precision") -> "tuple[DdpmRecipe, Provenance]":
         fit_settings = DdpmRecipe(s.steps, batch_size, s.peak_rate, s.ema, s.max_t, compute.seed, precision)
-        parameters = fit_settings.parameters() | s.parameters()
+        parameters = fit_settings.parameters() | sets.view.parameters() | s.parameters()
         return fit_settings, recipe("train-ddpm", parameters, **opened.recipe_inputs(), init=init)
 
     known = finished_precision(compute, output, recorded)
@@ -131,7 +131,10 @@ def train_ddpm(
         made = provenance(made_by, inputs=opened.provenances, device=device.type)
         paper = PurificationSettings(t_star=min(PurificationSettings.t_star, s.max_t))
         factor = model.card.space_to_depth
-        model.card = DdpmCard(factor, s.max_t, s.pixel_range, recommended=paper, provenance=made)
+        view = sets.view
+        model.card = DdpmCard(
+            factor, s.max_t, s.pixel_range, crop=view.crop, pool=view.pool, recommended=paper, provenance=made
+        )
         if is_main:
             save_ddpm(model.cpu(), work.final)
             work.publish(SAMPLES)

@@ -101,7 +101,9 @@ def merge_tables(paths: Sequence[Path], out: Path, *, device: str = "cpu", overw
         if not path.is_file():
             raise AdvdiffError(f"no such file: {path}")
         if (known := recorded_table(path)) is None:
-            raise AdvdiffError(f"{path} is not a table of advdiff predict, or was changed since; make it again")
+            raise AdvdiffError(
+                f"{path} is not a table of advdiff predict or certify, or was changed since; make it again"
+            )
         records.append(known)
     if len(paths) == 1 and "part" not in records[0]:
         order, made_by, inputs = [0], records[0]["recipe"], records[0].get("inputs", [])

@@ -20,6 +20,7 @@ from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.safetensors_file import open_safetensors
 from advdiff_cli.data.selection import ALL, Selection
+from advdiff_cli.data.view import WHOLE, View
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:  # imported where it is used, so that commands that only read recipes answer at once
@@ -66,6 +67,7 @@ class PatchSet:
         self.labels: Rows | None = None if source.labels is None else source.labels[self._rows]
         self.index: Rows = source.index[self._rows]
         self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
+        self._view = WHOLE
         self._fingerprint: str | None = None  # computed once, since the rows of a set do not change
 
     def first(self, n: int) -> "PatchSet":
@@ -75,6 +77,19 @@ class PatchSet:
         few.labels = None if few.labels is None else few.labels[:n]
         few.index, few.keys = few.index[:n], few.keys[:n]
         return few
+
+    def viewed(self, view: View) -> "PatchSet":
+        """Return the same rows, of which `read` returns what `view` reads of them.
+
+        Raises:
+            AdvdiffError: The patches do not fit it.
+        """
+        if view.is_whole:
+            return self
+        shape = view.shape(*self.require_shape())
+        partial = PatchSet(self.source, self.selection)
+        partial._view, partial.shape = view, shape
+        return partial
 
     def __len__(self) -> int:
         """Return the number of selected rows."""
@@ -91,7 +106,7 @@ class PatchSet:
         chosen = self._rows[np.asarray(rows, np.int64)]
         raw = self.source.read(chosen)
         if raw.dtype == np.uint8:
-            return torch.from_numpy(raw.astype(np.float32) / np.float32(255))
+            return self._view.apply(torch.from_numpy(raw.astype(np.float32) / np.float32(255)))
         inside = ((raw >= 0) & (raw <= 1)).reshape(len(raw), -1).all(axis=1)  # NaN compares false
         if not inside.all():
             first = int(np.argmin(inside))
@@ -100,7 +115,7 @@ class PatchSet:
             raise AdvdiffError(
                 f"row {chosen[first]} of {self.path} holds {problem}; images must be float32 in [0, 1] or uint8"
             )
-        return torch.from_numpy(raw)
+        return self._view.apply(torch.from_numpy(raw))
 
     def batch(self, rows: Rows, device: "torch.device") -> LabelledBatch:
         """Return images, labels, keys and indices at positions `rows` of the selection.

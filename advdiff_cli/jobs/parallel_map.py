@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def parallel_map(
-    prepare: Callable[[S], R], compute: Callable[[R], T], batches: Iterable[S], workers: int
+    prepare: Callable[[S], R], compute: Callable[[R], T], batches: Iterable[S], workers: int, *, depth: int = 1
 ) -> Iterator[T]:
     """Yield compute(prepare(batch)) for each batch, in order.
 
@@ -29,6 +29,7 @@ def parallel_map(
         batches: Consumed in the caller's thread.
         workers: Number of batches computed at the same time; 0 computes them in the caller's thread, on all cores or
             on a GPU.
+        depth: Number of batches begun for each worker's one, if some take much longer than others.
     """
     threads, stopped, worker_threads = torch.get_num_threads(), Event(), set()
     if workers < 2:
@@ -50,7 +51,7 @@ def parallel_map(
 
     hook = register_module_forward_pre_hook(stop)
     try:
-        yield from prefetch(task, batches, threads=workers, depth=workers + 1, on_exit=stopped.set)
+        yield from prefetch(task, batches, threads=workers, depth=workers * depth + 1, on_exit=stopped.set)
     finally:
         hook.remove()
         torch.set_num_threads(threads)

@@ -1,8 +1,11 @@
 """The recipes of jobs, which decide whether an output is up to date. They are known without loading a model."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.provenance import Provenance, recipe
+from advdiff_cli.data.provenance import JsonObject, Provenance, recipe
 from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defense_spec import DefenseSpec, ModelSpec
 
@@ -81,3 +84,57 @@ def predict_recipe(model: ModelSpec, patches: PatchSet, *, draws: int, alpha: fl
     settings = {"draws": draws, "alpha": alpha, "seed": seed, "precision": model.precision}
     models = {"classifier": model.classifier, "ddpm": model.ddpm}
     return recipe("predict", {**settings, **model.parameters}, data=patches.recipe_input(), **models)
+
+
+@dataclass(frozen=True)
+class CertifySettings:
+    """The settings of certificates.
+
+    Args:
+        n0: Draws that choose the class.
+        n: Draws that bound its probability; at most, if sizes are to be decided.
+        alpha: The probability that a certificate is wrong, at most.
+        eps: l-inf sizes to be decided.
+        radii: l2 sizes to be decided; where there are no sizes, there are exactly n draws.
+        sound: Whether noise is drawn on the grid of 8-bit pixels.
+    """
+
+    n0: int
+    n: int
+    alpha: float
+    eps: tuple[float, ...] = ()
+    radii: tuple[float, ...] = ()
+    sound: bool = False
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether draws stop as soon as all sizes are decided."""
+        return bool(self.eps or self.radii)
+
+    def parameters(self) -> JsonObject:
+        """Return the parameters that enter a recipe."""
+        return {**asdict(self), "eps": sorted(self.eps), "radii": sorted(self.radii)}
+
+
+def certify_recipe(
+    model: ModelSpec,
+    patches: PatchSet,
+    settings: CertifySettings,
+    *,
+    seed: int,
+    batch_size: int,
+    derived: Mapping[str, object],
+) -> Provenance:
+    """Return the recipe of a table of certificates.
+
+    Args:
+        model: The classifier behind a defense.
+        patches: The rows.
+        settings: How they are certified.
+        seed: Of the draws.
+        batch_size: Draws computed together.
+        derived: Figures that follow from the rest, for readers of the table.
+    """
+    parameters = {**settings.parameters(), "seed": seed, "batch_size": batch_size, "precision": model.precision}
+    models = {"classifier": model.classifier, "ddpm": model.ddpm}
+    return recipe("certify", {**parameters, **model.parameters, **derived}, data=patches.recipe_input(), **models)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from advdiff_cli.data.provenance import Provenance, parse_json_object
+from advdiff_cli.data.view import View
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class DdpmCard:
         data_range: The range that pixels in [0, 1] are scaled to.
         index_offset: Noise levels between the level an image is noised to and the first level that is denoised: 0,
             but 1 in the paper's code.
+        crop: Side of the centre crops it was trained on; None for whole patches.
+        pool: Side of the squares of pixels that were averaged before.
         recommended: Default settings for purification.
         provenance: How the model was made.
     """
@@ -51,6 +54,8 @@ class DdpmCard:
     max_t: float = 1.0
     data_range: tuple[float, float] = (-1.0, 1.0)
     index_offset: int = 0
+    crop: int | None = None
+    pool: int = 1
     recommended: PurificationSettings = field(default_factory=PurificationSettings)
     provenance: Provenance | None = None
 
@@ -63,6 +68,12 @@ class DdpmCard:
         good &= -1e3 < low < high < 1e3 and self.recommended.sampler in get_args(SamplerName) and whole[2] >= 1
         if not good or not isinstance(self.provenance, dict | None):
             raise ValueError("invalid space-to-depth factor, noise levels, data range or settings")
+        View(self.crop, self.pool)
+
+    @property
+    def view(self) -> View:
+        """What the model was trained on of each patch."""
+        return View(self.crop, self.pool)
 
     def to_range(self, images: "Tensor") -> "Tensor":
         """Scale images from [0, 1] to the data range."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from math import isfinite
 
+from advdiff_cli.data.view import View
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
@@ -17,6 +19,8 @@ class ClassifierConfig:
         std: Standard deviation of each channel.
         slope: Factor of the network's log-odds of class 1 (Platt 1999).
         bias: Added to them.
+        crop: Side of the centre crop that is read of a patch; None for all of it.
+        pool: Side of the squares of pixels that are averaged.
     """
 
     arch: str
@@ -24,6 +28,8 @@ class ClassifierConfig:
     std: tuple[float, float, float]
     slope: float = 1.0
     bias: float = 0.0
+    crop: int | None = None
+    pool: int = 1
 
     def __post_init__(self) -> None:
         """Raise ValueError for invalid values, since a config may come from anywhere."""
@@ -33,3 +39,9 @@ class ClassifierConfig:
             raise ValueError(
                 f"an architecture, three means, three standard deviations, a slope and a bias are needed: {self}"
             )
+        View(self.crop, self.pool)
+
+    @property
+    def view(self) -> View:
+        """What the classifier reads of a patch."""
+        return View(self.crop, self.pool)

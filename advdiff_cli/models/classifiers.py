@@ -39,6 +39,10 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 2) of images (B, 3, H, W) in [0, 1]."""
+        return self.classify(self.config.view.apply(images))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return logits (B, 2) of what is read of patches (B, 3, H', W'), in [0, 1]."""
         logits: Tensor = self.backbone((images - self.mean) / self.std)
         return logits * self.config.slope + logits.new_tensor((0.0, self.config.bias))
 

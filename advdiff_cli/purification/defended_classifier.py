@@ -6,10 +6,31 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from advdiff_cli.data.rng import RowKey, RowStreams
+from advdiff_cli.data.view import WHOLE, View
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.device import autocast
 from advdiff_cli.models.precision import Precision
-from advdiff_cli.purification.purifier import Purifier
+from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier
+
+
+def classifier_view(classifier: nn.Module) -> View:
+    """Return what a classifier reads of a patch."""
+    return classifier.config.view if isinstance(classifier, Classifier) else WHOLE
+
+
+def check_view(purifier: Purifier, view: View) -> None:
+    """Check that a purifier knows what a view reads.
+
+    Raises:
+        AdvdiffError: Its diffusion model was trained on less of each patch, or at another scale.
+    """
+    trained = purifier.ddpm.card.view if isinstance(purifier, DiffusionPurifier) else view
+    if not trained.covers(view):
+        raise AdvdiffError(
+            f"the diffusion model was trained on {trained.describe()}, and cannot purify {view.describe()}; take "
+            "models that were trained with the same --crop and --pool"
+        )
 
 
 def row_noise(
@@ -30,12 +51,14 @@ def row_noise(
 class DefendedClassifier(nn.Module):
     """A purifier followed by a classifier: images (B, 3, H, W) in [0, 1] to logits, differentiable throughout.
 
+    What the classifier does not read of a patch is not purified: its view is applied first.
+
     Called with images only, it draws its noise from torch's global generator, as any random module does. `fixed`
     returns a deterministic module, for tools that need one.
     """
 
     def __init__(self, purifier: Purifier, classifier: nn.Module, precision: Precision = "fp32") -> None:
-        """Put `purifier`, computed at `precision`, in front of `classifier`."""
+        """Put `purifier`, computed at `precision`, in front of `classifier`; see `check_view`."""
         super().__init__()
         self.precision: Precision = precision
         self.purifier = purifier
@@ -43,11 +66,21 @@ class DefendedClassifier(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return logits (B, classes); noise as for the purifier."""
-        logits: Tensor = self.classifier(self.purify(images, noise))
+        return self.classify(self.purify(self.view.apply(images), noise))
+
+    @property
+    def view(self) -> View:
+        """What the classifier reads of a patch."""
+        return classifier_view(self.classifier)
+
+    def classify(self, purified: Tensor) -> Tensor:
+        """Return logits (B, classes) of what `purify` returns."""
+        classify = self.classifier.classify if isinstance(self.classifier, Classifier) else self.classifier
+        logits: Tensor = classify(purified)
         return logits
 
     def purify(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return the images (B, 3, H, W) that the classifier receives."""
+        """Return images (B, 3, H, W), to which the view was applied, purified."""
         with autocast(self.precision, images.device):
             purified: Tensor = self.purifier(images, noise)
         return purified.to(images.dtype)
@@ -56,7 +89,9 @@ class DefendedClassifier(nn.Module):
         self, images: Tensor, *, rows: Sequence[RowKey], seed: int, purpose: str, draw: int = 0, restart: int = 0
     ) -> Tensor:
         """Return one draw of the noise for images (B, 3, H, W), each row's from its own stream."""
-        return row_noise(self.purifier, images, rows, seed=seed, purpose=purpose, draw=draw, restart=restart)
+        return row_noise(
+            self.purifier, self.view.apply(images), rows, seed=seed, purpose=purpose, draw=draw, restart=restart
+        )
 
     def fixed(self, noise: Tensor) -> "FixedNoiseClassifier":
         """Return the deterministic module that always uses `noise`: (B, ...) for one batch, or (1, ...) for any."""

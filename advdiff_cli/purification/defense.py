@@ -13,7 +13,7 @@ from advdiff_cli.models import registry
 from advdiff_cli.models.ddpm import Ddpm, load_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.precision import Precision
-from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, check_view, classifier_view
 from advdiff_cli.purification.defense_spec import (
     DefenseRequest,
     DefenseSpec,
@@ -44,7 +44,12 @@ class Defense:
         self.purifier.ddpm.to(device).compile_unet()
 
     def protect(self, classifier: nn.Module, device: torch.device, precision: Precision) -> DefendedClassifier:
-        """Return the classifier behind this defense, on a device, without parameter gradients."""
+        """Return the classifier behind this defense, on a device, without parameter gradients.
+
+        Raises:
+            AdvdiffError: The purifier was not trained on what the classifier reads.
+        """
+        check_view(self.purifier, classifier_view(classifier))
         return DefendedClassifier(self.purifier, classifier, precision).to(device).requires_grad_(False).eval()
 
 
@@ -101,9 +106,14 @@ class EvaluatedModel:
     compiled: bool = False
 
     def behind(self, defense: Defense | None, device: torch.device, precision: Precision) -> "EvaluatedModel":
-        """Return this classifier behind a defense, whose purifier is moved to the device and frozen."""
+        """Return this classifier behind a defense, whose purifier is moved to the device and frozen.
+
+        Raises:
+            AdvdiffError: The purifier was not trained on what the classifier reads.
+        """
         if defense is None:
             return replace(self, defense=None)
+        check_view(defense.purifier, classifier_view(self.classifier))
         defense.purifier.to(device).requires_grad_(False).eval()
         return replace(self, defense=defense, precision=precision)
 
@@ -124,6 +134,13 @@ class EvaluatedModel:
         if self.defense is None:
             return self.classifier
         return DefendedClassifier(self.defense.purifier, self.classifier, self.precision).eval()
+
+    @property
+    def protected(self) -> DefendedClassifier:
+        """The defended classifier; ValueError without a defense."""
+        if not isinstance(self.module, DefendedClassifier):
+            raise ValueError("there is no defense")
+        return self.module
 
     @property
     def spec(self) -> ModelSpec:

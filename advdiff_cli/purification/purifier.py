@@ -6,7 +6,7 @@ with the number of steps. Large images are denoised in overlapping windows.
 """
 
 from functools import partial
-from math import nan
+from math import nan, sqrt
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,25 @@ class DiffusionPurifier(nn.Module):
         x_0 = self._denoise(self._add_noise(images, noise), noise)
         return self.ddpm.card.to_pixels(x_0).clamp(0, 1)[..., :height, :width]
 
+    @property
+    def sigma(self) -> float:
+        """The standard deviation of the noise, as added to pixels in [0, 1]."""
+        low, high = self.ddpm.card.data_range
+        return _relative_noise(self.ddpm.alpha_bar[self.noised_to]) / (high - low)
+
+    def purify_noised(self, noised: Tensor, noise: Tensor) -> Tensor:
+        """Purify images that are noised already.
+
+        Args:
+            noised: (B, 3, H, W), x + sigma n for images x in [0, 1]; H and W are multiples of what the U-Net needs.
+            noise: (B, *noise_shape(H, W)), of which the first is not used.
+
+        Returns:
+            (B, 3, H, W) in [0, 1].
+        """
+        x_t = self.ddpm.alpha_bar[self.noised_to].sqrt() * self.ddpm.card.to_range(noised)
+        return self.ddpm.card.to_pixels(self._denoise(x_t, noise)).clamp(0, 1)
+
     def noised(self, images: Tensor, noise: Tensor) -> Tensor:
         """Return the noised images that the reverse process starts from, clamped to [0, 1] for display."""
         x_t = self.ddpm.card.to_pixels(self._add_noise(images, noise))
@@ -140,6 +159,15 @@ class NoisePurifier(nn.Module):
             noise = torch.randn((len(images), *self.noise_shape(*images.shape[-2:])), device=images.device)
         return ((forward_process(images * 2 - 1, noise[:, 0], self.alpha_bar_t) + 1) / 2).clamp(0, 1)
 
+    @property
+    def sigma(self) -> float:
+        """The standard deviation of the noise, as added to pixels in [0, 1]."""
+        return _relative_noise(self.alpha_bar_t) / 2
+
+    def purify_noised(self, noised: Tensor, noise: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) in [0, 1] of noised ones, x + sigma n; `noise` is not used."""
+        return ((self.alpha_bar_t.sqrt() * (noised * 2 - 1) + 1) / 2).clamp(0, 1)
+
     def noised(self, images: Tensor, noise: Tensor) -> Tensor:
         """Return the module's output."""
         noised: Tensor = self(images, noise)
@@ -152,6 +180,12 @@ Purifier = DiffusionPurifier | NoisePurifier
 def linear_alpha_bar(timesteps: int = 1000) -> Tensor:
     """Return alpha_bar (T,) of the linear schedule 1e-4 to 0.02 (Ho et al. 2020, section 4), as in diffusers."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, timesteps), 0)
+
+
+def _relative_noise(alpha_bar_t: Tensor) -> float:
+    """Return the ratio of noise to signal in x_t."""
+    alpha_bar = float(alpha_bar_t)
+    return sqrt((1 - alpha_bar) / alpha_bar)
 
 
 def _checked_levels(t_star: float, timesteps: int) -> int:

@@ -76,7 +76,7 @@ class PairedSets:
 
 @dataclass(frozen=True)
 class Stages:
-    """Images (B, 3, H, W) in [0, 1] of each stage, with labels (B,) and origin indices."""
+    """What the classifier reads in each stage (B, 3, H, W), in [0, 1], with labels (B,) and origin indices."""
 
     clean: Tensor
     attacked: Tensor
@@ -105,16 +105,17 @@ class GalleryModel:
         """Return the stages of some pairs, computed at the full batch size."""
         full = np.array([rows[min(i, len(rows) - 1)] for i in range(_BATCH)])
         clean = pairs.clean.batch(pairs.clean_rows[full], self.device)
-        attacked = pairs.attacked.read(pairs.attacked_rows[full]).to(self.device)
-        noise = self.defended.noise(attacked, rows=clean.index, seed=self.seed, purpose="evaluate")
+        noise = self.defended.noise(clean.images, rows=clean.index, seed=self.seed, purpose="evaluate")
+        view = self.defended.view
+        attacked = view.apply(pairs.attacked.read(pairs.attacked_rows[full]).to(self.device))
         noised, purified = self.defended.purifier.noised(attacked, noise), self.defended.purify(attacked, noise)
         n = len(rows)  # without the padding
         labels, index = clean.labels[:n].cpu(), clean.index[:n]
-        return Stages(clean.images[:n], attacked[:n], noised[:n], purified[:n], labels, index)
+        return Stages(view.apply(clean.images[:n]), attacked[:n], noised[:n], purified[:n], labels, index)
 
     def confidence(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the classifier's probability of the true class (B,)."""
-        logits: Tensor = self.model.classifier(images)
+        logits = self.defended.classify(images)
         return logits.cpu().double().softmax(1)[torch.arange(len(labels)), labels]
 
 

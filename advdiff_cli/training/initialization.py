@@ -1,6 +1,7 @@
 """The models that training starts from: random weights, or those of an existing model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -18,6 +19,7 @@ def initial_classifier(init: str | None, config: ClassifierConfig, seed: int, sh
         AdvdiffError: `init` has another architecture, or the architecture does not take patches of `shape` (H, W).
     """
     model = _random_classifier(config, seed) if init is None else load_classifier(find_classifier(init))
+    model.config = replace(model.config, crop=None, pool=1)  # it is trained on patches that are cut already
     if model.config.arch != config.arch:
         raise AdvdiffError(f"--init {init} is a {model.config.arch}; give --arch {model.config.arch}")
     try:

@@ -1,0 +1,217 @@
+"""Certificates of patches, and the table that holds them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advdiff_cli.certification.bounds import certified_radius, clopper_pearson, round_down, threshold
+from advdiff_cli.certification.confidence_sequence import SequentialTest
+from advdiff_cli.data.table_writer import read_csv, recorded_table
+from advdiff_cli.errors import AdvdiffError
+
+HEADER = ("name", "index", "label", "decision", "abstain", "radius", "draws", "successes", "seconds")
+_TSV = ("idx", "label", "predict", "radius", "correct", "time")
+_TSV_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """How a patch is certified.
+
+    Args:
+        n0: Draws that choose the class.
+        n: Draws that bound its probability; at most, if there are `targets`.
+        alpha: The probability that a certificate of a patch is wrong, at most.
+        targets: l2 radii to be decided in turn, by as few draws as that takes; None for exactly n draws.
+    """
+
+    n0: int
+    n: int
+    alpha: float
+    targets: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proved about a patch.
+
+    Args:
+        decision: The class, 0 or 1.
+        radius: No perturbation of at most this l2 length changes the decision of the vote over infinitely many draws.
+        abstain: Whether not even the decision on the patch itself is proved.
+        draws: Draws in all, those that chose the class included.
+        successes: Of the other draws, those for the class.
+    """
+
+    decision: int
+    radius: float
+    abstain: bool
+    draws: int
+    successes: int
+
+
+class Certifier:
+    """Certifies one patch, given the decisions of draw after draw."""
+
+    def __init__(self, procedure: Procedure, sigma: float, distance: float = 0.0) -> None:
+        """Begin a certificate.
+
+        Args:
+            procedure: How.
+            sigma: Standard deviation of the noise in pixels of the patch, rounded down.
+            distance: Total variation between the noise that is drawn and a normal distribution.
+        """
+        self._how, self._sigma, self._distance = procedure, sigma, distance
+        self._seen = self._ones = 0  # of the draws that choose
+        self._draws = self._successes = 0
+        targets = procedure.targets or ()
+        levels = tuple(threshold(r, sigma, distance=distance) for r in targets)
+        sequential = procedure.targets is not None
+        self._test = SequentialTest(levels, procedure.alpha, procedure.n) if sequential else None
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether no further draw is needed."""
+        if self._seen < self._how.n0:
+            return False
+        return self._draws == self._how.n if self._test is None else self._test.is_decided
+
+    @property
+    def decision(self) -> int:
+        """The class of the majority of the first n0 draws."""
+        return int(2 * self._ones > self._how.n0)
+
+    def add(self, votes: NDArray[np.bool_]) -> None:
+        """Take further draws (N,), whether each decides for class 1; those after the decision are ignored."""
+        choosing = votes[: self._how.n0 - self._seen]
+        self._seen += len(choosing)
+        self._ones += int(choosing.sum())
+        outcomes = (votes[len(choosing) :] == (self.decision == 1))[: self._how.n - self._draws]
+        if self._test is not None:
+            self._test.add(outcomes)
+            return
+        self._draws += len(outcomes)
+        self._successes += int(outcomes.sum())
+
+    def certify(self) -> Certificate:
+        """Return the certificate."""
+        how = self._how
+        if self._test is None:
+            lower = clopper_pearson(self._successes, self._draws, how.alpha)
+            return self._certificate(lower, [], self._draws, self._successes)
+        found = self._test.decide()
+        reached = [r for r, certified in zip(how.targets or (), found.certified, strict=True) if certified]
+        return self._certificate(found.lower, reached, found.draws, found.successes)
+
+    def _certificate(self, lower: float, reached: Sequence[float], draws: int, successes: int) -> Certificate:
+        radius = max([certified_radius(lower, self._sigma, distance=self._distance), *reached])
+        abstain = lower - self._distance <= 0.5 and not reached
+        return Certificate(self.decision, radius, abstain, self._seen + draws, successes)
+
+
+@dataclass(frozen=True)
+class CertifiedSet:
+    """The certificates of a set of patches.
+
+    Args:
+        names: The name of each patch.
+        index: (N,) the row of each patch in the origin set.
+        labels: (N,), or None.
+        decision: (N,) classes.
+        abstain: (N,) whether the decision is not proved.
+        radius: (N,) in l2, of the whole patch.
+        draws: (N,) draws that were spent.
+        seconds: (N,) spent on each patch.
+    """
+
+    names: Sequence[str]
+    index: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
+    decision: NDArray[np.int64]
+    abstain: NDArray[np.bool_]
+    radius: NDArray[np.float64]
+    draws: NDArray[np.int64]
+    seconds: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def voted(self) -> NDArray[np.bool_]:
+        """Whether each decision is that of the label (N,); without labels, whether there is one."""
+        return ~self.abstain if self.labels is None else np.equal(self.decision, self.labels)
+
+    def certified(self, radius: float) -> NDArray[np.bool_]:
+        """Return whether each patch is certified at an l2 radius, for its label if there is one (N,)."""
+        proved: NDArray[np.bool_] = self.voted & ~self.abstain & (self.radius >= radius)
+        return proved
+
+
+def line(name: str, index: int, label: int | None, found: Certificate, seconds: float) -> list[str]:
+    """Return the cells of a patch."""
+    known = "" if label is None else str(label)
+    decided = (str(found.decision), str(int(found.abstain)), repr(found.radius))
+    return [name, str(index), known, *decided, str(found.draws), str(found.successes), f"{seconds:.3f}"]
+
+
+def read_certificates(path: Path) -> CertifiedSet:
+    """Return the certificates in a table of `certify`.
+
+    Raises:
+        AdvdiffError: There is no such table, or it is damaged.
+    """
+    if not path.is_file():
+        raise AdvdiffError(f"no such file: {path}")
+    try:
+        header, lines = read_csv(path)
+        if tuple(header) != HEADER:
+            raise AdvdiffError(f"{path} is not a table of certificates: make one with advdiff certify -o {path}")
+        names, index, labels, decision, abstain, radius, draws, _, seconds = zip(*lines, strict=True)
+        known = None if "" in labels else np.array(labels, np.int64)
+        whole = [np.array(column, np.int64) for column in (index, decision, abstain, draws)]
+        real = [np.array(column, np.float64) for column in (radius, seconds)]
+    except (ValueError, UnicodeDecodeError):
+        raise AdvdiffError(f"{path} is damaged: make it again with advdiff certify -o {path}") from None
+    return CertifiedSet(names, whole[0], known, whole[1], whole[2] == 1, real[0], whole[3], real[1])
+
+
+def certificate_parameters(path: Path) -> dict[str, object]:
+    """Return the parameters that a table of certificates was made with.
+
+    Raises:
+        AdvdiffError: It was changed since it was written.
+    """
+    made = recorded_table(path)
+    if made is None or made["recipe"]["command"] != "certify":
+        raise AdvdiffError(f"{path} is not as advdiff certify wrote it, or its record is missing; make it again")
+    parameters: dict[str, object] = made["recipe"]["parameters"]
+    return parameters
+
+
+def write_tsv(path: Path, found: CertifiedSet) -> None:
+    """Write certificates in the columns of Cohen et al.'s certify.py, which analyses of other tools read.
+
+    A patch that abstains has prediction -1 and radius 0. Radii are rounded down.
+
+    Raises:
+        AdvdiffError: There are no labels.
+    """
+    if found.labels is None:
+        raise AdvdiffError(f"--tsv {path}: the table of other tools needs labels; give --labels FILE.csv")
+    with path.open("w", encoding="utf-8") as file:
+        file.write("\t".join(_TSV) + "\n")
+        for i in range(len(found)):
+            decision = -1 if found.abstain[i] else int(found.decision[i])
+            radius = 0.0 if found.abstain[i] else round_down(float(found.radius[i]), _TSV_DIGITS)
+            correct = int(decision == found.labels[i])
+            cells = (found.index[i], found.labels[i], decision, radius, correct, _clock(float(found.seconds[i])))
+            file.write("\t".join(map(str, cells)) + "\n")
+
+
+def _clock(seconds: float) -> str:
+    """Return a duration as Python prints a timedelta: 0:00:17.250000."""
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes) // 60}:{int(minutes) % 60:02}:{rest:09.6f}"

@@ -1,0 +1,205 @@
+"""`advdiff certify`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from advdiff_cli import console
+from advdiff_cli.cli import options
+from advdiff_cli.cli.certificate_options import CertificateOptions
+from advdiff_cli.cli.compute_options import ShardedComputeOptions
+from advdiff_cli.cli.defense_options import PurifierOptions
+from advdiff_cli.cli.groups import with_option_groups
+from advdiff_cli.cli.output_options import PlannedOutputOptions
+from advdiff_cli.cli.row_options import RowOptions
+from advdiff_cli.errors import AdvdiffError
+
+if TYPE_CHECKING:
+    from advdiff_cli.certification.summary import Radius
+    from advdiff_cli.data.output_spec import OutputSpec
+    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.provenance import JsonObject
+    from advdiff_cli.jobs.recipes import CertifySettings
+    from advdiff_cli.models.precision import Precision
+
+_ESTIMATE = ("value", "low", "high")
+
+
+@with_option_groups
+def certify(
+    data: options.Data,
+    classifier: options.ClassifierName,
+    certificate: CertificateOptions,
+    defense: PurifierOptions,
+    rows: RowOptions,
+    compute: ShardedComputeOptions,
+    output: PlannedOutputOptions,
+) -> None:
+    """Prove which decisions no attack of a size can change, by randomized smoothing, with or without labels.
+
+    The proof is of the vote over infinitely many draws of the defense's noise (Cohen et al. 2019; one denoising step:
+    Carlini et al. 2023). Without --eps and --radius, each patch takes n0 + n draws and gets the largest radius that
+    they prove. With a size, draws stop as soon as the size is proved or out of reach. The table has a row for each
+    patch: decision, abstain (1 if not even the decision is proved), radius (l2), draws and seconds. A stopped run
+    resumes when the command is run again.
+
+    Example: advdiff certify patches/ -c pcam-resnet18-adapted --t-star 0.3 --eps 2/255 -o proved.csv
+    """
+    from advdiff_cli.data.table_writer import table_resume_params
+
+    out, settings = output.out, certificate.settings()
+    if out.suffix.lower() != ".csv":
+        raise AdvdiffError(f"--out {out}: certificates are written as .csv")
+    patches = rows.open(data)
+    shape = patches.require_shape()
+    if certificate.tsv is not None and patches.labels is None:
+        raise AdvdiffError(f"--tsv {certificate.tsv}: the table of other tools needs labels; give --labels FILE.csv")
+    resume = {} if output.overwrite else table_resume_params(out)
+    if resume and not output.dry_run and _is_finished(classifier, settings, defense, compute, patches, resume, out):
+        console.log(f"{out} is up to date")
+        _emit(output, certificate, "up to date")
+        return
+
+    from advdiff_cli.certification.certificate import HEADER
+    from advdiff_cli.certification.smoothing import SmoothedClassifier
+    from advdiff_cli.cli.batch_size import resolve_batch_size
+    from advdiff_cli.cli.progress import follow_rows
+    from advdiff_cli.data.distributed import process_group
+    from advdiff_cli.data.output_spec import OutputSpec, shard_rows
+    from advdiff_cli.jobs.certify import CertifyJob
+    from advdiff_cli.jobs.sharding import ShardedOutput, TableOutput
+
+    device = compute.resolve_device()
+    precision = _precision(compute, settings)
+    undefended = compute.load_classifier(classifier, device)
+    model = undefended.behind(defense.build(compute), device, precision)
+    smoothed = SmoothedClassifier(model.protected, shape, compute.seed, settings.sound)
+    size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=False)
+    job = CertifyJob(smoothed, model.spec, patches, settings, size, device)
+    n = len(shard_rows(len(patches), 1, compute.shard_pair))
+    if output.dry_run:
+        most = settings.n0 + settings.n
+        plan = {"out": str(out), "status": "would certify", "patches": n, "most_draws": most, "sigma": smoothed.sigma}
+        output.emit(plan, f"{out}: would certify {n} patches, at most {most:,} draws each", out)
+        return
+    made = OutputSpec(out, job.recipe, device.type, output.overwrite)
+    work = follow_rows(job.run, "certify", quiet=output.quiet)
+    inputs = [Path(data), *filter(None, [rows.labels])]
+    sharded = ShardedOutput(made, len(patches), 1, TableOutput(patches, HEADER, work, inputs))
+    with process_group(device) as group:
+        status = sharded.make(compute.shard_pair, group)
+    if status == "up to date":
+        console.log(f"{out} is up to date")
+    if group.is_main:
+        _emit(output, certificate, status)
+
+
+def _precision(compute: ShardedComputeOptions, settings: "CertifySettings") -> "Precision":
+    """Return the precision: fp32, unless noised patches are exact.
+
+    Raises:
+        AdvdiffError: Another one was asked for.
+    """
+    if compute.precision in ("auto", "fp32"):
+        return "fp32"
+    if not settings.sound:
+        raise AdvdiffError(
+            f"--precision {compute.precision}: rounding of a noised patch is not a part of the proof; add --sound, "
+            "which makes noised patches exact, or leave the precision out"
+        )
+    return compute.resolve_precision(compute.resolve_device())
+
+
+def _is_finished(
+    classifier: str,
+    settings: "CertifySettings",
+    defense: PurifierOptions,
+    compute: ShardedComputeOptions,
+    patches: "PatchSet",
+    resume: Mapping[str, object],
+    out: Path,
+) -> bool:
+    """Return whether the table is up to date, if nothing has to be loaded to know that."""
+    from advdiff_cli.cli.batch_size import known_batch_size
+    from advdiff_cli.data.output_spec import shard_rows
+    from advdiff_cli.data.table_writer import is_complete_table
+    from advdiff_cli.jobs.recipes import certify_recipe
+
+    model = compute.find_model(classifier, defense.find(compute), {"precision": _precision(compute, settings)})
+    size = known_batch_size(compute.batch_size, resume, graph=False)
+    if model is None or size is None or "sigma" not in resume:
+        return False
+    derived = {k: resume[k] for k in ("sigma", "dimension")}
+    made_by = certify_recipe(model, patches, settings, seed=compute.seed, batch_size=size, derived=derived)
+    return is_complete_table(out, made_by, shard_rows(len(patches), 1, compute.shard_pair))
+
+
+def _emit(output: PlannedOutputOptions, certificate: CertificateOptions, status: str) -> None:
+    """Print what is proved, and write the table of other tools."""
+    from advdiff_cli.certification.certificate import certificate_parameters, read_certificates, write_tsv
+    from advdiff_cli.certification.summary import summarize
+
+    parameters, found = certificate_parameters(output.out), read_certificates(output.out)
+    if certificate.tsv is not None:
+        from advdiff_cli.data.recorded_files import recorded_write
+
+        written = _tsv_output(output, certificate.tsv)
+        with recorded_write(written, certificate.tsv) as temporary:
+            write_tsv(temporary, found)
+    result = summarize(found, _radii(certificate, parameters))
+    result = {"out": str(output.out), "status": status, **result, "alpha": parameters["alpha"]}
+    result |= {"sigma": parameters["sigma"], "parameters": dict(parameters)}
+    output.emit(result, _text(result), output.out)
+
+
+def _tsv_output(output: PlannedOutputOptions, tsv: Path) -> "OutputSpec":
+    """Return the record of the table of other tools, which may be written.
+
+    Raises:
+        AdvdiffError: Another file is there.
+    """
+    from advdiff_cli.data.output_spec import OutputSpec
+    from advdiff_cli.data.recorded_files import check_replaceable, record_of
+    from advdiff_cli.data.table_writer import recorded_table
+
+    made = recorded_table(output.out) or {}
+    spec = OutputSpec(record_of(tsv), made["recipe"], overwrite=output.overwrite)
+    check_replaceable(spec, [tsv], [output.out])
+    return spec
+
+
+def _radii(certificate: CertificateOptions, parameters: Mapping[str, object]) -> "list[Radius]":
+    from advdiff_cli.certification.summary import Radius
+
+    eps, radii = certificate.sizes()
+    dimension = parameters["dimension"]
+    assert isinstance(dimension, int)
+    return [
+        *(Radius.linf(e, dimension) for e in sorted(eps)),
+        *(Radius("l2", r, r) for r in sorted(radii)),
+    ]
+
+
+def _text(result: "JsonObject") -> str:
+    from advdiff_cli.cli.tables import cell
+
+    labelled = result["vote_accuracy"] is not None
+    vote = f", vote accuracy {cell(result['vote_accuracy'])} %" if labelled else ""
+    first = (
+        f"{result['out']}: {result['status']}, {result['n']} patches, {result['draws'] / result['n']:,.0f} draws each"
+    )
+    first += f", sigma {result['sigma']:.3f}{vote}, {result['abstained']} abstained"
+    rows = [
+        ("l-inf" if c["norm"] == "linf" else "l2", _size(c), f"{c['l2']:.3f}", cell({k: c[k] for k in _ESTIMATE}))
+        for c in result["certified"]
+    ]
+    what = "certified accuracy % [95 %]" if labelled else "certified patches % [95 %]"
+    table = console.table(("attacks", "size", "l2 radius", what), rows)
+    proof = (
+        f"proved for the vote over infinitely many draws; each patch may be wrong with probability {result['alpha']:g}"
+    )
+    return f"{first}\n{table}\n{proof}"
+
+
+def _size(certified: "JsonObject") -> str:
+    return f"{certified['eps'] * 255:g}/255" if certified["norm"] == "linf" else f"{certified['eps']:g}"

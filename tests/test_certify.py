@@ -1,0 +1,163 @@
+"""`advdiff certify`: the same rows whatever the order, range, shard or interruption, and tables for other tools."""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from advdiff_cli.certification.bounds import certified_radius, clopper_pearson
+from advdiff_cli.data.patches import open_patches
+
+N = 8
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(path):
+    """Return the rows by index, without the seconds that they took."""
+    return {line["index"]: {k: v for k, v in line.items() if k != "seconds"} for line in table(path)}
+
+
+@pytest.fixture
+def command(test_x, classifier, ddpm):
+    through = ["-m", ddpm, "--t-star", "0.05", "--sampler-steps", 1, "--batch-size", 8]
+    return ["certify", test_x, "-c", classifier, *through, "--n", 60, "--radius", "0.05", "--radius", 0]
+
+
+def test_order_range_and_shard(advdiff, command, tmp_path):
+    whole = tmp_path / "whole.csv"
+    told = advdiff(*command, "--limit", N, "-o", whole, "--json").json
+    expected = rows_of(whole)
+    assert len(expected) == N == told["n"]
+    assert told["draws"] == sum(int(line["draws"]) for line in table(whole))
+    ranges = {}
+    for a, b in ((0, 3), (3, N)):
+        advdiff(*command, "--range", f"{a}:{b}", "-o", tmp_path / f"r{a}.csv")
+        ranges |= rows_of(tmp_path / f"r{a}.csv")
+    assert ranges == expected
+    advdiff(*command, "--shuffle-seed", 5, "--limit", 30, "-o", tmp_path / "shuffled.csv")
+    shuffled = rows_of(tmp_path / "shuffled.csv")
+    assert list(shuffled) != sorted(shuffled, key=int)
+    shared = expected.keys() & shuffled
+    assert shared
+    assert {k: shuffled[k] for k in shared} == {k: expected[k] for k in shared}
+    shards = [tmp_path / f"s{i}.csv" for i in (1, 0)]
+    for i, shard in zip((1, 0), shards, strict=True):
+        advdiff(*command, "--limit", N, "--shard", f"{i}/2", "-o", shard)
+    advdiff("merge", *shards, "-o", tmp_path / "merged.csv")
+    assert rows_of(tmp_path / "merged.csv") == expected
+    assert "up to date" in advdiff(*command, "--limit", N, "-o", tmp_path / "merged.csv").err
+    assert "n 60" in advdiff("info", whole).out
+
+
+def test_kill_and_resume(advdiff, command, tmp_path):
+    advdiff(*command, "-o", tmp_path / "whole.csv")
+    out, work = tmp_path / "killed.csv", tmp_path / "killed.csv.part"
+    line = [sys.executable, "-m", "advdiff_cli", *map(str, command), "-o", str(out)]
+    running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (work.exists() and work.read_bytes().count(b"\n") > 2):
+        time.sleep(0.05)
+    time.sleep(random.Random(0).random() / 2)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not out.exists()
+    advdiff(*command, "-o", out)
+    assert rows_of(out) == rows_of(tmp_path / "whole.csv")
+
+
+def test_exactly_n_draws(advdiff, test_x, classifier, tmp_path):
+    """Radii are Cohen et al.'s: Clopper-Pearson on draws that did not choose the class."""
+    base = ["certify", test_x, "-c", classifier, "--defense", "noise", "--t-star", "0.1", "--limit", N]
+    told = advdiff(*base, "--n0", 5, "--n", 30, "-o", tmp_path / "c.csv", "--tsv", tmp_path / "c.tsv", "--json").json
+    lines = table(tmp_path / "c.csv")
+    for line in lines:
+        assert line["draws"] == "35"
+        bound = clopper_pearson(int(line["successes"]), 30, 0.001)
+        assert float(line["radius"]) == certified_radius(bound, told["sigma"])
+        assert (line["abstain"] == "1") == (bound <= 0.5)
+    assert told["parameters"]["dimension"] == 3 * 96 * 96
+    known = {(c["norm"], c["eps"]): c for c in told["certified"]}
+    assert set(known) == {*(("linf", k / 255) for k in (0.5, 1, 2)), *(("l2", r) for r in (0.25, 0.5, 1.0))}
+    correct = [float(line["radius"]) for line in lines if line["decision"] == line["label"] and line["abstain"] == "0"]
+    assert known["linf", 1 / 255]["l2"] == pytest.approx((3 * 96 * 96) ** 0.5 / 255)
+    assert known["linf", 1 / 255]["value"] == sum(r >= known["linf", 1 / 255]["l2"] for r in correct) / N
+    assert told["vote_accuracy"]["value"] == sum(line["decision"] == line["label"] for line in lines) / N
+
+    header, *rows = [line.split("\t") for line in (tmp_path / "c.tsv").read_text().splitlines()]
+    assert header == ["idx", "label", "predict", "radius", "correct", "time"]
+    for row, line in zip(rows, lines, strict=True):
+        predicted = "-1" if line["abstain"] == "1" else line["decision"]
+        assert row[:3] == [line["index"], line["label"], predicted]
+        assert float(row[3]) <= float(line["radius"]) < float(row[3]) + 2e-6
+        assert row[4] == str(int(predicted == line["label"]))
+        assert row[5].startswith("0:00:0")
+    again = advdiff(*base, "--n0", 5, "--n", 30, "--tsv", tmp_path / "c.tsv", "-o", tmp_path / "c.csv")
+    assert "up to date" in again.err
+    assert "other settings" in advdiff(*base, "--n", 40, "-o", tmp_path / "c.csv", code=1).err
+
+
+def test_a_size_stops_early(advdiff, test_x, classifier, tmp_path):
+    base = ["certify", test_x, "-c", classifier, "--defense", "noise", "--t-star", "0.1", "--limit", N, "--n", 2000]
+    told = advdiff(*base, "--eps", "0.05/255", "-o", tmp_path / "c.csv", "--json").json
+    (size,) = told["certified"]
+    assert (size["norm"], size["eps"]) == ("linf", 0.05 / 255)
+    lines = table(tmp_path / "c.csv")
+    sure = [line for line in lines if int(line["draws"]) - 20 == int(line["successes"])]
+    assert sure
+    assert all(int(line["draws"]) < 100 and float(line["radius"]) >= size["l2"] for line in sure)
+    text = advdiff(*base, "--eps", "0.05/255", "-o", tmp_path / "c.csv").out
+    assert "0.05/255" in text
+    assert "the vote over infinitely many draws" in text
+
+
+def test_a_folder_without_labels_and_sound_noise(advdiff, patches, classifier, tmp_path):
+    tiles = tmp_path / "tiles"
+    tiles.mkdir()
+    for file in sorted((patches / "images" / "test").rglob("*.jpg"))[:3]:
+        shutil.copy(file, tiles)
+    base = ["certify", tiles, "-c", classifier, "--defense", "noise", "--n0", 5, "--n", 20, "--sound"]
+    told = advdiff(*base, "-o", tmp_path / "c.csv", "--json").json
+    assert told["vote_accuracy"] is None
+    assert [line["name"] for line in table(tmp_path / "c.csv")] == open_patches(tiles).keys
+    assert {line["label"] for line in table(tmp_path / "c.csv")} == {""}
+    assert "certified patches %" in advdiff(*base, "-o", tmp_path / "c.csv").out
+    refused = advdiff(*base, "-o", tmp_path / "c.csv", "--tsv", tmp_path / "c.tsv", code=1).err
+    assert "--labels FILE.csv" in refused
+    advdiff(*base, "-o", tmp_path / "bf16.csv", "--precision", "bf16", "--limit", 1)
+
+
+def test_what_cannot_be_certified_is_told(advdiff, command, test_x, classifier, tmp_path):
+    told = {
+        "add --sound": [*command, "--precision", "bf16"],
+        "--alpha must be above 0 and below 0.5": [*command, "--alpha", "0.6"],
+        "certificates are written as .csv": [*command[:-2], "-o", tmp_path / "c.h5"],
+        "exceeds the range of pixels": [*command, "--eps", "2"],
+        "longer than any change": [*command, "--radius", "1e9"],
+        "above max_t": [*command, "--t-star", "0.9"],
+    }
+    for text, arguments in told.items():
+        out = [] if "-o" in arguments else ["-o", tmp_path / "c.csv"]
+        assert text in advdiff(*arguments, *out, code=1).err, text
+    assert not list(tmp_path.iterdir())
+    plan = advdiff(*command, "-o", tmp_path / "c.csv", "--dry-run", "--json").json
+    assert (plan["patches"], plan["most_draws"]) == (40, 80)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_are_kept(advdiff, command, tmp_path):
+    (tmp_path / "mine.tsv").write_text("mine")
+    out = ["--limit", 1, "-o", tmp_path / "c.csv"]
+    assert "was not made by this command" in advdiff(*command, *out, "--tsv", tmp_path / "mine.tsv", code=1).err
+    assert (tmp_path / "mine.tsv").read_text() == "mine"
+    advdiff(*command, *out, "--tsv", tmp_path / "c.tsv")
+    (tmp_path / "c.csv").write_text("mine")
+    assert "was not made by this command" in advdiff(*command, *out, code=1).err
