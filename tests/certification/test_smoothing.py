@@ -75,7 +75,7 @@ def test_radii_are_below_the_truth_and_approach_it():
     share = smoothed.votes(image, 99, range(4000)).double().mean().item()
     assert share == pytest.approx(norm.cdf(truth / SIGMA), abs=0.02)
     radii = {
-        n: [certify(smoothed, image, Procedure(10, n, 0.001), row).radius for row in range(6)] for n in (100, 2000)
+        n: [certify(smoothed, image, Procedure(10, n, 0.001), k).radius for k in range(6)] for n in (100, 2000)
     }
     assert all(0 < r < truth for n in radii for r in radii[n])
     assert truth - np.mean(radii[2000]) < 0.5 * (truth - np.mean(radii[100]))
@@ -115,7 +115,7 @@ def test_noise_beyond_the_view_is_not_added():
 
 
 def test_sigma_is_that_of_the_schedule():
-    """In [0, 1] pixels: 0.17, 0.36, 0.48, 0.62 at t* 0.1, 0.2, 0.25, 0.3 on data in [-1, 1], and twice that on [0, 1]."""
+    """In [0, 1] pixels: 0.17, 0.36, 0.48, 0.62 at t* 0.1, 0.2, 0.25, 0.3 on data in [-1, 1]; twice that on [0, 1]."""
     for t_star, sigma in ((0.1, 0.17), (0.2, 0.36), (0.25, 0.48), (0.3, 0.62)):
         noise = NoisePurifier(linear_alpha_bar(), t_star)
         assert noise.sigma == pytest.approx(sigma, abs=0.006)
