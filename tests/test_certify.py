@@ -136,14 +136,14 @@ def test_a_folder_without_labels_and_sound_noise(advdiff, patches, classifier, t
     advdiff(*base, "-o", tmp_path / "bf16.csv", "--precision", "bf16", "--limit", 1)
 
 
-def test_what_cannot_be_certified_is_told(advdiff, command, test_x, classifier, tmp_path):
+def test_what_cannot_be_certified_is_told(advdiff, command, ddpm, tmp_path):
     told = {
         "add --sound": [*command, "--precision", "bf16"],
         "--alpha must be above 0 and below 0.5": [*command, "--alpha", "0.6"],
         "certificates are written as .csv": [*command[:-2], "-o", tmp_path / "c.h5"],
         "exceeds the range of pixels": [*command, "--eps", "2"],
         "longer than any change": [*command, "--radius", "1e9"],
-        "above max_t": [*command, "--t-star", "0.9"],
+        "above max_t": [*command, "--defense", "ddpm", "-m", ddpm, "--t-star", "0.9"],
     }
     for text, arguments in told.items():
         out = [] if "-o" in arguments else ["-o", tmp_path / "c.csv"]

@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from advdiff_cli.certification.bounds import certified_radius, clopper_pearson, round_down, threshold
 from advdiff_cli.certification.confidence_sequence import SequentialTest
+from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.table_writer import read_csv, recorded_table
 from advdiff_cli.errors import AdvdiffError
 
 HEADER = ("name", "index", "label", "decision", "abstain", "radius", "draws", "successes", "seconds")
 _TSV = ("idx", "label", "predict", "radius", "correct", "time")
 _TSV_DIGITS = 6
+_LONGEST_HEADER = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -178,17 +180,27 @@ def read_certificates(path: Path) -> CertifiedSet:
     return CertifiedSet(names, whole[0], known, whole[1], whole[2] == 1, real[0], whole[3], real[1])
 
 
-def certificate_parameters(path: Path) -> dict[str, object]:
-    """Return the parameters that a table of certificates was made with.
+def certificate_provenance(path: Path) -> Provenance:
+    """Return how a table of certificates was made.
 
     Raises:
         AdvdiffError: It was changed since it was written.
     """
+    if not path.is_file():
+        raise AdvdiffError(f"no such file: {path}")
     made = recorded_table(path)
     if made is None or made["recipe"]["command"] != "certify":
         raise AdvdiffError(f"{path} is not as advdiff certify wrote it, or its record is missing; make it again")
-    parameters: dict[str, object] = made["recipe"]["parameters"]
-    return parameters
+    return made
+
+
+def is_certificate_table(path: Path) -> bool:
+    """Return whether a file begins like a table of certificates."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline(_LONGEST_HEADER).strip().split(",") == list(HEADER)
+    except OSError:
+        return False
 
 
 def write_tsv(path: Path, found: CertifiedSet) -> None:

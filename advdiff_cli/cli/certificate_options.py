@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 _CERTIFICATE = "Certificate"
 _FIXED = (100, 1000)  # draws that choose and that bound, where no size is given
 _SEQUENTIAL = (20, 10_000)
-_EPS = (0.5 / 255, 1 / 255, 2 / 255)  # sizes that are told, where exactly --n draws allow any
-_RADII = (0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +105,8 @@ class CertificateOptions:
         decided = ((), ()) if self.fixed else (asked, radii)
         return CertifySettings(self.n0 or n0, self.n or n, self.alpha, *decided, self.sound)
 
-    def sizes(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return the l-inf and l2 sizes that are told."""
-        if self.eps or self.radius:
-            return tuple(self.eps or ()), tuple(self.radius or ())
-        return _EPS, _RADII
+    def asked_sizes(self) -> dict[str, list[float]]:
+        """Return the l-inf and l2 sizes that are asked for, named as in a recipe; empty if there are none."""
+        if not (self.eps or self.radius):
+            return {}
+        return {"eps": self.eps or [], "radii": self.radius or []}

@@ -10,7 +10,9 @@ def cell(estimate: Mapping[str, Any] | None) -> str:
     """Return an estimate and its interval in percent, or - where there is none."""
     from advdiff_cli.evaluation.statistics import Estimate
 
-    return "-" if estimate is None or estimate["value"] is None else str(Estimate(**estimate))
+    if estimate is None or estimate["value"] is None:
+        return "-"
+    return str(Estimate(*(estimate[k] for k in ("value", "low", "high"))))
 
 
 def accuracy_table(title: str, sets: Iterable[tuple[str, Mapping[str, Any]]], columns: tuple[str, ...]) -> str:

@@ -15,14 +15,11 @@ from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.certification.summary import Radius
     from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.data.provenance import JsonObject
+    from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.jobs.recipes import CertifySettings
     from advdiff_cli.models.precision import Precision
-
-_ESTIMATE = ("value", "low", "high")
 
 
 @with_option_groups
@@ -136,23 +133,24 @@ def _is_finished(
 
 def _emit(output: PlannedOutputOptions, certificate: CertificateOptions, status: str) -> None:
     """Print what is proved, and write the table of other tools."""
-    from advdiff_cli.certification.certificate import certificate_parameters, read_certificates, write_tsv
-    from advdiff_cli.certification.summary import summarize
+    from advdiff_cli.certification.certificate import certificate_provenance, read_certificates, write_tsv
+    from advdiff_cli.certification.summary import summarize, told_sizes
 
-    parameters, found = certificate_parameters(output.out), read_certificates(output.out)
+    made, found = certificate_provenance(output.out), read_certificates(output.out)
+    parameters = made["recipe"]["parameters"]
     if certificate.tsv is not None:
         from advdiff_cli.data.recorded_files import recorded_write
 
-        written = _tsv_output(output, certificate.tsv)
+        written = _tsv_output(output, certificate.tsv, made["recipe"])
         with recorded_write(written, certificate.tsv) as temporary:
             write_tsv(temporary, found)
-    result = summarize(found, _radii(certificate, parameters))
+    result = summarize(found, told_sizes({**parameters, **certificate.asked_sizes()}))
     result = {"out": str(output.out), "status": status, **result, "alpha": parameters["alpha"]}
     result |= {"sigma": parameters["sigma"], "parameters": dict(parameters)}
     output.emit(result, _text(result), output.out)
 
 
-def _tsv_output(output: PlannedOutputOptions, tsv: Path) -> "OutputSpec":
+def _tsv_output(output: PlannedOutputOptions, tsv: Path, recipe: "Provenance") -> "OutputSpec":
     """Return the record of the table of other tools, which may be written.
 
     Raises:
@@ -160,24 +158,10 @@ def _tsv_output(output: PlannedOutputOptions, tsv: Path) -> "OutputSpec":
     """
     from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.data.recorded_files import check_replaceable, record_of
-    from advdiff_cli.data.table_writer import recorded_table
 
-    made = recorded_table(output.out) or {}
-    spec = OutputSpec(record_of(tsv), made["recipe"], overwrite=output.overwrite)
+    spec = OutputSpec(record_of(tsv), recipe, overwrite=output.overwrite)
     check_replaceable(spec, [tsv], [output.out])
     return spec
-
-
-def _radii(certificate: CertificateOptions, parameters: Mapping[str, object]) -> "list[Radius]":
-    from advdiff_cli.certification.summary import Radius
-
-    eps, radii = certificate.sizes()
-    dimension = parameters["dimension"]
-    assert isinstance(dimension, int)
-    return [
-        *(Radius.linf(e, dimension) for e in sorted(eps)),
-        *(Radius("l2", r, r) for r in sorted(radii)),
-    ]
 
 
 def _text(result: "JsonObject") -> str:
@@ -190,8 +174,7 @@ def _text(result: "JsonObject") -> str:
     )
     first += f", sigma {result['sigma']:.3f}{vote}, {result['abstained']} abstained"
     rows = [
-        ("l-inf" if c["norm"] == "linf" else "l2", _size(c), f"{c['l2']:.3f}", cell({k: c[k] for k in _ESTIMATE}))
-        for c in result["certified"]
+        ("l-inf" if c["norm"] == "linf" else "l2", _size(c), f"{c['l2']:.3f}", cell(c)) for c in result["certified"]
     ]
     what = "certified accuracy % [95 %]" if labelled else "certified patches % [95 %]"
     table = console.table(("attacks", "size", "l2 radius", what), rows)

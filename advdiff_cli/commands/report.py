@@ -30,6 +30,10 @@ class ContentOptions:
     sweep: Annotated[
         list[str] | None, typer.Option(help="FOLDER of a sweep, or NAME=FOLDER to name it. May be repeated.")
     ] = None
+    certificates: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE: certified accuracy over the radius, from certify. May be repeated."),
+    ] = None
     ladder: Annotated[Path | None, typer.Option(help="Folder of robustness.")] = None
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Purification against adversarial attacks"
 
@@ -65,19 +69,26 @@ def report(
 
     Example: advdiff report --result undefended=plain.json --sweep sweep/ --ladder suite/ -o report/
     """
+    from advdiff_cli.certification.summary import certificate_curves
     from advdiff_cli.report.page import PAGE, PANEL, Report, accuracy_bar
     from advdiff_cli.report.result_files import Evaluation, Suite, Sweep, read_result, read_results
 
     out = output.out
     output.require_folder("a report goes to")
     has_gallery = gallery.clean or gallery.attacked
-    if not (content.result or content.sweep or content.ladder or has_gallery):
-        raise AdvdiffError("nothing to report: give --result, --sweep, --ladder, or --clean and --attacked")
+    if not (content.result or content.sweep or content.certificates or content.ladder or has_gallery):
+        raise AdvdiffError(
+            "nothing to report: give --result, --sweep, --certificates, --ladder, or --clean and --attacked"
+        )
     named = [_named(text, "give --result NAME=FILE") for text in content.result or []]
     page = Report(content.title, read_results(named, Evaluation))
     for name, found in page.results.items():
         accuracy_bar(name, found)  # raises before anything is written
     page.sweeps = read_results([_sweep_file(text) for text in content.sweep or []], Sweep)
+    for name, path in (_named(text, "give --certificates NAME=FILE") for text in content.certificates or []):
+        if name in page.certificates:
+            raise AdvdiffError(f"two tables of certificates are called {name}; give each its own name")
+        page.certificates[name] = certificate_curves(path)
     if content.ladder:
         page.suite = read_result(_suite_file(content.ladder), Suite)
     with tempfile.TemporaryDirectory() as scratch:

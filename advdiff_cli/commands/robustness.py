@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.evaluation.metrics import Predictions
     from advdiff_cli.purification.defense import EvaluatedModel
+    from advdiff_cli.robustness.certified_rung import BrokenCertificates, CertifiedRung
     from advdiff_cli.robustness.cost_estimate import RowCost
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import Budget, SuiteRow
@@ -151,7 +152,7 @@ def _run(
     from advdiff_cli.data.provenance import recipe
     from advdiff_cli.robustness.summary import summarize
 
-    judged, gradients, tested = {}, None, None
+    judged, gradients, tested, certified = {}, None, None, None
     for row in suite:
         console.log(f"{row.name}: {_cost_text(plan[row.name])}")
         judged[row.name] = _run_row(runner, row, quiet=quiet)
@@ -164,6 +165,9 @@ def _run(
         console.log(f"unit-test: {_cost_text(plan['unit-test'])}")
         with console.progress(plan["unit-test"].n, "unit-test", quiet=quiet) as advance:
             tested = runner.binarization_test(attack, advance)
+        if "certified" in plan:
+            console.log(f"certified: {_cost_text(plan['certified'])}")
+            certified = _certify(runner, suite, judged, eps, quiet=quiet)
     model = runner.model
     settings = {"eps": eps, **asdict(runner.budget), "seed": runner.seed, "batch_size": runner.batch_size}
     made_by = recipe(
@@ -174,7 +178,7 @@ def _run(
         ddpm=model.ddpm_fingerprint,
     )
     defense = None if model.defense is None else model.defense.spec.parameters()
-    summary = summarize(suite, judged, eps, gradients, tested)
+    summary = summarize(suite, judged, eps, gradients, tested, certified)
     for row, printed in zip(suite, summary["rungs"], strict=True):
         cost = plan[row.name]
         printed |= {"unet_forward": cost.unet_forward, "unet_backward": cost.unet_backward}
@@ -190,6 +194,21 @@ def _run_row(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predict
         found = runner.judge(row, advance)
     console.log(f"{row.name}: accuracy {100 * found.share.mean():.1f} %, {duration(runner.seconds(row))}")
     return found
+
+
+def _certify(
+    runner: "SuiteRunner",
+    suite: "Sequence[SuiteRow]",
+    judged: "Mapping[str, Predictions]",
+    eps: float,
+    *,
+    quiet: bool,
+) -> "tuple[CertifiedRung, BrokenCertificates]":
+    job = runner.certify_job(eps)
+    with console.progress(len(runner.patches), "certified", quiet=quiet) as advance:
+        rung = runner.certify(job, eps, advance)
+    console.log(f"certified: {100 * rung.summary()['value']:.1f} % proved, {duration(rung.summary()['seconds'])}")
+    return rung, runner.check_certificates(job, rung, suite, judged)
 
 
 def _chosen(suite: "list[SuiteRow]", only: list[str] | None) -> "list[SuiteRow]":
@@ -235,8 +254,34 @@ def _text(result: "JsonObject") -> str:
         attack = AttackSpec.from_parameters(r["attack"]).describe() if r["attack"] else ""
         figures = (cell(r["accuracy"]), *(cell(r.get(k)) for k in votes), cell(r["difference"]))
         rows.append((r["name"], attack, *figures, duration(r["seconds"]) if "seconds" in r else ""))
+    if result["certified"] is not None:
+        rows.append(_proved_row(result["certified"], len(votes)))
     names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws correct") for k in votes]
     accuracy = "accuracy, mean of draws" if votes else "accuracy"
     text = console.table(("% [95 %]", "attack", accuracy, *names, "minus clean, points", "time"), rows)
+    if result["certified"] is not None:
+        text += f"\n\n{_bracket(result)}"
     checks = [f"{a['status']:4}  {a['name']}: {a['reason']}" for a in result["alarms"]]
     return text + "\n\n" + "\n".join(checks)
+
+
+def _proved_row(proved: "JsonObject", votes: int) -> tuple[str, ...]:
+    """Return the row of the table for what is proved, of the vote alone."""
+    from advdiff_cli.cli.tables import cell
+
+    mean, vote = ("", cell(proved)) if votes else (cell(proved), "")
+    columns = (mean, vote, "")[: 1 + votes]
+    return ("certified", "proof: every attack of this size", *columns, "", duration(proved["seconds"]))
+
+
+def _bracket(result: "JsonObject") -> str:
+    """Say between which figures the true robust accuracy lies."""
+    from advdiff_cli.cli.tables import cell
+
+    proved, worst = result["certified"], result["worst"]
+    vote = max((k for k in worst if k.startswith("vote_")), key=lambda k: int(k.removeprefix("vote_")))
+    size = f"l-inf {result['eps'] * 255:g}/255 (l2 {proved['l2']:.3f}, sigma {proved['sigma']:.3f})"
+    return (
+        f"the true robust accuracy of the vote at {size} lies between {cell(proved)} % (proved, for infinitely many "
+        f"draws) and {cell(worst[vote])} % (worst attack, vote of {vote.removeprefix('vote_')})"
+    )

@@ -20,6 +20,7 @@ from advdiff_cli.errors import AdvdiffError
 if TYPE_CHECKING:
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.evaluation.metrics import Predictions
+    from advdiff_cli.robustness.certified_rung import CertifiedRung
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import SuiteRow
     from advdiff_cli.robustness.sweep import Rule, SweepPoint
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _FILES = ("sweep.json", "sweep.csv", "sweep.png", "sweep.svg")
 _RECORD = "sweep.advdiff"
+_CERTIFY_DRAWS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,10 @@ class SweepOptions:
         ),
     ] = None
     rule: Annotated[
-        Literal["mean", "robust"],
+        Literal["mean", "robust", "certified"],
         typer.Option(
-            help="Choose the best mean of both accuracies, or the least value that is as robust as the best one."
+            help="Choose the best mean of both accuracies, the least value that is as robust as the best one, or the "
+            "best certified accuracy, which is then also told (l-inf, at most 2000 draws a patch)."
         ),
     ] = "mean"
     method: Annotated[Literal["pgd", "fgsm", "apgd", "square", "paper"], typer.Option(help="Attack.")] = "pgd"
@@ -84,6 +87,10 @@ class SweepOptions:
         if fixed[over] is not None:
             flag = "-m" if over == "ddpm" else f"--{over}"
             raise AdvdiffError(f"--over {over} takes its values from --values; leave out {flag}")
+        if self.rule == "certified" and (over in ("eps",) or self.norm == "l2"):
+            raise AdvdiffError(
+                "--rule certified is about l-inf attacks of one size; leave out --over eps and --norm l2"
+            )
         if self.gradient == "blind" and self.eot is not None:
             raise AdvdiffError("--eot needs an attack through the defense: give --gradient full or bpda")
         radius = options.attack_radius("linf" if over == "eps" else self.norm, self.eps)
@@ -127,7 +134,9 @@ def sweep(
     undefended = SuiteRunner(
         compute.load_classifier(classifier, device),
         patches,
-        Budget(len(patches), 0, settings.eot or 8, 0, settings.draws or resume.get("draws", options.DRAWS)),
+        Budget(
+            len(patches), 0, settings.eot or 8, 0, settings.draws or resume.get("draws", options.DRAWS), _CERTIFY_DRAWS
+        ),
         out,
         compute.seed,
         settings.batch_size or resume.get("batch_size", 32),
@@ -181,12 +190,15 @@ def _run(
     for point in points:
         label = f"{point.name}: attack"
         follow(point.runner.attack(point.attack), len(point.runner.patches), label, quiet=quiet)
-        one = JudgedPoint(_judge(point.runner, CLEAN, quiet=quiet), _judge(point.runner, point.attack, quiet=quiet))
+        proved = _certify(point, request.eps, quiet=quiet) if rule == "certified" else None
+        both = (_judge(point.runner, row, quiet=quiet) for row in (CLEAN, point.attack))
+        one = JudgedPoint(*both, proved)
         attacked = _judge(plain, point.attack, quiet=quiet) if request.blind else None
         judged.append(one)
         rows.append(summarize_point(point, one, clean, attacked))
         standard, robust = (100 * p.share.mean() for p in (one.clean, one.attacked))
-        console.log(f"{point.name}: standard {standard:.1f} %, robust {robust:.1f} %")
+        told = "" if proved is None else f", certified {100 * proved.summary()['value']:.1f} %"
+        console.log(f"{point.name}: standard {standard:.1f} %, robust {robust:.1f} %{told}")
     chosen = None if request.over == "eps" else points[choose(judged, rule)]  # the defender does not choose eps
     return sweep_settings(points, undefended, request, rule, chosen) | {
         "n": len(clean.labels),
@@ -194,6 +206,12 @@ def _run(
         "undefended": mean_share(clean.share).as_dict(),
         "rows": rows,
     }
+
+
+def _certify(point: "SweepPoint", eps: float, *, quiet: bool) -> "CertifiedRung":
+    job = point.runner.certify_job(eps)
+    with console.progress(len(point.runner.patches), f"{point.name}: certify", quiet=quiet) as advance:
+        return point.runner.certify(job, eps, advance)
 
 
 def _judge(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predictions":
@@ -220,12 +238,13 @@ def _write(result: "JsonObject", out: Path) -> None:
 def _text(result: "JsonObject") -> str:
     from advdiff_cli.cli.tables import cell
 
-    rows = []
+    rows, certified = [], ("certified",) if "certified" in result["rows"][0] else ()
     for r in result["rows"]:
         mark = "  <- chosen" if r["name"] == result["chosen"] else ""
-        figures = (cell(r[k]) for k in ("standard", "robust", "less_undefended"))
+        figures = (cell(r[k]) for k in ("standard", "robust", "less_undefended", *certified))
         rows.append((f"{r['value']:g}{mark}", r["unet_evaluations"], *figures))
     columns = ("U-Net evaluations", "standard % [95 %]", "robust % [95 %]", "standard minus undefended")
+    columns += ("certified % [95 %]",) * len(certified)
     chosen = f"chosen {result['chosen_told']} ({result['rule']})\n" if result["chosen"] else ""
     return (
         f"n = {result['n']}, {result['draws']} draws, attack {result['attack_told']}\n"

@@ -12,13 +12,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from advdiff_cli import __version__
 from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.certification.summary import Radius
 from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.provenance import JsonObject, Provenance, digest, recipe
 from advdiff_cli.data.recorded_files import check_replaceable, record_files
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.statistics import Estimate
-from advdiff_cli.report.plots import ROBUST, STANDARD, accuracy_bars, suite_bars, sweep_curves
+from advdiff_cli.report.plots import ROBUST, STANDARD, accuracy_bars, certified_curves, suite_bars, sweep_curves
 from advdiff_cli.robustness.sweep import axis_label
 
 PAGE = "report.html"
@@ -36,6 +37,7 @@ class Report:
         title: Of the page.
         results: Results of `evaluate --json`, by name.
         sweeps: Contents of sweep.json, by name.
+        certificates: Of `advdiff_cli.certification.summary.certificate_curves`, by name.
         suite: The content of robustness.json.
         gallery: Of `advdiff_cli.report.gallery`.
         panel: The picture that was drawn with it, which becomes panel.png.
@@ -44,6 +46,7 @@ class Report:
     title: str
     results: Mapping[str, JsonObject] = field(default_factory=dict)
     sweeps: Mapping[str, JsonObject] = field(default_factory=dict)
+    certificates: dict[str, JsonObject] = field(default_factory=dict)
     suite: JsonObject | None = None
     gallery: JsonObject | None = None
     panel: Path | None = None
@@ -52,13 +55,15 @@ class Report:
     def file_names(self) -> list[str]:
         """The page and its plots."""
         plots = ["bars"] * bool(self.results)
-        plots += [f"sweep-{k}" for k in range(1, len(self.sweeps) + 1)] + ["ladder"] * (self.suite is not None)
+        plots += [f"sweep-{k}" for k in range(1, len(self.sweeps) + 1)] + ["certified"] * bool(self.certificates)
+        plots += ["ladder"] * (self.suite is not None)
         pictures = [PANEL] if self.panel else []
         return [PAGE, *pictures, *(f"{name}{suffix}" for name in plots for suffix in (".svg", ".png"))]
 
     def recipe(self) -> Provenance:
         """Return the recipe of the page: all that it shows."""
         shown = [self.results, self.sweeps, self.suite, self.gallery and self.gallery["recipe"]]
+        shown += [self.certificates] if self.certificates else []  # pages of earlier versions stay up to date
         content = [json.dumps(one, sort_keys=True).encode() for one in shown]
         return recipe("report", {"title": self.title}, content=digest(content))
 
@@ -85,6 +90,7 @@ class Report:
             "version": __version__,
             "bars": self._bars(paths("bars")) if self.results else None,
             "sweeps": [self._sweep(name, paths(f"sweep-{k}")) for k, name in enumerate(self.sweeps, 1)],
+            "certificates": self._certificates(paths("certified")) if self.certificates else None,
             "ladder": self._suite(self.suite, paths("ladder")) if self.suite else None,
             "gallery": self.gallery,
             "sources": self._sources(),
@@ -107,6 +113,12 @@ class Report:
         sweep_curves(sweep, axis, paths)
         return {**sweep, "name": name, "axis": axis, "svg": inline_svg(paths[0], f"accuracy over {axis}")}
 
+    def _certificates(self, paths: Sequence[Path]) -> JsonObject:
+        attacks = _votes_under_attack(self.suite) if self.suite else []
+        certified_curves(self.certificates, attacks, paths)
+        label = "certified accuracy over the l2 radius"
+        return {"tables": self.certificates, "attacks": attacks, "svg": inline_svg(paths[0], label)}
+
     def _suite(self, suite: JsonObject, paths: Sequence[Path]) -> JsonObject:
         suite_bars(suite, paths)
         defense = suite.get("defense", suite.get("defence"))  # spelled so by version 0.1.0
@@ -121,11 +133,26 @@ class Report:
             made = {"classifier": result.get("classifier"), "defense": defense, "sets": sets}
             found.append((f"{name}: advdiff evaluate", made))
         found += [(f"{name}: advdiff sweep", sweep["recipe"]) for name, sweep in self.sweeps.items()]
+        found += [(f"{name}: advdiff certify", table["recipe"]) for name, table in self.certificates.items()]
         if self.suite:
             found.append(("the suite of attacks: advdiff robustness", self.suite["recipe"]))
         if self.gallery:
             found.append(("the patches: advdiff report", self.gallery["recipe"]))
         return [{"name": name, "recipe": json.dumps(value, indent=2)} for name, value in found]
+
+
+def _votes_under_attack(suite: JsonObject) -> list[JsonObject]:
+    """Return the accuracy of the largest vote under each attack of a suite, at the radius of its l2 ball."""
+    proved = suite.get("certified")
+    if not proved:
+        return []
+    found = []
+    for row in suite["rungs"]:
+        votes = sorted((k for k in row if k.startswith("vote_")), key=lambda k: int(k.removeprefix("vote_")))
+        eps = (row["attack"] or {}).get("eps")
+        if eps and votes and row["kind"] in ("white-box", "black-box", "curve"):
+            found.append({"name": row["name"], "l2": proved["l2"] * eps / suite["eps"], "accuracy": row[votes[-1]]})
+    return found
 
 
 def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
@@ -201,6 +228,7 @@ def _environment() -> Environment:
         autoescape=select_autoescape(["html", "j2"]),
         undefined=StrictUndefined,
     )
-    environment.filters["estimate"] = lambda value: str(Estimate(**value))
+    environment.filters["estimate"] = lambda value: str(Estimate(*(value[k] for k in ("value", "low", "high"))))
+    environment.filters["attack_size"] = lambda size: Radius(*(size[k] for k in ("norm", "eps", "l2"))).describe()
     environment.filters["attack"] = lambda p: parse_attack(p).describe() if p else ""
     return environment

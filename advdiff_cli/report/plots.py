@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -59,7 +60,8 @@ def panel(columns: Sequence[Column], row_names: Sequence[str], path: Path) -> No
 
 
 _LETTERS_PER_INCH = 13  # in titles
-STANDARD, ROBUST, PLAIN = "#2166ac", "#b2182b", "#666666"
+STANDARD, ROBUST, CERTIFIED, PLAIN = "#2166ac", "#b2182b", "#1b6e3c", "#666666"
+_SERIES = (CERTIFIED, STANDARD, "#7b3294", "#b35806", "#666666")  # of certificates
 
 
 def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) -> None:
@@ -73,7 +75,8 @@ def sweep_curves(result: Mapping[str, Any], axis: str, paths: Sequence[Path]) ->
     rows = result["rows"]
     x = [row["value"] for row in rows]
     figure, axes = plt.subplots(figsize=(6.4, 3.9), dpi=150, layout="constrained")
-    for name, color in (("standard", STANDARD), ("robust", ROBUST)):
+    certified = [("certified", CERTIFIED)] if all(row.get("certified") for row in rows) else []
+    for name, color in (("standard", STANDARD), ("robust", ROBUST), *certified):
         low, value, high = ([100 * row[name][k] for row in rows] for k in ("low", "value", "high"))
         axes.plot(x, value, color=color, marker="o", markersize=3.5, label=f"{name} accuracy")
         axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
@@ -124,6 +127,35 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]], note: str, paths: Sequence[
     axes.set(ylabel="accuracy, % [95 %]", ylim=(0, 105))
     axes.set_title(fill(plain(note), round(_LETTERS_PER_INCH * width)), fontsize=8)
     axes.grid(axis="y", alpha=0.25)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, paths)
+
+
+def certified_curves(
+    tables: Mapping[str, Mapping[str, Any]], attacks: Sequence[Mapping[str, Any]], paths: Sequence[Path]
+) -> None:
+    """Draw the accuracy that is certified over the l2 radius, and above it what attacks of each radius leave.
+
+    Args:
+        tables: By name; each with n, and curve: radii, and the certified accuracy with its interval at each.
+        attacks: Each with name, l2 and accuracy; an estimate as in JSON.
+        paths: Files, png or svg.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 3.9), dpi=150, layout="constrained")
+    for (name, table), color in zip(tables.items(), cycle(_SERIES), strict=False):
+        radii = [p["l2"] for p in table["curve"]]
+        low, value, high = ([100 * p[k] for p in table["curve"]] for k in ("low", "value", "high"))
+        axes.step(radii, value, where="pre", color=color, label=plain(f"{name}: certified (n = {table['n']})"))
+        axes.fill_between(radii, low, high, step="pre", color=color, alpha=0.15, linewidth=0)
+    for k, attack in enumerate(attacks):
+        estimate = attack["accuracy"]
+        value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+        label = "under attack, vote" if k == 0 else None
+        bars = [[value - low], [high - value]]
+        axes.errorbar(attack["l2"], value, bars, fmt="v", color=ROBUST, markersize=4, linewidth=0.8, label=label)
+    axes.set(xlabel="l2 radius, of the whole patch", ylabel="accuracy, %", ylim=(0, 100))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
     figure.legend(fontsize=7, loc="outside lower center", ncols=2, frameon=False)
     _save(figure, paths)
 

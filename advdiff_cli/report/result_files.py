@@ -117,8 +117,17 @@ class SanityCheck(_Schema):
     reason: str
 
 
+class Certified(Estimate):
+    """What is proved in a suite."""
+
+    l2: Number
+    sigma: Number
+
+
 class Suite(_Schema):
     """The content of robustness.json."""
+
+    certified: Certified | None = None  # version 0.1.0 proved nothing
 
     n: Count
     draws: Count

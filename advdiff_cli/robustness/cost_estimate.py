@@ -13,10 +13,13 @@ import torch
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.model_passes import Cost, attack_cost
 from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.certification.bounds import linf_as_l2, threshold
+from advdiff_cli.certification.confidence_sequence import SequentialTest
 from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.recipes import judging_batch_size
 from advdiff_cli.robustness.binarization import PROBE_PASSES
-from advdiff_cli.robustness.runner import CHECKED_PATCHES, SuiteRunner
+from advdiff_cli.robustness.runner import ALPHA, CHECKED_PATCHES, SuiteRunner
 from advdiff_cli.robustness.suite import SuiteRow
 
 
@@ -58,12 +61,32 @@ def estimate_costs(runner: SuiteRunner, rows: Sequence[SuiteRow], tested: Attack
         found.append(_row_cost(runner, row.name, n, making + judging, seconds))
     if tested is None:
         return found
+    if (certifying := _certifying_draws(runner, tested.eps)) is not None:
+        cost = Cost(forward=certifying)
+        found.append(_row_cost(runner, "certified", n, cost, measured.of(cost) * n))
     few, half = min(CHECKED_PATCHES, n), max(runner.budget.eot // 2, 1)
     checks = {
         "gradients": Cost(forward=1, gradient=2 * half + 1 if defended else 2),
         "unit-test": Cost(forward=PROBE_PASSES, gradient=(tested.steps or 0) + 1),
     }
     return found + [_row_cost(runner, name, few, cost, measured.of(cost) * few) for name, cost in checks.items()]
+
+
+def _certifying_draws(runner: SuiteRunner, eps: float) -> int | None:
+    """Return the draws that certify a patch of which all draws agree; None if there is no certificate."""
+    if runner.model.defense is None:
+        return None
+    try:
+        job = runner.certify_job(eps)
+    except AdvdiffError:
+        return None
+    smoothed = job.smoothed
+    q = threshold(linf_as_l2(eps, smoothed.dimension), smoothed.sigma)
+    test = SequentialTest((q,), ALPHA, job.settings.n)
+    while not test.is_decided:
+        test.add(np.ones(job.batch_size, np.bool_))
+    draws = job.settings.n0 + test.decide().draws
+    return -(-draws // job.batch_size) * job.batch_size
 
 
 def unet_evaluations(runner: SuiteRunner, row: SuiteRow) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Run a suite: attack and judge each row, and check the gradients and the attacks themselves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,25 +10,38 @@ import torch
 
 from advdiff_cli.attacks.eot import ObjectiveSpec
 from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.certification.certificate import HEADER, read_certificates
+from advdiff_cli.certification.smoothing import SmoothedClassifier
+from advdiff_cli.certification.summary import Radius
 from advdiff_cli.data.output_spec import OutputSpec, shard_rows
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import JsonObject, Provenance, recipe
+from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, digest, recipe
 from advdiff_cli.data.resume import is_complete
+from advdiff_cli.data.table_writer import TableWriter, is_complete_table
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.attack import AttackJob
+from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.predict import predict
+from advdiff_cli.jobs.recipes import CertifySettings, judging_batch_size
 from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, store_predictions, store_result
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
 from advdiff_cli.robustness.binarization import BinarizationResult, run_binarization_test
+from advdiff_cli.robustness.certified_rung import BrokenCertificates, CertifiedRung, is_changed, votes_for
 from advdiff_cli.robustness.gradient_checks import GradientFindings, check_gradients
 from advdiff_cli.robustness.suite import Budget, SuiteRow
 from advdiff_cli.robustness.timing_log import TimingLog
 
 Advance = Callable[[int], None]
+
+ALPHA = 0.001
+"""The probability that a certificate of a suite is wrong, at most."""
+
+CHOOSING_DRAWS = 20
+"""Draws that choose the class that is certified."""
 
 CHECKED_PATCHES = 64
 """Patches whose gradients are checked, and with which attacks are tested."""
@@ -42,8 +55,8 @@ class SuiteRunner:
         model: What is evaluated.
         patches: The rows, with labels, of one size.
         budget: What attacks may spend, and how many draws judge.
-        out: The folder of results: NAME.safetensors and NAME.predictions.safetensors for each row, NAME.json for each
-            check, and seconds.jsonl.
+        out: The folder of results: NAME.safetensors and NAME.predictions.safetensors for each row, certified.csv,
+            NAME.json for each check, and seconds.jsonl.
         seed: Of attacks and judging draws.
         batch_size: Patches attacked together.
         device: Where to compute.
@@ -130,6 +143,52 @@ class SuiteRunner:
         predictions = Predictions(patches.require_labels(), np.concatenate(batches))
         store_predictions(path, made_by, predictions, patches.index)
         return predictions
+
+    def certify_job(self, eps: float) -> CertifyJob:
+        """Return the job that certifies the patches against l-inf attacks of radius `eps`.
+
+        Raises:
+            AdvdiffError: The defense has no certificate for these patches.
+        """
+        protected = DefendedClassifier(self.model.protected.purifier, self.model.classifier).eval()  # in fp32
+        smoothed = SmoothedClassifier(protected, self.patches.require_shape(), self.seed)
+        settings = CertifySettings(CHOOSING_DRAWS, self.budget.certify_draws, ALPHA, (eps,))
+        spec = replace(self.model.spec, precision="fp32")
+        return CertifyJob(smoothed, spec, self.patches, settings, judging_batch_size(defended=True), self.device)
+
+    def certify(self, job: CertifyJob, eps: float, advance: Advance) -> CertifiedRung:
+        """Return the certificates of `certify_job`.
+
+        Raises:
+            AdvdiffError: The classifier depends on more than the patch.
+        """
+        out, rows = self.out / f"{self.label}certified.csv", shard_rows(len(self.patches), 1, None)
+        overwrite = self.overwrite and not is_complete_table(out, job.recipe, rows)
+        writer = TableWriter(OutputSpec(out, job.recipe, self.device.type, overwrite), HEADER, rows)
+        advance(int(writer.finished.sum()))
+        if not writer.up_to_date:
+            for count in job.run(writer):
+                advance(count)
+        radius = Radius.linf(eps, job.smoothed.dimension)
+        return CertifiedRung(read_certificates(out), radius, ALPHA, job.smoothed.sigma)
+
+    def check_certificates(
+        self, job: CertifyJob, rung: CertifiedRung, rows: Sequence[SuiteRow], judged: Mapping[str, Predictions]
+    ) -> BrokenCertificates:
+        """Return the certificates that attacks break, on fresh draws of the vote."""
+        suspects = rung.suspects(rows, judged)
+
+        def check() -> JsonObject:
+            broken, opened = set(), {n: open_patches(self.out / f"{n}.safetensors") for n in {n for n, _ in suspects}}
+            for name, i in suspects:
+                votes = votes_for(job.smoothed, opened[name], i, int(rung.found.decision[i]))
+                if is_changed(votes, len(suspects)):
+                    broken.add(i)
+            return {"broken": len(broken)}
+
+        recipes = [canonical_json(self._judging_recipe(r)).encode() for r in rows]
+        found = self._cached_check("certified", {"certificates": job.recipe, "attacks": digest(recipes)}, check)
+        return BrokenCertificates(int(rung.proved.sum()), len(suspects), int(found["broken"]))
 
     def check_gradients(self, advance: Advance) -> GradientFindings:
         """Return findings about the gradients at the first clean patches."""

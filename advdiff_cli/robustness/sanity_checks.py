@@ -14,6 +14,7 @@ from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.statistics import mean_share
 from advdiff_cli.robustness.binarization import BinarizationResult
+from advdiff_cli.robustness.certified_rung import BrokenCertificates
 from advdiff_cli.robustness.gradient_checks import GradientFindings
 from advdiff_cli.robustness.suite import EPS_CURVE, SuiteRow
 
@@ -105,6 +106,13 @@ def _of_gradients(g: GradientFindings) -> list[SanityCheck]:
         found.append(SanityCheck("halves of the gradient agree", low, reason))
     reason = "outputs are in [0, 1] and sum to 1: probabilities" if g.probabilities else "outputs are logits"
     return [*found, SanityCheck("outputs are logits", "fail" if g.probabilities else "pass", reason)]
+
+
+def of_certificates(broken: BrokenCertificates, alpha: float) -> SanityCheck:
+    """Check that no attack within the radius of a certificate breaks it."""
+    status: Status = "fail" if not broken.is_by_chance(alpha) else "warn" if broken.broken else "pass"
+    reason = f"{broken.certified} patches certified, {broken.suspects} votes under attack taken again, "
+    return SanityCheck("no attack breaks a certificate", status, f"{reason}{broken.broken} patches broken")
 
 
 def _of_unit_test(t: BinarizationResult) -> SanityCheck:

@@ -22,6 +22,7 @@ class Budget:
         eot: Draws that each gradient averages.
         queries: Proposals of Square.
         draws: Draws on which every attack is judged.
+        certify_draws: Draws that bound the vote of a patch, at most, where it is certified.
     """
 
     patches: int
@@ -29,12 +30,13 @@ class Budget:
     eot: int
     queries: int
     draws: int
+    certify_draws: int = 0
 
 
 PRESETS = {
-    "quick": Budget(64, 10, 2, 100, 5),
-    "standard": Budget(256, 50, 8, 500, 11),
-    "strong": Budget(512, 100, 16, 5000, 21),
+    "quick": Budget(64, 10, 2, 100, 5, 500),
+    "standard": Budget(256, 50, 8, 500, 11, 2000),
+    "strong": Budget(512, 100, 16, 5000, 21, 20_000),
 }
 
 

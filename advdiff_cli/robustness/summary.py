@@ -8,8 +8,9 @@ from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions, vote_accuracies
 from advdiff_cli.evaluation.statistics import mean_share
 from advdiff_cli.robustness.binarization import BinarizationResult
+from advdiff_cli.robustness.certified_rung import BrokenCertificates, CertifiedRung
 from advdiff_cli.robustness.gradient_checks import GradientFindings
-from advdiff_cli.robustness.sanity_checks import NOT_TESTED, sanity_checks
+from advdiff_cli.robustness.sanity_checks import NOT_TESTED, of_certificates, sanity_checks
 from advdiff_cli.robustness.suite import CLEAN, SuiteRow
 from advdiff_cli.robustness.worst_case import worst_case
 
@@ -20,19 +21,23 @@ def summarize(
     eps: float,
     gradients: GradientFindings | None = None,
     tested: BinarizationResult | None = None,
+    certified: tuple[CertifiedRung, BrokenCertificates] | None = None,
 ) -> JsonObject:
-    """Return the summary of judged rows, `clean` among them, and of the checks if they were made."""
+    """Return the summary of judged rows, `clean` among them, and of checks and certificates if they were made."""
     clean = judged["clean"]
     names, hardest = worst_case(rows, judged, eps)
     checks = sanity_checks(rows, judged, gradients, tested)
     if gradients and not tested:
         checks.append(NOT_TESTED)
+    if certified is not None:
+        checks.append(of_certificates(certified[1], certified[0].alpha))
     return {
         "n": len(clean.labels),
         "positive": int(clean.labels.sum()),
         "draws": clean.draws,
         "rungs": [summarize_row(r, judged[r.name], clean) for r in rows],
         "worst": {"of": names, **summarize_row(replace(CLEAN, name="worst"), hardest, clean)},
+        "certified": certified and certified[0].summary(),
         "gradients": gradients and gradients.as_dict(),
         "unit_test": tested and tested.as_dict(),
         "alarms": [check.as_dict() for check in checks],

@@ -11,15 +11,17 @@ from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.statistics import mean_share, shares_difference
 from advdiff_cli.robustness import cost_estimate
+from advdiff_cli.robustness.certified_rung import CertifiedRung
 from advdiff_cli.robustness.runner import SuiteRunner
 from advdiff_cli.robustness.suite import CLEAN, SuiteRow
 
 Over = Literal["t-star", "eps", "sampler-steps", "ddpm"]
-Rule = Literal["mean", "robust"]
+Rule = Literal["mean", "robust", "certified"]
 
 RULES: dict[Rule, str] = {
     "mean": "the best mean of standard and robust accuracy",
     "robust": "the least value whose robust accuracy is not significantly (paired, 95 %) below the best",
+    "certified": "the best certified accuracy",
 }
 _AXES = {
     "t-star": "noise level t*, fraction of T",
@@ -57,16 +59,19 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class JudgedPoint:
-    """The predictions of a point's model on clean and on attacked patches."""
+    """The predictions of a point's model on clean and on attacked patches, and what is certified, if it was asked."""
 
     clean: Predictions
     attacked: Predictions
+    certified: CertifiedRung | None = None
 
 
 def choose(judged: Sequence[JudgedPoint], rule: Rule) -> int:
     """Return which point the rule chooses, the first of equal ones; points are in ascending order of value."""
     if rule == "mean":
         return int(np.argmax([j.clean.share.mean() + j.attacked.share.mean() for j in judged]))
+    if rule == "certified":
+        return int(np.argmax([-1.0 if j.certified is None else j.certified.summary()["value"] for j in judged]))
     best = judged[int(np.argmax([j.attacked.share.mean() for j in judged]))].attacked
     below = [shares_difference(j.attacked.share, best.share).low > 0 for j in judged]
     return below.index(False)
@@ -85,6 +90,7 @@ def summarize_point(
         "robust": mean_share(judged.attacked.share).as_dict(),
         "less_undefended": difference_of_means(undefended, judged.clean).as_dict(),
         "undefended_robust": attacked,
+        **({} if judged.certified is None else {"certified": judged.certified.summary()}),
         "seconds": point.runner.seconds(CLEAN) + point.runner.seconds(point.attack),
     }
 

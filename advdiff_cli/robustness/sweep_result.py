@@ -67,7 +67,7 @@ def write_table(result: JsonObject, path: Path) -> None:
     """Write the accuracies at each value as a CSV file."""
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         table = csv.writer(file)
-        kinds = ("standard", "robust")
+        kinds = ("standard", "robust", *(["certified"] if "certified" in result["rows"][0] else []))
         columns = [f"{kind}{suffix}" for kind in kinds for suffix in ("", "_low", "_high")]
         table.writerow(("value", "unet_evaluations", *columns))
         for r in result["rows"]:

@@ -74,9 +74,7 @@ def test_radii_are_below_the_truth_and_approach_it():
     image, smoothed = at_distance(model, truth), smooth(model)
     share = smoothed.votes(image, 99, range(4000)).double().mean().item()
     assert share == pytest.approx(norm.cdf(truth / SIGMA), abs=0.02)
-    radii = {
-        n: [certify(smoothed, image, Procedure(10, n, 0.001), k).radius for k in range(6)] for n in (100, 2000)
-    }
+    radii = {n: [certify(smoothed, image, Procedure(10, n, 0.001), k).radius for k in range(6)] for n in (100, 2000)}
     assert all(0 < r < truth for n in radii for r in radii[n])
     assert truth - np.mean(radii[2000]) < 0.5 * (truth - np.mean(radii[100]))
     wrong = [certify(smoothed, image, Procedure(10, 500, 0.001, (truth * 1.001,)), row).radius for row in range(20)]

@@ -1,0 +1,99 @@
+"""The rung `certified` of a suite: what is proved of the vote, and whether an attack breaks a proof.
+
+The true robust accuracy of the vote over infinitely many draws lies between what is proved and what attacks leave.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtr, bdtrc
+
+from advdiff_cli.certification.certificate import CertifiedSet
+from advdiff_cli.certification.smoothing import SmoothedClassifier
+from advdiff_cli.certification.summary import Radius, summarize
+from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.robustness.suite import SuiteRow
+
+VOTES = 1000
+"""Fresh draws of the vote on an attacked patch that seems to break its certificate."""
+
+_FIRST_VOTE = 1_000_000  # their first draw, beyond those of any certificate
+_BATCH = 16
+_LEVEL = 1e-4  # of the test that a vote has changed, over all votes
+_CHANCE = 0.01  # more broken certificates than alpha explains, with this probability
+
+
+@dataclass(frozen=True)
+class CertifiedRung:
+    """The certificates of the patches of a suite.
+
+    Args:
+        found: The certificates.
+        radius: The size of attacks.
+        alpha: The probability that a certificate is wrong, at most.
+        sigma: Standard deviation of the noise in pixels of a patch.
+    """
+
+    found: CertifiedSet
+    radius: Radius
+    alpha: float
+    sigma: float
+
+    @property
+    def proved(self) -> NDArray[np.bool_]:
+        """Whether each decision, right or wrong, is certified (N,)."""
+        proved: NDArray[np.bool_] = ~self.found.abstain & (self.found.radius >= self.radius.l2)
+        return proved
+
+    def suspects(self, rows: Sequence[SuiteRow], judged: Mapping[str, Predictions]) -> list[tuple[str, int]]:
+        """Return the attacks within the radius, and patches, where the judging vote is not the certified decision."""
+        within = [r.name for r in rows if r.attack and r.name in judged and r.eps <= self.radius.eps * (1 + 1e-9)]
+        found = []
+        for name in within:
+            changed = self.proved & (judged[name].decision != (self.found.decision == 1))
+            found += [(name, int(i)) for i in np.flatnonzero(changed)]
+        return found
+
+    def summary(self) -> JsonObject:
+        """Return the figures of the rung."""
+        whole = summarize(self.found, [self.radius])
+        (certified,) = whole.pop("certified")
+        return {**whole, **certified, "alpha": self.alpha, "sigma": self.sigma}
+
+
+def votes_for(smoothed: SmoothedClassifier, patches: PatchSet, row: int, decision: int) -> int:
+    """Return how many of `VOTES` fresh draws on a patch are for a class."""
+    image, name, count = patches.read([row])[0], int(patches.index[row]), 0
+    for start in range(0, VOTES, _BATCH):
+        draws = range(_FIRST_VOTE + start, _FIRST_VOTE + start + _BATCH)
+        votes = smoothed.votes(image, name, draws).cpu().numpy()[: VOTES - start]
+        count += int((votes == (decision == 1)).sum())
+    return count
+
+
+@dataclass(frozen=True)
+class BrokenCertificates:
+    """Certificates that attacks seem to break.
+
+    Args:
+        certified: Certified patches.
+        suspects: Votes that were taken again.
+        broken: Patches whose vote is changed by an attack, beyond chance.
+    """
+
+    certified: int
+    suspects: int
+    broken: int
+
+    def is_by_chance(self, alpha: float) -> bool:
+        """Return whether so many certificates may be wrong, each with probability `alpha`."""
+        return not self.broken or float(bdtrc(self.broken - 1, self.certified, alpha)) >= _CHANCE
+
+
+def is_changed(votes: int, tests: int) -> bool:
+    """Return whether a vote is against the class with so many of `VOTES`, beyond chance, as one of some tests."""
+    return float(bdtr(votes, VOTES, 0.5)) < _LEVEL / tests
