@@ -131,12 +131,12 @@ def sweep(
     patches.require_labels()
     patches.require_shape()
     resume = _resume_params(out)
+    draws = settings.draws or resume.get("draws", options.DRAWS)
+    budget = Budget(len(patches), 0, settings.eot or 8, 0, draws, _CERTIFY_DRAWS)
     undefended = SuiteRunner(
         compute.load_classifier(classifier, device),
         patches,
-        Budget(
-            len(patches), 0, settings.eot or 8, 0, settings.draws or resume.get("draws", options.DRAWS), _CERTIFY_DRAWS
-        ),
+        budget,
         out,
         compute.seed,
         settings.batch_size or resume.get("batch_size", 32),
@@ -191,8 +191,8 @@ def _run(
         label = f"{point.name}: attack"
         follow(point.runner.attack(point.attack), len(point.runner.patches), label, quiet=quiet)
         proved = _certify(point, request.eps, quiet=quiet) if rule == "certified" else None
-        both = (_judge(point.runner, row, quiet=quiet) for row in (CLEAN, point.attack))
-        one = JudgedPoint(*both, proved)
+        on_clean, on_attacked = (_judge(point.runner, row, quiet=quiet) for row in (CLEAN, point.attack))
+        one = JudgedPoint(on_clean, on_attacked, proved)
         attacked = _judge(plain, point.attack, quiet=quiet) if request.blind else None
         judged.append(one)
         rows.append(summarize_point(point, one, clean, attacked))
@@ -244,11 +244,11 @@ def _text(result: "JsonObject") -> str:
         figures = (cell(r[k]) for k in ("standard", "robust", "less_undefended", *certified))
         rows.append((f"{r['value']:g}{mark}", r["unet_evaluations"], *figures))
     columns = ("U-Net evaluations", "standard % [95 %]", "robust % [95 %]", "standard minus undefended")
-    columns += ("certified % [95 %]",) * len(certified)
+    extra = ["certified % [95 %]"] if certified else []
     chosen = f"chosen {result['chosen_told']} ({result['rule']})\n" if result["chosen"] else ""
     return (
         f"n = {result['n']}, {result['draws']} draws, attack {result['attack_told']}\n"
         f"undefended standard {cell(result['undefended'])} %\n"
-        f"{console.table((result['over'], *columns), rows)}\n{chosen}"
+        f"{console.table((result['over'], *columns, *extra), rows)}\n{chosen}"
         f"{result['out']}: sweep.json, sweep.csv, sweep.png, sweep.svg"
     )
