@@ -162,3 +162,56 @@ def test_other_files_are_kept(advdiff, command, tmp_path):
     advdiff(*command, *out, "--tsv", tmp_path / "c.tsv")
     (tmp_path / "c.csv").write_text("mine")
     assert "was not made by this command" in advdiff(*command, *out, code=1).err
+
+
+@pytest.fixture
+def certified(advdiff, test_x, classifier, tmp_path):
+    """Tables of two defenses, and the rows that both hold."""
+    base = ["certify", test_x, "-c", classifier, "--defense", "noise", "--n", 40, "--n0", 5]
+    tables = {name: tmp_path / f"{name}.csv" for name in ("weak", "strong")}
+    advdiff(*base, "--t-star", "0.02", "--limit", 12, "-o", tables["weak"])
+    advdiff(*base, "--t-star", "0.2", "--limit", 10, "-o", tables["strong"])
+    return tables
+
+
+def test_certified_accuracies_are_compared_in_pairs(advdiff, certified, command, tmp_path):
+    compare = ["compare", certified["weak"], certified["strong"]]
+    found = advdiff(*compare, "--radius", "0.1", "--json").json
+    for told, path in zip(found["sets"], certified.values(), strict=True):
+        right = [c for c in table(path) if c["decision"] == c["label"] and c["abstain"] == "0"]
+        assert told["accuracy"]["value"] == sum(float(c["radius"]) >= 0.1 for c in right) / told["n"]
+    assert [c["n"] for c in found["comparisons"]] == [10]
+    assert "give --eps or --radius" in advdiff(*compare, code=1).err
+    assert "give --eps or --radius" in advdiff(*compare, "--radius", 1, "--eps", "1/255", code=1).err
+    (tmp_path / "p.csv").write_text("set,origin,index,row,label,draw,p1\n")
+    mixed = advdiff("compare", certified["weak"], tmp_path / "p.csv", "--radius", 1, code=1)
+    assert "not one with the other" in mixed.err
+    advdiff(*command, "--limit", 12, "-o", tmp_path / "sized.csv")
+    told = advdiff("compare", tmp_path / "sized.csv", certified["weak"], "--radius", "0.3", code=1).err
+    assert "does not decide l2 0.3" in told
+
+
+def test_evaluate_tells_what_is_proved_of_a_set(advdiff, certified, test_x, classifier, tmp_path):
+    evaluate = ["evaluate", test_x, "-c", classifier, "--defense", "noise", "--limit", 8, "--draws", 1]
+    told = advdiff(*evaluate, "--t-star", "0.2", "--certificates", certified["strong"], "--json").json["certified"]
+    assert (told["n"], told["data"]) == (8, str(test_x))
+    right = [c for c in table(certified["strong"])[:8] if c["decision"] == c["label"] and c["abstain"] == "0"]
+    (quarter,) = (c for c in told["certified"] if c["norm"] == "l2" and c["eps"] == 0.25)
+    assert quarter["value"] == sum(float(c["radius"]) >= 0.25 for c in right) / 8
+    assert "proved of" in advdiff(*evaluate, "--t-star", "0.2", "--certificates", certified["strong"]).out
+    assert "is of another model" in advdiff(*evaluate, "--certificates", certified["strong"], code=1).err
+    other = [*evaluate[:-4], "--range", "20:30", "--draws", 1, "--t-star", "0.2"]
+    assert "holds no patches of" in advdiff(*other, "--certificates", certified["strong"], code=1).err
+    certified["weak"].write_text("mine")
+    assert "is not as advdiff certify wrote it" in advdiff(*other, "--certificates", certified["weak"], code=1).err
+
+
+def test_a_report_draws_certified_accuracy(advdiff, certified, tmp_path):
+    both = [word for name, path in certified.items() for word in ("--certificates", f"{name}={path}")]
+    advdiff("report", *both, "-o", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "What is proved" in page
+    assert "l-inf 2/255" in page
+    assert (tmp_path / "report" / "certified.svg").read_text().count("certified (n =") == 2
+    twice = ["report", "--certificates", both[1], "--certificates", both[1], "-o", tmp_path / "other"]
+    assert "two tables of certificates are called weak" in advdiff(*twice, code=1).err

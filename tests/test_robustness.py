@@ -49,8 +49,8 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     out, command = tmp_path / "ladder", [*command, "--batch-size", N]
     plan = advdiff(*command, "-o", out, "--dry-run", "--json").json
     assert not out.exists()
-    *names, gradients, unit_test = (r["name"] for r in plan["rungs"])
-    assert (gradients, unit_test) == ("gradients", "unit-test")
+    *names, certified, gradients, unit_test = (r["name"] for r in plan["rungs"])
+    assert (certified, gradients, unit_test) == ("certified", "gradients", "unit-test")
     assert {"clean", "blind", "bpda", "pgd", "apgd-margin", "square", "transfer", "fixed-noise", "eps-64"} <= set(names)
     assert next(r for r in plan["rungs"] if r["name"] == "pgd")["unet_backward"] == 3 * 2
 
@@ -64,6 +64,10 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
             assert result["worst"]["accuracy"]["value"] <= r["accuracy"]["value"]
     assert result["recipe"]["parameters"]["seed"] == 0
 
+    proved = result["certified"]
+    assert (proved["norm"], proved["eps"], proved["n"]) == ("linf", 2 / 255, N)
+    assert proved["value"] <= result["worst"]["accuracy"]["value"]
+    assert "no attack breaks a certificate" in [a["name"] for a in result["alarms"]]
     again = advdiff(*command, "-o", out, "--overwrite", "--json").json
     assert again == result  # the seconds too: nothing was done again
     (out / "pgd.safetensors").unlink()
@@ -76,6 +80,7 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     text = advdiff(*command, "-o", out).out
     assert "worst" in text
     assert "all draws correct" in text
+    assert "lies between" in text
 
 
 def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, defended, tmp_path):

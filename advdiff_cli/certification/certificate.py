@@ -141,6 +141,14 @@ class CertifiedSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def take(self, index: NDArray[np.int64]) -> "CertifiedSet":
+        """Return the certificates of the patches with these rows in the origin set, as far as there are any."""
+        rows = np.flatnonzero(np.isin(self.index, index))
+        labels = None if self.labels is None else self.labels[rows]
+        names, decision, abstain = [self.names[int(i)] for i in rows], self.decision[rows], self.abstain[rows]
+        radius, draws, seconds = self.radius[rows], self.draws[rows], self.seconds[rows]
+        return CertifiedSet(names, self.index[rows], labels, decision, abstain, radius, draws, seconds)
+
     @property
     def voted(self) -> NDArray[np.bool_]:
         """Whether each decision is that of the label (N,); without labels, whether there is one."""

@@ -21,6 +21,16 @@ def accuracy_table(title: str, sets: Iterable[tuple[str, Mapping[str, Any]]], co
     return console.table((title, "n", *(k.replace("_", " ") for k in columns)), rows)
 
 
+def certified_rows(certified: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Return rows of a table of what is certified: the norm, the size, the l2 radius and the accuracy."""
+    rows = []
+    for c in certified:
+        linf = c["norm"] == "linf"
+        size = f"{c['eps'] * 255:g}/255" if linf else f"{c['eps']:g}"
+        rows.append(("l-inf" if linf else "l2", size, f"{c['l2']:.3f}", cell(c)))
+    return rows
+
+
 def comparison_table(comparisons: Iterable[Mapping[str, Any]]) -> str:
     """Return a table of paired comparisons."""
     rows = [

@@ -165,7 +165,7 @@ def _tsv_output(output: PlannedOutputOptions, tsv: Path, recipe: "Provenance") -
 
 
 def _text(result: "JsonObject") -> str:
-    from advdiff_cli.cli.tables import cell
+    from advdiff_cli.cli.tables import cell, certified_rows
 
     labelled = result["vote_accuracy"] is not None
     vote = f", vote accuracy {cell(result['vote_accuracy'])} %" if labelled else ""
@@ -173,16 +173,9 @@ def _text(result: "JsonObject") -> str:
         f"{result['out']}: {result['status']}, {result['n']} patches, {result['draws'] / result['n']:,.0f} draws each"
     )
     first += f", sigma {result['sigma']:.3f}{vote}, {result['abstained']} abstained"
-    rows = [
-        ("l-inf" if c["norm"] == "linf" else "l2", _size(c), f"{c['l2']:.3f}", cell(c)) for c in result["certified"]
-    ]
     what = "certified accuracy % [95 %]" if labelled else "certified patches % [95 %]"
-    table = console.table(("attacks", "size", "l2 radius", what), rows)
+    table = console.table(("attacks", "size", "l2 radius", what), certified_rows(result["certified"]))
     proof = (
         f"proved for the vote over infinitely many draws; each patch may be wrong with probability {result['alpha']:g}"
     )
     return f"{first}\n{table}\n{proof}"
-
-
-def _size(certified: "JsonObject") -> str:
-    return f"{certified['eps'] * 255:g}/255" if certified["norm"] == "linf" else f"{certified['eps']:g}"

@@ -38,6 +38,10 @@ class EvaluateOptions:
     predictions: Annotated[
         Path | None, typer.Option(help="Write the prediction for every patch and draw to this CSV file.")
     ] = None
+    certificates: Annotated[
+        Path | None,
+        typer.Option(help="Table of certify: also tell the certified accuracy of the first set, on the shared rows."),
+    ] = None
     overwrite: options.Overwrite = False
 
 
@@ -86,6 +90,9 @@ def evaluate(
     judging = {"draws": len(draws), "seed": compute.seed, "precision": precision}
     table = settings.predictions
     written = None if table is None else _predictions_output(settings, table, named, model, judging, device.type)
+    certificates = settings.certificates
+    if certificates is not None:
+        _check_certified_model(certificates, model)
     with console.progress(sum(map(len, sets)), "evaluate", quiet=output.quiet) as advance:
         evaluated = [
             evaluate_set(name, patches, model, device, draws=draws, seed=compute.seed, advance=advance)
@@ -100,6 +107,7 @@ def evaluate(
         "sets": [e.as_dict() for e in evaluated],
         "comparisons": compare(evaluated),
         **({"fidelity": _fidelity(sets, evaluated)} if settings.fidelity else {}),
+        **({} if certificates is None else {"certified": _certified(certificates, evaluated[0])}),
     }
     spec = None if protection is None else protection.spec
     judge = Judge(model.fingerprint, spec, model.ddpm_fingerprint, precision, compute.seed)
@@ -143,6 +151,38 @@ def _check_predictions_path(path: Path | None, data: list[str]) -> None:
         raise AdvdiffError(f"--predictions {path}: there is no folder {path.parent}")
     if path is not None and len(set(data)) < len(data):
         raise AdvdiffError("--predictions: the file tells sets apart by their names; name each set once")
+
+
+def _check_certified_model(table: Path, model: "EvaluatedModel") -> None:
+    """Check that a table of certificates is of the model that is evaluated.
+
+    Raises:
+        AdvdiffError: It is of another model, or there is no such table.
+    """
+    from advdiff_cli.certification.certificate import certificate_provenance
+
+    made = certificate_provenance(table)["recipe"]
+    own = {"classifier": model.fingerprint, "ddpm": model.ddpm_fingerprint}
+    settings = {k: v for k, v in model.parameters.items() if k != "precision"}
+    if {k: made.get(k) for k in own} != own or {k: made["parameters"].get(k) for k in settings} != settings:
+        raise AdvdiffError(f"{table} is of another model, or another setting of the defense; see advdiff info {table}")
+
+
+def _certified(table: Path, first: "EvaluatedSet") -> "JsonObject":
+    """Return what a table of certificates proves of the first set.
+
+    Raises:
+        AdvdiffError: It is of other patches.
+    """
+    from advdiff_cli.certification.certificate import certificate_provenance, read_certificates
+    from advdiff_cli.certification.summary import summarize, told_sizes
+
+    made, found = certificate_provenance(table), read_certificates(table)
+    parameters = made["recipe"]["parameters"]
+    shared = found.take(first.index) if made["origin"] == first.origin else found.take(first.index[:0])
+    if not len(shared):
+        raise AdvdiffError(f"{table} holds no patches of {first.name}")
+    return {"data": first.name, **summarize(shared, told_sizes(parameters)), "alpha": parameters["alpha"]}
 
 
 def _fidelity(sets: "Sequence[PatchSet]", evaluated: "Sequence[EvaluatedSet]") -> "list[JsonObject]":
@@ -199,6 +239,14 @@ def _fidelity_text(found: "list[JsonObject]") -> str:
     return console.table((f"fidelity to {found[0]['reference']} [95 %]", "n", *measures), rows)
 
 
+def _certified_text(found: "JsonObject") -> str:
+    from advdiff_cli.cli.tables import cell, certified_rows
+
+    title = (f"proved of {found['data']}", "size", "l2 radius", "certified accuracy % [95 %]", "n", "vote accuracy %")
+    rows = [(*row, found["n"], cell(found["vote_accuracy"])) for row in certified_rows(found["certified"])]
+    return console.table(title, rows)
+
+
 def _text(result: "JsonObject") -> str:
     from advdiff_cli.cli.tables import accuracy_table, cell, comparison_table
 
@@ -210,6 +258,8 @@ def _text(result: "JsonObject") -> str:
         blocks.append(console.table(("accuracy, by draws", "draws", *names), rows))
     if "fidelity" in result:
         blocks.append(_fidelity_text(result["fidelity"]))
+    if "certified" in result:
+        blocks.append(_certified_text(result["certified"]))
     made = [f"{s['data']}: {_how_made(s['history'])}" for s in result["sets"] if s["history"]]
     if made:
         blocks.append("\n".join(map(console.printable, made)))

@@ -154,7 +154,8 @@ def certified_curves(
         bars = [[value - low], [high - value]]
         axes.errorbar(attack["l2"], value, bars, fmt="v", color=ROBUST, markersize=4, linewidth=0.8, label=label)
     axes.set(xlabel="l2 radius, of the whole patch", ylabel="accuracy, %", ylim=(0, 100))
-    axes.set_xlim(left=0)
+    largest = max(point["l2"] for table in tables.values() for point in table["curve"])
+    axes.set_xlim(0, 2 * largest or 1)  # attacks far beyond leave nothing to see
     axes.grid(alpha=0.25)
     figure.legend(fontsize=7, loc="outside lower center", ncols=2, frameon=False)
     _save(figure, paths)
