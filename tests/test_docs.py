@@ -15,6 +15,7 @@ from advdiff_cli.main import app
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
+CERTIFICATES = ROOT / "docs" / "certificates.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 COMMANDS = typer.main.get_command(app).commands
 
@@ -83,6 +84,12 @@ def test_code_blocks_of_the_readme_run(warm, tmp_path):
     run_blocks(README, warm, tmp_path)
     purified = list((tmp_path / "purified").rglob("*.png"))
     assert len(purified) == len(list((ROOT / "examples" / "patches").rglob("*.jpg"))) == 64
+
+
+@pytest.mark.slow
+def test_code_blocks_of_the_page_on_certificates_run(warm, tmp_path):
+    run_blocks(CERTIFICATES, warm, tmp_path)
+    assert (tmp_path / "radii.tsv").is_file()
 
 
 @pytest.mark.slow
