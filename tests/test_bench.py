@@ -57,6 +57,9 @@ def test_bench_end_to_end(advdiff, ddpm, classifier, tmp_path):
     (ratio,) = (v for k, v in found["ratios"].items() if "times diffusers in batches (40 steps" in k)
     assert ratio == pytest.approx(times)
     assert found["ratios"]["purify, times diffusers in batches, a U-Net evaluation"] == pytest.approx(times / 40)
+    certified = [k for k in found["ratios"] if k.startswith("draws of certify")]
+    assert len(certified) == 2
+    assert {"certify, a draw", "certify, a draw, central 64x64", "Carlini et al.'s loop, a draw"} <= set(names)
     assert all(share > 0 for share in found["of_ceiling"].values())
     assert found["purify_outside_unet"] < 1
     copied = next(m for m in found["measured"] if m["name"] == "reading and writing alone")

@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss, pixel_unshuffle
 from torch.utils.flop_counter import FlopCounterMode
 
 from advdiff_cli.attacks.eot import Objective
+from advdiff_cli.benchmark.certification import carlini_loop, certify_draws
 from advdiff_cli.benchmark.timing import Workload
 from advdiff_cli.data.output_spec import OutputSpec, RowRange
 from advdiff_cli.data.patch_writer import PatchWriter
@@ -82,7 +83,7 @@ class Benchmark:
         for each in dict.fromkeys(("fp32", precision)):
             found += attack_step(self.defense.protect(self.classifier, device, each), images)
             found.append(diffusers_training(model, images, each))
-        found += [self.training(), self.copy()]
+        found += [self.training(), self.copy(), *self.certification()]
         if compiled:
             separate = copy.deepcopy(self.defense)  # the other workloads stay uncompiled
             separate.compile_unet(device)
@@ -103,6 +104,11 @@ class Benchmark:
             deque(purify_rows(job, fresh, PatchWriter(output, fresh, RowRange(0, n, n))), 0)
 
         return Workload(PURIFY, run, n)
+
+    def certification(self) -> list[Workload]:
+        """Return the draws of certificates, in fp32."""
+        shared = (self.purifier, self.classifier, open_patches(self.data), BATCH, self.device)
+        return [*certify_draws(*shared), carlini_loop(*shared)]
 
     def copy(self) -> Workload:
         """Return the reading and writing of a purification, without computation."""

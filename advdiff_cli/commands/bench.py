@@ -45,8 +45,8 @@ def bench(settings: BenchOptions, compute: ComputeOptions, output: ResultOptions
     """Measure speed in one run: the paper's loop, diffusers in batches, and purify from file to file.
 
     Also measures the U-Net alone, a large matrix product of the same precision as the upper limit, an exact attack
-    gradient, and training. Figures are medians over rounds in which all workloads take turns. With -q, print the
-    patches per second of purify.
+    gradient, training, and the draws of certificates. Figures are medians over rounds in which all workloads take
+    turns. With -q, print the patches per second of purify.
 
     Example: advdiff bench --number 128 --rounds 1
     """
@@ -104,6 +104,7 @@ def _result(found: "Mapping[str, Timing]", benchmark: "Benchmark") -> "JsonObjec
 
 def _pairs(precision: str) -> dict[str, tuple[str, str]]:
     """Return the pairs of workloads whose ratio is reported: the faster one first."""
+    from advdiff_cli.benchmark.certification import CARLINI, CENTRE, CERTIFY
     from advdiff_cli.benchmark.workloads import COMPILED, PAPER_STEPS, PURIFY, TRAIN
 
     steps, gradient = f"{PAPER_STEPS} steps, fp32", f"exact gradient, {precision}"
@@ -116,6 +117,8 @@ def _pairs(precision: str) -> dict[str, tuple[str, str]]:
             f"gradient {p}, in forward passes": (f"defended forward, {p}", f"exact gradient, {p}")
             for p in dict.fromkeys(("fp32", precision))
         },
+        "draws of certify, times Carlini et al.'s loop": (CERTIFY, CARLINI),
+        "draws of certify on the central 64x64, times the same loop": (CERTIFY + CENTRE, CARLINI),
         "gradient, compiled, times uncompiled": (gradient + COMPILED, gradient),
         "training step, compiled, times uncompiled": (TRAIN + COMPILED, TRAIN),
     }

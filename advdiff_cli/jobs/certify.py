@@ -1,7 +1,7 @@
 """Certify every patch of a set: each by its own draws, so that no patch depends on which others are certified."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from advdiff_cli.certification.bounds import linf_as_l2
 from advdiff_cli.certification.certificate import Certificate, Certifier, Procedure, line
 from advdiff_cli.certification.smoothing import SmoothedClassifier
-from advdiff_cli.data.output_spec import Batch
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.table_writer import TableWriter
@@ -65,23 +64,30 @@ class CertifyJob:
     def run(self, writer: TableWriter) -> Iterator[int]:
         """Certify the rows that `writer` does not have yet, yielding the number of rows after each."""
         batches = list(writer.batches(1))
-        model, device = self.smoothed.model, self.device
-        external = any(isinstance(m, TwoLogits) for m in model.modules())  # may hold state, so one batch at a time
-        shape = self.patches.require_shape()
-        workers = 0 if external else parallel_batches(model, shape, self.batch_size, device)
-        if batches:
-            self.smoothed.check_independence(self._read(batches[0])[1][0])
-        found = parallel_map(self._read, self._certify, batches, workers, depth=_AHEAD)
+        rows = [int(batch.rows[0]) for batch in batches]
         with writer:
-            for batch, (certificate, seconds) in zip(batches, found, strict=True):
-                i = int(batch.rows[0])
+            for i, batch, (certificate, seconds) in zip(rows, batches, self.certificates(rows), strict=True):
                 label = None if self.patches.labels is None else int(self.patches.labels[i])
                 name, index = str(self.patches.keys[i]), int(self.patches.index[i])
                 writer.write(batch, [line(name, index, label, certificate, seconds)])
                 yield 1
 
-    def _read(self, batch: Batch) -> tuple[int, Tensor]:
-        return int(self.patches.index[batch.rows[0]]), to_device(self.patches.read(batch.rows), self.device)
+    def certificates(self, rows: Sequence[int]) -> Iterator[tuple[Certificate, float]]:
+        """Yield the certificate of each row, in order, and the seconds that it took.
+
+        Raises:
+            AdvdiffError: The classifier depends on more than the patch.
+        """
+        model = self.smoothed.model
+        external = any(isinstance(m, TwoLogits) for m in model.modules())  # may hold state, so one batch at a time
+        shape = self.patches.require_shape()
+        workers = 0 if external else parallel_batches(model, shape, self.batch_size, self.device)
+        for row in rows[:1]:
+            self.smoothed.check_independence(self._read(row)[1][0])
+        yield from parallel_map(self._read, self._certify, rows, workers, depth=_AHEAD)
+
+    def _read(self, row: int) -> tuple[int, Tensor]:
+        return int(self.patches.index[row]), to_device(self.patches.read([row]), self.device)
 
     def _certify(self, one: tuple[int, Tensor]) -> tuple[Certificate, float]:
         """Return the certificate of a patch, and the seconds that it took."""
