@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from advdiff_cli.certification.bounds import linf_as_l2
-from advdiff_cli.certification.certificate import (
+from advdiff_cli.certification.certificate_file import (
     CertifiedSet,
     certificate_provenance,
     read_certificates,

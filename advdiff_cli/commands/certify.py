@@ -57,7 +57,7 @@ def certify(
         _emit(output, certificate, "up to date")
         return
 
-    from advdiff_cli.certification.certificate import HEADER
+    from advdiff_cli.certification.certificate_file import HEADER
     from advdiff_cli.certification.smoothing import SmoothedClassifier
     from advdiff_cli.cli.batch_size import resolve_batch_size
     from advdiff_cli.cli.progress import follow_rows
@@ -133,7 +133,7 @@ def _is_finished(
 
 def _emit(output: PlannedOutputOptions, certificate: CertificateOptions, status: str) -> None:
     """Print what is proved, and write the table of other tools."""
-    from advdiff_cli.certification.certificate import certificate_provenance, read_certificates, write_tsv
+    from advdiff_cli.certification.certificate_file import certificate_provenance, read_certificates, write_tsv
     from advdiff_cli.certification.summary import summarize, told_sizes
 
     made, found = certificate_provenance(output.out), read_certificates(output.out)

@@ -66,7 +66,7 @@ def compare(
 
     Example: advdiff compare noise.csv robust.csv ddpm.csv
     """
-    from advdiff_cli.certification.certificate import is_certificate_table
+    from advdiff_cli.certification.certificate_file import is_certificate_table
     from advdiff_cli.certification.summary import certified_set
     from advdiff_cli.cli.tables import accuracy_table, comparison_table
     from advdiff_cli.evaluation.comparison import compare as compare_sets

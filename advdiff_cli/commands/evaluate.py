@@ -159,7 +159,7 @@ def _check_certified_model(table: Path, model: "EvaluatedModel") -> None:
     Raises:
         AdvdiffError: It is of another model, or there is no such table.
     """
-    from advdiff_cli.certification.certificate import certificate_provenance
+    from advdiff_cli.certification.certificate_file import certificate_provenance
 
     made = certificate_provenance(table)["recipe"]
     own = {"classifier": model.fingerprint, "ddpm": model.ddpm_fingerprint}
@@ -174,7 +174,7 @@ def _certified(table: Path, first: "EvaluatedSet") -> "JsonObject":
     Raises:
         AdvdiffError: It is of other patches.
     """
-    from advdiff_cli.certification.certificate import certificate_provenance, read_certificates
+    from advdiff_cli.certification.certificate_file import certificate_provenance, read_certificates
     from advdiff_cli.certification.summary import summarize, told_sizes
 
     made, found = certificate_provenance(table), read_certificates(table)

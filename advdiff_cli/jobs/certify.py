@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from advdiff_cli.certification.bounds import linf_as_l2
-from advdiff_cli.certification.certificate import Certificate, Certifier, Procedure, line
+from advdiff_cli.certification.certificate import Certificate, Certifier, Procedure
+from advdiff_cli.certification.certificate_file import line
 from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance

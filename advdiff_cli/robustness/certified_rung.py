@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, bdtrc
 
-from advdiff_cli.certification.certificate import CertifiedSet
+from advdiff_cli.certification.certificate_file import CertifiedSet
 from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.certification.summary import Radius, summarize
 from advdiff_cli.data.patches import PatchSet

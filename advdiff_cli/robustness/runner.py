@@ -10,7 +10,7 @@ import torch
 
 from advdiff_cli.attacks.eot import ObjectiveSpec
 from advdiff_cli.attacks.spec import AttackSpec
-from advdiff_cli.certification.certificate import HEADER, read_certificates
+from advdiff_cli.certification.certificate_file import HEADER, read_certificates
 from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.certification.summary import Radius
 from advdiff_cli.data.output_spec import OutputSpec, shard_rows

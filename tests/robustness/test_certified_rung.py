@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from advdiff_cli.attacks.spec import AttackRequest, resolve
-from advdiff_cli.certification.certificate import CertifiedSet
+from advdiff_cli.certification.certificate_file import CertifiedSet
 from advdiff_cli.certification.summary import Radius
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.robustness.certified_rung import VOTES, BrokenCertificates, CertifiedRung, is_changed
