@@ -3,8 +3,8 @@
     python benchmarks/certified_attacks.py DATA WORK -c CLASSIFIER --t-star T --radius R [-n 64]
 
 The attacks are PGD and APGD in l2, with exact gradients averaged over draws, at multiples of the radius R. No vote of a
-patch that is certified at R may change at R or below, but for the probability alpha of each certificate. How many change
-above it tells how far the certificates are from what attacks find.
+patch that is certified at R may change at R or below, but for the probability alpha of each certificate. How many
+change above it tells how far the certificates are from what attacks find.
 """
 
 import argparse
