@@ -94,7 +94,7 @@ def test_files_of_a_folder(advdiff, ddpm, tmp_path):
     assert advdiff(*purify, "-o", tmp_path / "two", "--json").json["status"] == "up to date"
 
 
-def test_training_follows_the_curve_of_one_process(advdiff, test_x, tmp_path):
+def test_training_follows_the_curve_of_one_process(advdiff, test_x, tmp_path, monkeypatch):
     """Each batch is split between the processes: other noise and other augmentations, the same loss but for those."""
     train = ["train-ddpm", test_x, "--valid", test_x, "--preset", "tiny", "--steps", 12, "--batch-size", 16]
     train += ["--precision", "fp32", "--max-t", "0.3", "--learning-rate", "1e-3"]
@@ -108,8 +108,10 @@ def test_training_follows_the_curve_of_one_process(advdiff, test_x, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
     refused = advdiff(*train, "-o", tmp_path / "two", code=1)
     assert "processes 2 -> unset" in refused.err
-    uneven = torchrun(*train[:-8], "--batch-size", 3, "-o", tmp_path / "three", code=1)
-    assert "--batch-size 3 cannot be shared evenly by 2 processes" in uneven.stderr
+    monkeypatch.setenv("RANK", "0")  # as torchrun does
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    uneven = advdiff(*train[:-8], "--batch-size", 3, "-o", tmp_path / "three", code=1)
+    assert "--batch-size 3 cannot be shared evenly by 2 processes" in uneven.err
 
 
 def test_a_classifier_is_published_once(advdiff, test_x, tmp_path):

@@ -39,7 +39,7 @@ def page(advdiff, inputs):
             (root / f"{name}.json").write_text(found)
         sweep = ["--values", "0.02,0.1", "--steps", 1, "--sampler-steps", 1, "--draws", 2, "-o", root / "sweep"]
         advdiff("sweep", x, "--limit", 8, "-c", c, "-m", m, *sweep)
-        few = ["--limit", 8, "--preset", "quick", "--batch-size", 8, "-o", root / "ladder"]
+        few = ["--limit", 4, "--preset", "quick", "--batch-size", 4, "-o", root / "ladder"]
         advdiff("robustness", x, *few, "-c", c)
         made = ["--result", f"undefended={root / 'plain.json'}", "--result", f"DDPM <b>={root / 'ddpm.json'}"]
         made += ["--sweep", f"over <i>={root / 'sweep'}", "--sweep", root / "sweep"]

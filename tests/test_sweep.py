@@ -152,3 +152,17 @@ def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
     assert "does not record its training steps" in advdiff(*models, "--values", ddpm, *out, code=1).err
     assert "leave out -m" in advdiff(*common, "--over", "ddpm", "--values", ddpm, *out, code=1).err
     assert not (tmp_path / "s").exists()
+
+
+def test_certified_accuracy_chooses(advdiff, test_x, classifier, tmp_path):
+    out = tmp_path / "sweep"
+    base = ["sweep", test_x, "-c", classifier, "--defense", "noise", "--limit", 6, "--steps", 1, "--draws", 1]
+    base += ["--rule", "certified", "-o", out]
+    found = advdiff(*base, "--values", "0.02,0.2", "--eps", "0.2/255", "--json").json
+    proved = [row["certified"]["value"] for row in found["rows"]]
+    assert found["chosen_value"] == found["rows"][proved.index(max(proved))]["value"]
+    assert (out / "t-star-0.2-certified.csv").is_file()
+    header = (out / "sweep.csv").read_text().splitlines()[0]
+    assert header.endswith("certified,certified_low,certified_high")
+    assert "certified %" in advdiff(*base, "--values", "0.02,0.2", "--eps", "0.2/255").out
+    assert "leave out --over eps" in advdiff(*base, "--norm", "l2", "--eps", 1, code=1).err

@@ -67,8 +67,8 @@ def test_pgd_is_foolbox_step_for_step(model, batch, norm):
 @pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("linf", 8 / 255), ("l2", 0.5)])
 def test_apgd_is_pyautoattack_s(model, batch, norm, eps):
     images, labels = batch
-    peer = APGDAttack(model, n_iter=30, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, loss="ce", device="cpu")
+    peer = APGDAttack(model, n_iter=20, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, loss="ce", device="cpu")
     peer.init_hyperparam(images)
     theirs = peer.attack_single_run(images, labels, x_init=images.clone())[0]
-    ours = apgd(model, images, labels, eps=eps, steps=30, norm=norm, random_start=False)
+    ours = apgd(model, images, labels, eps=eps, steps=20, norm=norm, random_start=False)
     assert torch.equal(ours, theirs)

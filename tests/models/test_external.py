@@ -175,9 +175,9 @@ def test_any_module_to_one_or_two_logits(module, images):
 
 def test_a_module_that_keeps_what_it_computes_is_judged_a_batch_at_a_time(module, threads):
     keeping, _ = registry.load_frozen_classifier(f"{module}:keeping", CPU)
-    patches = PatchSet(SyntheticSource(200, 0))
+    patches = PatchSet(SyntheticSource(130, 0))
     threads(4)
-    logits = keeping(patches.read(range(200)))
+    logits = keeping(patches.read(range(130)))
     assert np.concatenate(list(predict(keeping, patches, CPU)))[:, 0] == pytest.approx(logits.softmax(1)[:, 1].numpy())
 
 
