@@ -115,6 +115,9 @@ def test_a_size_stops_early(advdiff, test_x, classifier, tmp_path):
     sure = [line for line in lines if int(line["draws"]) - 20 == int(line["successes"])]
     assert sure
     assert all(int(line["draws"]) < 100 and float(line["radius"]) >= size["l2"] for line in sure)
+    far = advdiff(*base, "--eps", "8/255", "-o", tmp_path / "far.csv", "--json")  # r / sigma is 51
+    assert "cannot be proved at sigma" in far.err
+    assert far.json["certified"][0]["value"] == 0
     text = advdiff(*base, "--eps", "0.05/255", "-o", tmp_path / "c.csv").out
     assert "0.05/255" in text
     assert "the vote over infinitely many draws" in text
@@ -156,6 +159,9 @@ def test_what_cannot_be_certified_is_told(advdiff, command, ddpm, tmp_path):
 
 def test_other_files_are_kept(advdiff, command, tmp_path):
     (tmp_path / "mine.tsv").write_text("mine")
+    nowhere, itself = tmp_path / "nowhere" / "c.tsv", tmp_path / "c.csv"
+    assert "there is no folder" in advdiff(*command, "-o", tmp_path / "c.csv", "--tsv", nowhere, code=1).err
+    assert "is --out itself" in advdiff(*command, "-o", tmp_path / "c.csv", "--tsv", itself, code=1).err
     out = ["--limit", 1, "-o", tmp_path / "c.csv"]
     assert "was not made by this command" in advdiff(*command, *out, "--tsv", tmp_path / "mine.tsv", code=1).err
     assert (tmp_path / "mine.tsv").read_text() == "mine"
@@ -183,12 +189,14 @@ def test_certified_accuracies_are_compared_in_pairs(advdiff, certified, command,
     assert [c["n"] for c in found["comparisons"]] == [10]
     assert "give --eps or --radius" in advdiff(*compare, code=1).err
     assert "give --eps or --radius" in advdiff(*compare, "--radius", 1, "--eps", "1/255", code=1).err
+    assert "exceeds the range" in advdiff(*compare, "--eps", 2, code=1).err
+    assert "must be above 0" in advdiff(*compare, "--radius", "-1", code=1).err
     (tmp_path / "p.csv").write_text("set,origin,index,row,label,draw,p1\n")
     mixed = advdiff("compare", certified["weak"], tmp_path / "p.csv", "--radius", 1, code=1)
     assert "not one with the other" in mixed.err
     advdiff(*command, "--limit", 12, "-o", tmp_path / "sized.csv")
     told = advdiff("compare", tmp_path / "sized.csv", certified["weak"], "--radius", "0.3", code=1).err
-    assert "does not decide l2 0.3" in told
+    assert "does not decide --radius 0.3" in told
 
 
 def test_evaluate_tells_what_is_proved_of_a_set(advdiff, certified, test_x, classifier, tmp_path):
@@ -202,6 +210,12 @@ def test_evaluate_tells_what_is_proved_of_a_set(advdiff, certified, test_x, clas
     assert "is of another model" in advdiff(*evaluate, "--certificates", certified["strong"], code=1).err
     other = [*evaluate[:-4], "--range", "20:30", "--draws", 1, "--t-star", "0.2"]
     assert "holds no patches of" in advdiff(*other, "--certificates", certified["strong"], code=1).err
+    undefended = ["evaluate", test_x, "-c", classifier, "--limit", 8, "--certificates", certified["strong"]]
+    assert "give -m, or --defense noise" in advdiff(*undefended, code=1).err
+    adv = tmp_path / "adv.safetensors"
+    advdiff("attack", test_x, "-c", classifier, "--limit", 8, "--method", "random", "-o", adv)
+    attacked = [evaluate[0], adv, *evaluate[2:], "--t-star", "0.2", "--certificates", certified["strong"]]
+    assert "such as those before an attack" in advdiff(*attacked, code=1).err
     certified["weak"].write_text("mine")
     assert "is not as advdiff certify wrote it" in advdiff(*other, "--certificates", certified["weak"], code=1).err
 

@@ -102,7 +102,7 @@ def certificate_provenance(path: Path) -> Provenance:
     if not path.is_file():
         raise AdvdiffError(f"no such file: {path}")
     made = recorded_table(path)
-    if made is None or made["recipe"]["command"] != "certify":
+    if made is None or made["recipe"]["command"] != "certify" or made.get("origin") is None:
         raise AdvdiffError(f"{path} is not as advdiff certify wrote it, or its record is missing; make it again")
     return made
 

@@ -43,7 +43,11 @@ def log_wealth_below(successes: Counts, failures: Counts, q: Threshold) -> NDArr
     """Return the log of the wealth of the bet that p is below q, for counts (N,)."""
     if q.complement <= 0:
         return np.full(np.shape(successes), np.inf)
-    return log_wealth_above(failures, successes, Threshold(q.complement, q.value))
+    a, b = successes + _SHAPE, failures + 1.0
+    null = failures * math.log(q.complement) + (successes + _SHAPE) * math.log1p(-q.complement)
+    with np.errstate(divide="ignore"):
+        wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + np.log(betainc(a, b, q.value)) - null
+    return wealth
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class Decision:
     lower: float
 
 
+def least_sequential_draws(q: Threshold, alpha: float, max_draws: int) -> int | None:
+    """Return how many draws certify a threshold if all succeed; None if `max_draws` do not."""
+    if q.complement <= 0:
+        return None
+    draws = np.arange(1, max_draws + 1)
+    reached = log_wealth_above(draws, np.zeros_like(draws), q) >= -math.log(alpha)
+    return int(draws[np.argmax(reached)]) if reached.any() else None
+
+
 class SequentialTest:
     """Decides for each of some thresholds whether a probability is above it, taking draws in order."""
 
@@ -73,7 +86,12 @@ class SequentialTest:
             thresholds: What is to be decided.
             alpha: The probability that any threshold is called certified which is not, at most; below 1/2.
             max_draws: Give up after so many draws.
+
+        Raises:
+            ValueError: `alpha` is outside (0, 1/2).
         """
+        if not 0 < alpha < 0.5:
+            raise ValueError(f"alpha must be above 0 and below 1/2, not {alpha}")
         self._thresholds, self._max_draws = thresholds, max_draws
         self._goal = -math.log(alpha)
         self._draws = self._successes = 0

@@ -18,9 +18,11 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from advdiff_cli.data.rng import RowKey, row_stream
+from advdiff_cli.errors import AdvdiffError
 
 _BITS = 63
 _BUCKET_BITS = 16  # the first bits of a random integer, which mostly decide its value
+_EXACT = 2**23  # whole numbers up to twice this are exact in float32
 _TAIL = 1e-30  # the probability beyond the largest value
 
 
@@ -32,11 +34,16 @@ class GridNoise:
 
         Args:
             scale: s, the standard deviation in steps of the grid.
+
+        Raises:
+            AdvdiffError: Sums would not be exact in float32.
         """
         self.scale = scale
         count = 1
         while 2 * ndtr(-(count - 0.5) / scale) > _TAIL:
             count *= 2
+        if count >= _EXACT:
+            raise AdvdiffError(f"noise of {scale:.0f} grid steps is too large for exact sums; take a lower t*")
         tails = 2 * ndtr(-(np.arange(1, count + 1) - 0.5) / scale)  # P(|z| >= m), m = 1, 2, ...
         self._tails = np.sort(np.round(tails * 2.0**_BITS).astype(np.uint64))
         edges = np.arange(2**_BUCKET_BITS + 1, dtype=np.uint64) << np.uint64(_BITS - _BUCKET_BITS)

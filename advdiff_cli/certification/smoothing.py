@@ -27,7 +27,7 @@ from advdiff_cli.purification.equations import MAX_UNTILED
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
 _PURPOSE = "certify"
-_SCALE_ERROR = 1e-6  # relative; of sigma, since x_t is scaled in float32
+_SCALE_ERROR = 1e-6  # relative; of sigma n, which is computed in float32
 _LEVELS = 255  # of an 8-bit pixel
 
 
@@ -50,10 +50,10 @@ class SmoothedClassifier:
     def __post_init__(self) -> None:
         """Raise AdvdiffError for what breaks the proof."""
         height, width = self.model.view.shape(*self.shape)
-        if max(height, width) > MAX_UNTILED:
+        if isinstance(self.model.purifier, DiffusionPurifier) and max(height, width) > MAX_UNTILED:
             raise AdvdiffError(
-                f"patches of {height}x{width} are denoised in windows that are blended, for which there is no proof; "
-                f"certify patches of up to {MAX_UNTILED} pixels"
+                f"patches of {height}x{width} are denoised in windows, which certify does not support; cut them into "
+                f"patches of up to {MAX_UNTILED} pixels"
             )
         if self.noise_shape[-2:] != (height, width):
             raise AdvdiffError(
@@ -89,8 +89,11 @@ class SmoothedClassifier:
 
     @property
     def distance(self) -> float:
-        """A bound on the total variation between a draw of the noise and a normal distribution; 0 if not `sound`."""
-        return self._grid.distance(math.prod(self.noise_shape[1:])) if self.sound else 0.0
+        """How much the probability of a class under normal noise may be below that under the noise that is drawn.
+
+        It is twice the total variation between the two, for a patch and for a perturbed one; 0 if not `sound`.
+        """
+        return 2 * self._grid.distance(math.prod(self.noise_shape[1:])) if self.sound else 0.0
 
     @property
     def _levels(self) -> int:

@@ -106,9 +106,9 @@ def certified_set(path: Path, norm: str, eps: float) -> EvaluatedSet:
     parameters = made["recipe"]["parameters"]
     decided = {"linf": parameters["eps"], "l2": parameters["radii"]}
     if any(decided.values()) and eps not in decided[norm]:
-        size = Radius(norm, eps, eps).describe()
-        raise AdvdiffError(f"{path} does not decide {size}: its draws stopped at other sizes; certify with that one")
-    radius = linf_as_l2(eps, made["recipe"]["parameters"]["dimension"]) if norm == "linf" else eps
+        size = f"--eps {eps * 255:g}/255" if norm == "linf" else f"--radius {eps:g}"
+        raise AdvdiffError(f"{path} does not decide {size}: its draws stopped at other sizes; certify with it too")
+    radius = linf_as_l2(eps, parameters["dimension"]) if norm == "linf" else eps
     right = found.certified(radius)
     p1 = np.where(right, found.labels, 1 - found.labels).astype(np.float64)
     return EvaluatedSet("certified", made["origin"], found.index, Predictions(found.labels, p1))

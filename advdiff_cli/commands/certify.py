@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.jobs.certify import CertifyJob
     from advdiff_cli.jobs.recipes import CertifySettings
     from advdiff_cli.models.precision import Precision
 
@@ -37,8 +38,8 @@ def certify(
     The proof is of the vote over infinitely many draws of the defense's noise (Cohen et al. 2019; one denoising step:
     Carlini et al. 2023). Without --eps and --radius, each patch takes n0 + n draws and gets the largest radius that
     they prove. With a size, draws stop as soon as the size is proved or out of reach. The table has a row for each
-    patch: decision, abstain (1 if not even the decision is proved), radius (l2), draws and seconds. A stopped run
-    resumes when the command is run again.
+    patch: decision, abstain (1 if the draws taken do not prove even the decision; with a size, they may stop before),
+    radius (l2), draws and seconds. A stopped run resumes when the command is run again.
 
     Example: advdiff certify patches/ -c pcam-resnet18-adapted --t-star 0.3 --eps 2/255 -o proved.csv
     """
@@ -49,8 +50,8 @@ def certify(
         raise AdvdiffError(f"--out {out}: certificates are written as .csv")
     patches = rows.open(data)
     shape = patches.require_shape()
-    if certificate.tsv is not None and patches.labels is None:
-        raise AdvdiffError(f"--tsv {certificate.tsv}: the table of other tools needs labels; give --labels FILE.csv")
+    if certificate.tsv is not None:
+        _check_tsv(certificate.tsv, output, patches)
     resume = {} if output.overwrite else table_resume_params(out)
     if resume and not output.dry_run and _is_finished(classifier, settings, defense, compute, patches, resume, out):
         console.log(f"{out} is up to date")
@@ -73,6 +74,7 @@ def certify(
     smoothed = SmoothedClassifier(model.protected, shape, compute.seed, settings.sound)
     size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=False)
     job = CertifyJob(smoothed, model.spec, patches, settings, size, device)
+    _warn_of_unreachable_sizes(job)
     n = len(shard_rows(len(patches), 1, compute.shard_pair))
     if output.dry_run:
         most = settings.n0 + settings.n
@@ -89,6 +91,39 @@ def certify(
         console.log(f"{out} is up to date")
     if group.is_main:
         _emit(output, certificate, status)
+
+
+def _check_tsv(tsv: Path, output: PlannedOutputOptions, patches: "PatchSet") -> None:
+    """Check that the table of other tools can be written, before anything is computed.
+
+    Raises:
+        AdvdiffError: There are no labels, or no folder, or it is the output itself, or someone else's file.
+    """
+    from advdiff_cli.data.recorded_files import is_recorded, record_of
+
+    if patches.labels is None:
+        raise AdvdiffError(f"--tsv {tsv}: the table of other tools needs labels; give --labels FILE.csv")
+    if not tsv.parent.is_dir():
+        raise AdvdiffError(f"--tsv {tsv}: there is no folder {tsv.parent}")
+    if tsv.resolve() == output.out.resolve():
+        raise AdvdiffError(f"--tsv {tsv} is --out itself; give another name")
+    if tsv.exists() and not output.overwrite and not is_recorded(tsv, record_of(tsv)):
+        raise AdvdiffError(f"{tsv} exists and was not made by this command; give --overwrite or another name")
+
+
+def _warn_of_unreachable_sizes(job: "CertifyJob") -> None:
+    """Say which sizes no patch can be certified at, even if all draws agree."""
+    from advdiff_cli.certification.bounds import threshold
+    from advdiff_cli.certification.confidence_sequence import least_sequential_draws
+
+    smoothed, how = job.smoothed, job.procedure
+    for radius in how.targets or ():
+        q = threshold(radius, smoothed.sigma, distance=smoothed.distance)
+        if least_sequential_draws(q, how.alpha, how.n) is None:
+            console.warn(
+                f"l2 {radius:.3g} cannot be proved at sigma {smoothed.sigma:.3g} by {how.n:,} draws that agree: "
+                "give a larger --t-star or --n, or a classifier that reads less of each patch"
+            )
 
 
 def _precision(compute: ShardedComputeOptions, settings: "CertifySettings") -> "Precision":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advdiff_cli.cli import options
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import ResultOptions
 from advdiff_cli.cli.parsers import fraction
@@ -44,6 +45,9 @@ class SizeOptions:
                 if needed
                 else "--eps and --radius are about tables of certify"
             )
+        for norm, size in given:
+            if norm == "linf" or size != 0:
+                options.attack_radius(norm, size)
         return given[0] if given else None
 
 

@@ -160,12 +160,16 @@ def _check_certified_model(table: Path, model: "EvaluatedModel") -> None:
         AdvdiffError: It is of another model, or there is no such table.
     """
     from advdiff_cli.certification.certificate_file import certificate_provenance
+    from advdiff_cli.purification.defense_spec import DefenseSpec, ModelSpec
 
+    if model.defense is None:
+        raise AdvdiffError("--certificates are of a classifier behind a defense: give -m, or --defense noise")
     made = certificate_provenance(table)["recipe"]
-    own = {"classifier": model.fingerprint, "ddpm": model.ddpm_fingerprint}
-    settings = {k: v for k, v in model.parameters.items() if k != "precision"}
-    if {k: made.get(k) for k in own} != own or {k: made["parameters"].get(k) for k in settings} != settings:
+    own = ModelSpec(made["classifier"], DefenseSpec.from_parameters(made["parameters"]), made["ddpm"], model.precision)
+    if own != model.spec:
         raise AdvdiffError(f"{table} is of another model, or another setting of the defense; see advdiff info {table}")
+    if made["parameters"]["precision"] != model.precision:
+        console.warn(f"{table} certifies the purifier in {made['parameters']['precision']}, not in {model.precision}")
 
 
 def _certified(table: Path, first: "EvaluatedSet") -> "JsonObject":
@@ -176,12 +180,19 @@ def _certified(table: Path, first: "EvaluatedSet") -> "JsonObject":
     """
     from advdiff_cli.certification.certificate_file import certificate_provenance, read_certificates
     from advdiff_cli.certification.summary import summarize, told_sizes
+    from advdiff_cli.data.provenance import history
 
     made, found = certificate_provenance(table), read_certificates(table)
     parameters = made["recipe"]["parameters"]
-    shared = found.take(first.index) if made["origin"] == first.origin else found.take(first.index[:0])
+    certified_recipes = [step for one in made["inputs"] for step in history(one)]
+    if made["origin"] != first.origin or certified_recipes != first.history:
+        raise AdvdiffError(f"{table} certifies other patches than {first.name}, such as those before an attack")
+    shared = found.take(first.index)
     if not len(shared):
         raise AdvdiffError(f"{table} holds no patches of {first.name}")
+    labels = dict(zip(first.index.tolist(), first.predictions.labels.tolist(), strict=True))
+    if shared.labels is not None and [labels[int(i)] for i in shared.index] != shared.labels.tolist():
+        raise AdvdiffError(f"{table} and {first.name} label the same patches differently")
     return {"data": first.name, **summarize(shared, told_sizes(parameters)), "alpha": parameters["alpha"]}
 
 

@@ -271,7 +271,13 @@ def _proved_row(proved: "JsonObject", votes: int) -> tuple[str, ...]:
 
     mean, vote = ("", cell(proved)) if votes else (cell(proved), "")
     columns = (mean, vote, "")[: 1 + votes]
-    return ("certified", "proof: every attack of this size", *columns, "", duration(proved["seconds"]))
+    return (
+        "certified",
+        "proof, of the vote over infinitely many draws",
+        *columns,
+        "",
+        duration(proved["seconds"]),
+    )
 
 
 def _bracket(result: "JsonObject") -> str:
@@ -283,5 +289,6 @@ def _bracket(result: "JsonObject") -> str:
     size = f"l-inf {result['eps'] * 255:g}/255 (l2 {proved['l2']:.3f}, sigma {proved['sigma']:.3f})"
     return (
         f"the true robust accuracy of the vote at {size} lies between {cell(proved)} % (proved, for infinitely many "
-        f"draws) and {cell(worst[vote])} % (worst attack, vote of {vote.removeprefix('vote_')})"
+        f"draws, in fp32) and about {cell(worst[vote])} % (worst attack of each patch, by votes of "
+        f"{vote.removeprefix('vote_')} draws, which may be too low)"
     )

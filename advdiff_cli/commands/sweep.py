@@ -118,7 +118,7 @@ def sweep(
     Example: advdiff sweep valid.h5 -c pcam-resnet18 -m pcam-ddpm --limit 500 -o sweep/
     """
     from advdiff_cli.data.recorded_files import check_summary
-    from advdiff_cli.robustness.runner import SuiteRunner
+    from advdiff_cli.robustness.runner import CHOOSING_DRAWS, SuiteRunner
     from advdiff_cli.robustness.suite import Budget
     from advdiff_cli.robustness.sweep import unet_evaluations
     from advdiff_cli.robustness.sweep_points import build_points
@@ -148,6 +148,8 @@ def sweep(
     points = build_points(request, undefended, compute.resolve_precision(device, resume))
     if output.dry_run:
         forward, backward = unet_evaluations(points, undefended)
+        if settings.rule == "certified":  # at most
+            forward += sum(p.runner.model.sampler_steps for p in points) * (CHOOSING_DRAWS + _CERTIFY_DRAWS)
         names = [p.name for p in points]
         text = f"{out}: would sweep {', '.join(names)} on {len(patches)} patches; "
         text += f"{forward:,} + {backward:,} U-Net evaluations a patch (forward + backward)"
@@ -199,7 +201,8 @@ def _run(
         standard, robust = (100 * p.share.mean() for p in (one.clean, one.attacked))
         told = "" if proved is None else f", certified {100 * proved.summary()['value']:.1f} %"
         console.log(f"{point.name}: standard {standard:.1f} %, robust {robust:.1f} %{told}")
-    chosen = None if request.over == "eps" else points[choose(judged, rule)]  # the defender does not choose eps
+    best = None if request.over == "eps" else choose(judged, rule)  # the defender does not choose eps
+    chosen = None if best is None else points[best]
     return sweep_settings(points, undefended, request, rule, chosen) | {
         "n": len(clean.labels),
         "draws": judged[0].clean.draws,

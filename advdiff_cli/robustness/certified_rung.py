@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import bdtr, bdtrc
 
@@ -16,6 +17,7 @@ from advdiff_cli.certification.summary import Radius, summarize
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.models.device import to_device
 from advdiff_cli.robustness.suite import SuiteRow
 
 VOTES = 1000
@@ -65,9 +67,9 @@ class CertifiedRung:
         return {**whole, **certified, "alpha": self.alpha, "sigma": self.sigma}
 
 
-def votes_for(smoothed: SmoothedClassifier, patches: PatchSet, row: int, decision: int) -> int:
+def votes_for(smoothed: SmoothedClassifier, patches: PatchSet, row: int, decision: int, device: torch.device) -> int:
     """Return how many of `VOTES` fresh draws on a patch are for a class."""
-    image, name, count = patches.read([row])[0], int(patches.index[row]), 0
+    image, name, count = to_device(patches.read([row]), device)[0], int(patches.index[row]), 0
     for start in range(0, VOTES, _BATCH):
         draws = range(_FIRST_VOTE + start, _FIRST_VOTE + start + _BATCH)
         votes = smoothed.votes(image, name, draws).cpu().numpy()[: VOTES - start]
@@ -80,18 +82,20 @@ class BrokenCertificates:
     """Certificates that attacks seem to break.
 
     Args:
-        certified: Certified patches.
+        patches: All patches, certified or not; each certificate may be wrong with probability alpha.
+        certified: Certified ones.
         suspects: Votes that were taken again.
         broken: Patches whose vote is changed by an attack, beyond chance.
     """
 
+    patches: int
     certified: int
     suspects: int
     broken: int
 
     def is_by_chance(self, alpha: float) -> bool:
         """Return whether so many certificates may be wrong, each with probability `alpha`."""
-        return not self.broken or float(bdtrc(self.broken - 1, self.certified, alpha)) >= _CHANCE
+        return not self.broken or float(bdtrc(self.broken - 1, self.patches, alpha)) >= _CHANCE
 
 
 def is_changed(votes: int, tests: int) -> bool:

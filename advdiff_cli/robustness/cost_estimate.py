@@ -3,6 +3,7 @@
 Seconds hold for a machine as busy as it was while they were measured, and for rows that are made from nothing.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +15,15 @@ from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.model_passes import Cost, attack_cost
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.certification.bounds import linf_as_l2, threshold
-from advdiff_cli.certification.confidence_sequence import SequentialTest
+from advdiff_cli.certification.confidence_sequence import least_sequential_draws
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.recipes import judging_batch_size
 from advdiff_cli.robustness.binarization import PROBE_PASSES
 from advdiff_cli.robustness.runner import ALPHA, CHECKED_PATCHES, SuiteRunner
 from advdiff_cli.robustness.suite import SuiteRow
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,11 @@ def _certifying_draws(runner: SuiteRunner, eps: float) -> int | None:
         return None
     try:
         job = runner.certify_job(eps)
-    except AdvdiffError:
+    except AdvdiffError as e:
+        _log.warning("nothing is certified: %s", e)
         return None
-    smoothed = job.smoothed
-    q = threshold(linf_as_l2(eps, smoothed.dimension), smoothed.sigma)
-    test = SequentialTest((q,), ALPHA, job.settings.n)
-    while not test.is_decided:
-        test.add(np.ones(job.batch_size, np.bool_))
-    draws = job.settings.n0 + test.decide().draws
+    q = threshold(linf_as_l2(eps, job.smoothed.dimension), job.smoothed.sigma)
+    draws = job.settings.n0 + (least_sequential_draws(q, ALPHA, job.settings.n) or 1)
     return -(-draws // job.batch_size) * job.batch_size
 
 

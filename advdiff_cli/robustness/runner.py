@@ -25,6 +25,7 @@ from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.predict import predict
 from advdiff_cli.jobs.recipes import CertifySettings, judging_batch_size
 from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, store_predictions, store_result
+from advdiff_cli.jobs.sharding import TableOutput
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
@@ -148,27 +149,27 @@ class SuiteRunner:
         """Return the job that certifies the patches against l-inf attacks of radius `eps`.
 
         Raises:
-            AdvdiffError: The defense has no certificate for these patches.
+            AdvdiffError: There is no certificate for these patches, or the classifier depends on more than a patch.
         """
         protected = DefendedClassifier(self.model.protected.purifier, self.model.classifier).eval()  # in fp32
         smoothed = SmoothedClassifier(protected, self.patches.require_shape(), self.seed)
+        smoothed.check_independence(self.patches.read([0])[0].to(self.device))
         settings = CertifySettings(CHOOSING_DRAWS, self.budget.certify_draws, ALPHA, (eps,))
         spec = replace(self.model.spec, precision="fp32")
         return CertifyJob(smoothed, spec, self.patches, settings, judging_batch_size(defended=True), self.device)
 
     def certify(self, job: CertifyJob, eps: float, advance: Advance) -> CertifiedRung:
-        """Return the certificates of `certify_job`.
-
-        Raises:
-            AdvdiffError: The classifier depends on more than the patch.
-        """
+        """Return the certificates of `certify_job`."""
         out, rows = self.out / f"{self.label}certified.csv", shard_rows(len(self.patches), 1, None)
         overwrite = self.overwrite and not is_complete_table(out, job.recipe, rows)
-        writer = TableWriter(OutputSpec(out, job.recipe, self.device.type, overwrite), HEADER, rows)
-        advance(int(writer.finished.sum()))
-        if not writer.up_to_date:
+
+        def work(writer: TableWriter) -> None:
+            advance(int(writer.finished.sum()))
             for count in job.run(writer):
                 advance(count)
+
+        output = OutputSpec(out, job.recipe, self.device.type, overwrite)
+        TableOutput(self.patches, HEADER, work).make(output, rows)
         radius = Radius.linf(eps, job.smoothed.dimension)
         return CertifiedRung(read_certificates(out), radius, ALPHA, job.smoothed.sigma)
 
@@ -181,14 +182,14 @@ class SuiteRunner:
         def check() -> JsonObject:
             broken, opened = set(), {n: open_patches(self.out / f"{n}.safetensors") for n in {n for n, _ in suspects}}
             for name, i in suspects:
-                votes = votes_for(job.smoothed, opened[name], i, int(rung.found.decision[i]))
+                votes = votes_for(job.smoothed, opened[name], i, int(rung.found.decision[i]), self.device)
                 if is_changed(votes, len(suspects)):
                     broken.add(i)
             return {"broken": len(broken)}
 
         recipes = [canonical_json(self._judging_recipe(r)).encode() for r in rows]
         found = self._cached_check("certified", {"certificates": job.recipe, "attacks": digest(recipes)}, check)
-        return BrokenCertificates(int(rung.proved.sum()), len(suspects), int(found["broken"]))
+        return BrokenCertificates(len(rung.found), int(rung.proved.sum()), len(suspects), int(found["broken"]))
 
     def check_gradients(self, advance: Advance) -> GradientFindings:
         """Return findings about the gradients at the first clean patches."""

@@ -66,12 +66,16 @@ class JudgedPoint:
     certified: CertifiedRung | None = None
 
 
-def choose(judged: Sequence[JudgedPoint], rule: Rule) -> int:
-    """Return which point the rule chooses, the first of equal ones; points are in ascending order of value."""
+def choose(judged: Sequence[JudgedPoint], rule: Rule) -> int | None:
+    """Return which point the rule chooses, the first of equal ones; points are in ascending order of value.
+
+    None if nothing is certified at any point, and the rule is about that.
+    """
     if rule == "mean":
         return int(np.argmax([j.clean.share.mean() + j.attacked.share.mean() for j in judged]))
     if rule == "certified":
-        return int(np.argmax([-1.0 if j.certified is None else j.certified.summary()["value"] for j in judged]))
+        proved = [0.0 if j.certified is None else j.certified.summary()["value"] for j in judged]
+        return int(np.argmax(proved)) if any(proved) else None
     best = judged[int(np.argmax([j.attacked.share.mean() for j in judged]))].attacked
     below = [shares_difference(j.attacked.share, best.share).low > 0 for j in judged]
     return below.index(False)

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from advdiff_cli.certification.bounds import Threshold, least_fixed_draws, threshold
-from advdiff_cli.certification.confidence_sequence import SequentialTest, log_wealth_above, log_wealth_below
+from advdiff_cli.certification.confidence_sequence import (
+    SequentialTest,
+    least_sequential_draws,
+    log_wealth_above,
+    log_wealth_below,
+)
 
 ALPHA = 0.001
 QS = [0.5, 0.657, 0.92, 0.9827, 1 - 1e-6]
@@ -105,6 +110,22 @@ def test_it_gives_up_when_the_rest_cannot_decide():
     q = threshold(1.304, 0.617)
     assert run(np.ones(500, bool), (q,), max_draws=460).draws == 1  # 463 would do
     assert run(np.ones(500, bool), (q,), max_draws=500).certified == (True,)
+
+
+@pytest.mark.parametrize("deviations", [8.0, 9.0, 18.0, 37.0, 40.0])
+def test_radii_of_many_deviations_are_refuted_at_once(deviations):
+    q = threshold(deviations, 1.0)
+    assert run(np.ones(500, bool), (q,)).draws == 1
+    assert run(np.zeros(500, bool), (q,)).draws == 1
+    assert least_sequential_draws(q, ALPHA, 10_000) is None
+
+
+def test_the_least_draws_are_those_of_draws_that_agree():
+    q = threshold(0.869, 0.617)
+    assert least_sequential_draws(q, ALPHA, 500) == run(np.ones(500, bool), (q,)).draws == 98
+    assert least_sequential_draws(q, ALPHA, 97) is None
+    with pytest.raises(ValueError, match="below 1/2"):
+        SequentialTest((q,), 0.5, 10)
 
 
 def test_a_threshold_of_one_is_never_reached():

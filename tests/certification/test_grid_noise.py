@@ -6,6 +6,7 @@ from scipy.stats import chisquare, norm
 
 from advdiff_cli.certification.grid_noise import GridNoise
 from advdiff_cli.data.rng import stream
+from advdiff_cli.errors import AdvdiffError
 
 
 @pytest.mark.parametrize("scale", [0.3, 7.0, 157.3])
@@ -45,3 +46,8 @@ def test_draws_have_streams_of_their_own():
     np.testing.assert_array_equal(three[1:], noise.normal(0, "test", 4, (1, 2), (2, 5)))
     assert (three == three.round()).all()
     assert not (three[0] == three[1]).all()
+
+
+def test_noise_too_large_for_exact_sums_is_refused():
+    with pytest.raises(AdvdiffError, match="too large for exact sums"):
+        GridNoise(1e6)

@@ -47,6 +47,11 @@ def test_a_vote_is_changed_beyond_chance():
     assert is_changed(VOTES // 2 - 62, 1)
 
 
+def test_alpha_is_of_every_patch_that_was_tried():
+    assert BrokenCertificates(256, 3, 1, 1).is_by_chance(0.001)
+    assert not BrokenCertificates(4, 3, 1, 1).is_by_chance(0.001)
+
+
 @pytest.mark.parametrize(("broken", "status"), [(0, "pass"), (1, "warn"), (5, "fail")])
 def test_alpha_allows_for_few_broken_certificates(broken, status):
-    assert of_certificates(BrokenCertificates(100, 7, broken), 0.001).status == status
+    assert of_certificates(BrokenCertificates(100, 60, 7, broken), 0.001).status == status
