@@ -78,7 +78,7 @@ def evaluate(
     from advdiff_cli.evaluation.comparison import compare
     from advdiff_cli.evaluation.predictions_csv import write_predictions
     from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
-    from advdiff_cli.jobs.evaluate import evaluate_set
+    from advdiff_cli.jobs.evaluate import certified_of, check_certified_model, evaluate_set
 
     device = compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
@@ -92,7 +92,7 @@ def evaluate(
     written = None if table is None else _predictions_output(settings, table, named, model, judging, device.type)
     certificates = settings.certificates
     if certificates is not None:
-        _check_certified_model(certificates, model)
+        check_certified_model(certificates, model)
     with console.progress(sum(map(len, sets)), "evaluate", quiet=output.quiet) as advance:
         evaluated = [
             evaluate_set(name, patches, model, device, draws=draws, seed=compute.seed, advance=advance)
@@ -107,7 +107,7 @@ def evaluate(
         "sets": [e.as_dict() for e in evaluated],
         "comparisons": compare(evaluated),
         **({"fidelity": _fidelity(sets, evaluated)} if settings.fidelity else {}),
-        **({} if certificates is None else {"certified": _certified(certificates, evaluated[0])}),
+        **({} if certificates is None else {"certified": certified_of(certificates, evaluated[0])}),
     }
     spec = None if protection is None else protection.spec
     judge = Judge(model.fingerprint, spec, model.ddpm_fingerprint, precision, compute.seed)
@@ -151,49 +151,6 @@ def _check_predictions_path(path: Path | None, data: list[str]) -> None:
         raise AdvdiffError(f"--predictions {path}: there is no folder {path.parent}")
     if path is not None and len(set(data)) < len(data):
         raise AdvdiffError("--predictions: the file tells sets apart by their names; name each set once")
-
-
-def _check_certified_model(table: Path, model: "EvaluatedModel") -> None:
-    """Check that a table of certificates is of the model that is evaluated.
-
-    Raises:
-        AdvdiffError: It is of another model, or there is no such table.
-    """
-    from advdiff_cli.certification.certificate_file import certificate_provenance
-    from advdiff_cli.purification.defense_spec import DefenseSpec, ModelSpec
-
-    if model.defense is None:
-        raise AdvdiffError("--certificates are of a classifier behind a defense: give -m, or --defense noise")
-    made = certificate_provenance(table)["recipe"]
-    own = ModelSpec(made["classifier"], DefenseSpec.from_parameters(made["parameters"]), made["ddpm"], model.precision)
-    if own != model.spec:
-        raise AdvdiffError(f"{table} is of another model, or another setting of the defense; see advdiff info {table}")
-    if made["parameters"]["precision"] != model.precision:
-        console.warn(f"{table} certifies the purifier in {made['parameters']['precision']}, not in {model.precision}")
-
-
-def _certified(table: Path, first: "EvaluatedSet") -> "JsonObject":
-    """Return what a table of certificates proves of the first set.
-
-    Raises:
-        AdvdiffError: It is of other patches.
-    """
-    from advdiff_cli.certification.certificate_file import certificate_provenance, read_certificates
-    from advdiff_cli.certification.summary import summarize, told_sizes
-    from advdiff_cli.data.provenance import history
-
-    made, found = certificate_provenance(table), read_certificates(table)
-    parameters = made["recipe"]["parameters"]
-    certified_recipes = [step for one in made["inputs"] for step in history(one)]
-    if made["origin"] != first.origin or certified_recipes != first.history:
-        raise AdvdiffError(f"{table} certifies other patches than {first.name}, such as those before an attack")
-    shared = found.take(first.index)
-    if not len(shared):
-        raise AdvdiffError(f"{table} holds no patches of {first.name}")
-    labels = dict(zip(first.index.tolist(), first.predictions.labels.tolist(), strict=True))
-    if shared.labels is not None and [labels[int(i)] for i in shared.index] != shared.labels.tolist():
-        raise AdvdiffError(f"{table} and {first.name} label the same patches differently")
-    return {"data": first.name, **summarize(shared, told_sizes(parameters)), "alpha": parameters["alpha"]}
 
 
 def _fidelity(sets: "Sequence[PatchSet]", evaluated: "Sequence[EvaluatedSet]") -> "list[JsonObject]":

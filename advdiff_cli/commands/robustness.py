@@ -15,6 +15,7 @@ from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import PlannedOutputOptions
 from advdiff_cli.cli.progress import duration, follow
 from advdiff_cli.cli.row_options import RowOptions
+from advdiff_cli.cli.suite_tables import plan_text, suite_text
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def robustness(
     title = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {settings.preset}, {budget.draws} judging draws"
     if output.dry_run:
         status = {"out": str(output.out), "status": "would run", "n": len(patches)}
-        output.emit({**status, "rungs": [c.as_dict() for c in plan]}, f"{title}\n{_plan_text(plan)}", output.out)
+        output.emit({**status, "rungs": [c.as_dict() for c in plan]}, f"{title}\n{plan_text(plan)}", output.out)
         return
     summary, record = output.out / "robustness.json", output.out / "robustness.advdiff"
     check_summary(record, [summary], overwrite=output.overwrite)
@@ -109,7 +110,7 @@ def robustness(
         record.unlink(missing_ok=True)  # without it, robustness.json tells whose it is
         write_json(summary, result)
         record_files(OutputSpec(record, result["recipe"], device.type), [summary])
-    output.emit(result, f"{title}\n{_text(result)}", result["worst"]["accuracy"]["value"])
+    output.emit(result, f"{title}\n{suite_text(result)}", result["worst"]["accuracy"]["value"])
 
 
 def _resume_params(out: Path, suite: "Sequence[SuiteRow]") -> Mapping[str, object]:
@@ -228,67 +229,10 @@ def _log_plan(title: str, plan: "Sequence[RowCost]", *, quiet: bool) -> None:
     """Say what will be done and how long it takes, before it starts."""
     if quiet:
         return
-    for line in (title, *_plan_text(plan).split("\n")):
+    for line in (title, *plan_text(plan).split("\n")):
         console.log(line)
     console.log(
         "the times are for nothing done yet, from passes measured just now, on a machine as busy as it was then"
     )
     if sum(c.seconds for c in plan) > _LONG:
         console.log("--preset quick and --limit are shorter; a stopped suite goes on when the command is run again")
-
-
-def _plan_text(plan: "Sequence[RowCost]") -> str:
-    rows = [(c.name, f"{c.unet_forward:,}", f"{c.unet_backward:,}", duration(c.seconds)) for c in plan]
-    rows.append(("all", "", "", duration(sum(c.seconds for c in plan))))
-    return console.table(("row", "U-Net forward a patch", "backward", "about, from nothing"), rows)
-
-
-def _text(result: "JsonObject") -> str:
-    from advdiff_cli.attacks.spec import AttackSpec
-    from advdiff_cli.cli.tables import cell
-
-    largest = [k for k in result["rungs"][0] if k.startswith("vote_")][-1:] if result["draws"] > 1 else []
-    votes = [*largest, "all_correct"] if largest else []
-    rows = []
-    for r in [*result["rungs"], result["worst"]]:
-        attack = AttackSpec.from_parameters(r["attack"]).describe() if r["attack"] else ""
-        figures = (cell(r["accuracy"]), *(cell(r.get(k)) for k in votes), cell(r["difference"]))
-        rows.append((r["name"], attack, *figures, duration(r["seconds"]) if "seconds" in r else ""))
-    if result["certified"] is not None:
-        rows.append(_proved_row(result["certified"], len(votes)))
-    names = [k.replace("vote_", "vote of ").replace("all_correct", "all draws correct") for k in votes]
-    accuracy = "accuracy, mean of draws" if votes else "accuracy"
-    text = console.table(("% [95 %]", "attack", accuracy, *names, "minus clean, points", "time"), rows)
-    if result["certified"] is not None:
-        text += f"\n\n{_bracket(result)}"
-    checks = [f"{a['status']:4}  {a['name']}: {a['reason']}" for a in result["alarms"]]
-    return text + "\n\n" + "\n".join(checks)
-
-
-def _proved_row(proved: "JsonObject", votes: int) -> tuple[str, ...]:
-    """Return the row of the table for what is proved, of the vote alone."""
-    from advdiff_cli.cli.tables import cell
-
-    mean, vote = ("", cell(proved)) if votes else (cell(proved), "")
-    columns = (mean, vote, "")[: 1 + votes]
-    return (
-        "certified",
-        "proof, of the vote over infinitely many draws",
-        *columns,
-        "",
-        duration(proved["seconds"]),
-    )
-
-
-def _bracket(result: "JsonObject") -> str:
-    """Say between which figures the true robust accuracy lies."""
-    from advdiff_cli.cli.tables import cell
-
-    proved, worst = result["certified"], result["worst"]
-    vote = max((k for k in worst if k.startswith("vote_")), key=lambda k: int(k.removeprefix("vote_")))
-    size = f"l-inf {result['eps'] * 255:g}/255 (l2 {proved['l2']:.3f}, sigma {proved['sigma']:.3f})"
-    return (
-        f"the true robust accuracy of the vote at {size} lies between {cell(proved)} % (proved, for infinitely many "
-        f"draws, in fp32) and about {cell(worst[vote])} % (worst attack of each patch, by votes of "
-        f"{vote.removeprefix('vote_')} draws, which may be too low)"
-    )
