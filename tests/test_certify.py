@@ -12,6 +12,7 @@ import time
 import pytest
 
 from advdiff_cli.certification.bounds import certified_radius, clopper_pearson
+from advdiff_cli.certification.summary import certificate_curves
 from advdiff_cli.data.patches import open_patches
 
 N = 6
@@ -220,12 +221,18 @@ def test_evaluate_tells_what_is_proved_of_a_set(advdiff, certified, test_x, clas
     assert "is not as advdiff certify wrote it" in advdiff(*other, "--certificates", certified["weak"], code=1).err
 
 
-def test_a_report_draws_certified_accuracy(advdiff, certified, tmp_path):
+def test_a_report_draws_certified_accuracy(advdiff, certified, command, tmp_path):
     both = [word for name, path in certified.items() for word in ("--certificates", f"{name}={path}")]
     advdiff("report", *both, "-o", tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
     assert "What is proved" in page
     assert "l-inf 2/255" in page
     assert (tmp_path / "report" / "certified.svg").read_text().count("certified (n =") == 2
+    sized = tmp_path / "sized.csv"
+    advdiff(*command, "--limit", 12, "-o", sized)
+    curves = [certificate_curves(path) for path in (certified["strong"], sized)]
+    assert curves[0]["curve"][-1]["value"] == 0  # beyond the largest radius
+    assert [point["l2"] for point in curves[1]["curve"]] == [0, 0.05]  # nothing is told of other radii
+    advdiff("report", "--certificates", f"sized={sized}", "-o", tmp_path / "points")
     twice = ["report", "--certificates", both[1], "--certificates", both[1], "-o", tmp_path / "other"]
     assert "two tables of certificates are called weak" in advdiff(*twice, code=1).err

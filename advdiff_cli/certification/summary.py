@@ -81,7 +81,9 @@ def certificate_curves(path: Path) -> JsonObject:
     parameters = made["recipe"]["parameters"]
     figures = summarize(found, told_sizes(parameters))
     figures |= {"alpha": parameters["alpha"], "sigma": parameters["sigma"], "recipe": made["recipe"]}
-    return {**figures, "curve": certified_curve(found)}
+    if parameters["eps"] or parameters["radii"]:  # between and beyond the sizes, draws stopped before they could prove
+        return {**figures, "steps": False, "curve": sorted(figures["certified"], key=lambda point: point["l2"])}
+    return {**figures, "steps": True, "curve": certified_curve(found)}
 
 
 def _require_labels(path: Path, found: CertifiedSet) -> None:

@@ -137,7 +137,8 @@ def certified_curves(
     """Draw the accuracy that is certified over the l2 radius, and above it what attacks of each radius leave.
 
     Args:
-        tables: By name; each with n, and curve: radii, and the certified accuracy with its interval at each.
+        tables: By name; each with n, and curve: radii, and the certified accuracy with its interval at each; they are
+            where the accuracy steps down, or the sizes that were decided.
         attacks: Each with name, l2 and accuracy; an estimate as in JSON.
         paths: Files, png or svg.
     """
@@ -145,8 +146,13 @@ def certified_curves(
     for (name, table), color in zip(tables.items(), cycle(_SERIES), strict=False):
         radii = [p["l2"] for p in table["curve"]]
         low, value, high = ([100 * p[k] for p in table["curve"]] for k in ("low", "value", "high"))
-        axes.step(radii, value, where="pre", color=color, label=plain(f"{name}: certified (n = {table['n']})"))
-        axes.fill_between(radii, low, high, step="pre", color=color, alpha=0.15, linewidth=0)
+        name = plain(f"{name}: certified (n = {table['n']})")
+        if table["steps"]:
+            axes.step(radii, value, where="pre", color=color, label=name)
+            axes.fill_between(radii, low, high, step="pre", color=color, alpha=0.15, linewidth=0)
+        else:
+            bars = [np.subtract(value, low), np.subtract(high, value)]
+            axes.errorbar(radii, value, bars, fmt="o:", color=color, markersize=3.5, linewidth=0.8, label=name)
     for k, attack in enumerate(attacks):
         estimate = attack["accuracy"]
         value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
