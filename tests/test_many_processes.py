@@ -50,6 +50,29 @@ def test_lines_of_a_table(advdiff, test_x, classifier, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.csv", "one.csv.advdiff", "two.csv", "two.csv.advdiff"]
 
 
+def test_an_evaluation(advdiff, test_x, classifier, tmp_path):
+    evaluate = ["evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 3, "--limit", 40, "--json"]
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    alone = advdiff(*evaluate, "--predictions", one).json
+    assert json.loads(torchrun(*evaluate, "--predictions", two).stdout) == alone
+    assert two.read_bytes() == one.read_bytes()
+
+
+def test_a_suite(advdiff, test_x, classifier, tmp_path):
+    suite = ["robustness", test_x, "-c", classifier, "--preset", "quick", "--only", "pgd", "--limit", 10, "--json"]
+    suite += ["--batch-size", 4]
+    alone = advdiff(*suite, "-o", tmp_path / "one").json
+    shared = json.loads(torchrun(*suite, "-o", tmp_path / "two").stdout)
+    for one, two in zip(alone["rungs"], shared["rungs"], strict=True):
+        assert two | {"seconds": 0} == one | {"seconds": 0}
+    assert (
+        open_patches(tmp_path / "two" / "pgd.safetensors").fingerprint()
+        == open_patches(tmp_path / "one" / "pgd.safetensors").fingerprint()
+    )
+    names = {p.name for p in (tmp_path / "one").iterdir()} - {"seconds.jsonl"}
+    assert {p.name for p in (tmp_path / "two").iterdir()} == names | {"seconds.0of2.jsonl", "seconds.1of2.jsonl"}
+
+
 def test_certificates(advdiff, test_x, classifier, tmp_path):
     certify = ["certify", test_x, "-c", classifier, "--defense", "noise", "--limit", 6, "--n", 30]
     one, two = tmp_path / "one.csv", tmp_path / "two.csv"

@@ -19,7 +19,7 @@ from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.robustness import suite
 from advdiff_cli.robustness.suite import Budget
-from advdiff_cli.robustness.timing_log import TimingLog
+from advdiff_cli.robustness.timing_log import TimingLog, journal_path, recorded_seconds
 
 N, B = 4, 2
 
@@ -103,6 +103,28 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, defen
     assert "--only nonsense: there is no such row" in advdiff(*command, "-o", out, "--only", "nonsense", code=1).err
 
 
+def test_shards_of_a_suite_in_one_folder(advdiff, test_x, classifier, tmp_path):
+    command = ["robustness", test_x, "-c", classifier, "--defense", "noise", "--t-star", "0.1", "--preset", "quick"]
+    command += ["--limit", N, "--batch-size", 2, "--only", "fgsm", "--json"]
+    alone = advdiff(*command, "-o", tmp_path / "one").json
+    two = [*command, "-o", tmp_path / "two"]
+    assert advdiff(*two, "--shard", "1/2").json["shard"] == [1, 2]
+    told = advdiff(*two, code=1).err
+    assert "fgsm.safetensors: --shard 0/2 not finished with these settings" in told
+    advdiff(*two, "--shard", "0/2")
+    assert timeless(advdiff(*two).json) | {"out": ""} == timeless(alone) | {"out": ""}
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert sorted(p.name for p in (tmp_path / "two").iterdir() if "of2" not in p.name) == names
+    assert [p.name for p in (tmp_path / "two").glob("*of2*.safetensors")] == []
+    assert advdiff(*two, "--shard", "0/2").json["status"] == "done"  # it is part of the whole
+    assert sorted(p.name for p in (tmp_path / "two").iterdir() if "of2" not in p.name) == names
+    other = advdiff(*two, "--shard", "0/2", "--seed", 1, code=1).err
+    assert "was made with other settings (seed" in other
+    advdiff(*two[:-2], "-o", tmp_path / "three", "--shard", "0/2", "--seed", 1)
+    advdiff(*two[:-2], "-o", tmp_path / "three", "--shard", "1/2")
+    assert "--shard 0/2 not finished" in advdiff(*two[:-2], "-o", tmp_path / "three", code=1).err
+
+
 def test_precision_of_attack_and_judging(advdiff, test_x, classifier, ddpm, tmp_path):
     defense = ["-m", ddpm, "--t-star", "0.03", "--sampler-steps", 1]
     attack = ["attack", test_x, "--limit", 2, "-c", classifier, *defense, "--steps", 1, "--batch-size", 2]
@@ -144,18 +166,24 @@ def test_what_an_evaluation_does_not_show_is_told(advdiff, test_x, classifier, d
     assert "another model (classifier)" in judged.err
 
 
-def test_seconds_add_up_over_runs(tmp_path):
-    watches = [TimingLog(tmp_path / "s.jsonl", {"a": 1}, restart=anew) for anew in (True, True, False)]
+def test_seconds_add_up_over_runs_and_processes(tmp_path):
+    first, second = (journal_path(tmp_path, i, 2) for i in range(2))
+    watches = [TimingLog(first, {"a": 1}, restart=anew) for anew in (True, True, False)]
     for watch in watches:
         with watch:
             time.sleep(0.02)
-    with (tmp_path / "s.jsonl").open("a") as file:
+    with first.open("a") as file:
         file.write('{"of": "half a li')
-    with TimingLog(tmp_path / "s.jsonl", {"a": 2}):
+    with TimingLog(first, {"a": 2}):
         pass
-    laps = [json.loads(line)["seconds"] for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    assert watches[0].total() == pytest.approx(laps[1] + laps[2])  # what came before it was begun anew is forgotten
+    laps = [json.loads(line)["seconds"] for line in first.read_text().splitlines()]
+    shared = laps[1] + laps[2]  # what came before it was begun anew is forgotten
+    assert recorded_seconds(tmp_path, {"a": 1}) == pytest.approx(shared)
     assert min(laps[:3]) > 0.01
+    with TimingLog(second, {"a": 1}, restart=True):
+        time.sleep(0.02)
+    both = shared + json.loads(second.read_text())["seconds"]
+    assert recorded_seconds(tmp_path, {"a": 1}) == pytest.approx(both)
 
 
 def test_undefended(advdiff, test_x, classifier, tmp_path):
@@ -242,14 +270,14 @@ def test_settings_of_a_defense_need_one(advdiff, test_x, classifier, words, mess
 
 
 def test_what_others_left_among_the_seconds_and_results_is_passed_over(tmp_path):
-    journal = tmp_path / "s.jsonl"
-    with TimingLog(journal, {"a": 1}) as watch:
+    journal = journal_path(tmp_path, 0, 1)
+    with TimingLog(journal, {"a": 1}):
         pass
-    spent = watch.total()
+    spent = recorded_seconds(tmp_path, {"a": 1})
     ours = json.loads(journal.read_text())["of"]
     with journal.open("a") as file:
         file.write(f'garbage\n[]\n{{"of": 1}}\n{{"of": "{ours}"}}\n{{"of": "{ours}", "seconds": [], "anew": true}}\n')
-    assert watch.total() == spent
+    assert recorded_seconds(tmp_path, {"a": 1}) == spent
     for text in ("{}", "[]", "null", '{"result": 1, "recipe": 2}', "not json"):
         (tmp_path / "r.json").write_text(text)
         assert cached_result(tmp_path / "r.json", {"command": "x"}) is None

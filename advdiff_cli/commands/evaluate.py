@@ -1,6 +1,6 @@
 """`advdiff evaluate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +9,7 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.compute_options import SeededComputeOptions
+from advdiff_cli.cli.compute_options import ShardedSeededOptions
 from advdiff_cli.cli.defense_options import DefenseOptions
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import ResultOptions
@@ -17,11 +17,9 @@ from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.evaluation.comparison import EvaluatedSet
-    from advdiff_cli.purification.defense import EvaluatedModel
 
 _COLUMNS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc")
 
@@ -52,7 +50,7 @@ def evaluate(
     settings: EvaluateOptions,
     defense: DefenseOptions,
     rows: RowOptions,
-    compute: SeededComputeOptions,
+    compute: ShardedSeededOptions,
     output: ResultOptions,
 ) -> None:
     """Evaluate a classifier, or a defended one (-m, --defense): one row for each set, with 95 % intervals.
@@ -60,11 +58,12 @@ def evaluate(
     A defense is judged on draws of its noise that no attack used: the mean over draws, majority votes, and all draws
     correct. Name the clean set beside an attacked one, as its control. Sets with the same rows are compared in pairs,
     and the row options select rows of each set. Patches of one slide resemble each other, so intervals are too narrow
-    where slides are not known. With -q, print the accuracy of each set.
+    where slides are not known. Predictions that --predictions wrote before are read, not made again. With -q, print
+    the accuracy of each set.
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
-    _check_predictions_path(settings.predictions, data)
+    _check_predictions_path(settings.predictions, data, sharded=compute.shard is not None)
     sets = [rows.open(path) for path in data]
     for patches in sets:
         if patches.labels is None:
@@ -74,36 +73,33 @@ def evaluate(
             )
         patches.require_shape()
 
-    from advdiff_cli.data.recorded_files import recorded_write
+    from advdiff_cli.data.distributed import process_group, world_size
+    from advdiff_cli.data.table_writer import table_resume_params
     from advdiff_cli.evaluation.comparison import compare
-    from advdiff_cli.evaluation.predictions_csv import write_predictions
     from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
-    from advdiff_cli.jobs.evaluate import certified_of, check_certified_model, evaluate_set
+    from advdiff_cli.jobs.evaluate import EvaluateJob, certified_of, check_certified_model
 
     device = compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
     protection = defense.build(compute)
-    precision = "fp32" if protection is None else compute.resolve_precision(device)
+    table = settings.predictions
+    resume = {} if table is None or settings.overwrite else table_resume_params(table)
+    precision = "fp32" if protection is None else compute.resolve_precision(device, resume)
     model = undefended.behind(protection, device, precision)
     draws = range(options.resolve_draws(settings.draws, defended=protection is not None))
-    named = dict(zip(data, sets, strict=True))
-    judging = {"draws": len(draws), "seed": compute.seed, "precision": precision}
-    table = settings.predictions
-    written = None if table is None else _predictions_output(settings, table, named, model, judging, device.type)
     certificates = settings.certificates
     if certificates is not None:
         check_certified_model(certificates, model)
-    with console.progress(sum(map(len, sets)), "evaluate", quiet=output.quiet) as advance:
-        evaluated = [
-            evaluate_set(name, patches, model, device, draws=draws, seed=compute.seed, advance=advance)
-            for name, patches in zip(data, sets, strict=True)
-        ]
-    if table is not None and written is not None:
-        with recorded_write(written, table) as temporary:
-            write_predictions(temporary, [(e, s.keys) for e, s in zip(evaluated, sets, strict=True)])
+    job = EvaluateJob(model, list(zip(data, sets, strict=True)), draws, compute.seed, device, compute.shard_pair)
+    share = -(-job.n // world_size())
+    with process_group(device) as group, console.progress(share, "evaluate", quiet=output.quiet) as advance:
+        evaluated = job.run(group, advance, table, overwrite=settings.overwrite)
+    if not group.is_main:
+        return
+    sets = [job.part(patches) for patches in sets]
     result: JsonObject = {
         "classifier": {"name": Path(classifier).name, "fingerprint": model.fingerprint},
-        "defense": None if protection is None else {**protection.spec.parameters(), **judging},
+        "defense": None if protection is None else {**protection.spec.parameters(), **job.judging},
         "sets": [e.as_dict() for e in evaluated],
         "comparisons": compare(evaluated),
         **({"fidelity": _fidelity(sets, evaluated)} if settings.fidelity else {}),
@@ -117,39 +113,14 @@ def evaluate(
     output.emit(result, _text(result), brief)
 
 
-def _predictions_output(
-    settings: EvaluateOptions,
-    table: Path,
-    sets: "Mapping[str, PatchSet]",
-    model: "EvaluatedModel",
-    judging: "Mapping[str, object]",
-    device: str,
-) -> "OutputSpec":
-    """Return the record of the file of predictions, which may be written.
-
-    Raises:
-        AdvdiffError: Another file is there, or the file is an input.
-    """
-    from advdiff_cli.data.output_spec import OutputSpec
-    from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.data.recorded_files import check_replaceable, record_of
-
-    made_by = recipe(
-        "evaluate",
-        {**model.parameters, **judging},
-        data=[{"name": name, **patches.recipe_input()} for name, patches in sets.items()],
-        classifier=model.fingerprint,
-        ddpm=model.ddpm_fingerprint,
-    )
-    output = OutputSpec(record_of(table), made_by, device, settings.overwrite)
-    check_replaceable(output, [table], [Path(name) for name in sets])
-    return output
-
-
-def _check_predictions_path(path: Path | None, data: list[str]) -> None:
-    if path is not None and not path.parent.is_dir():
+def _check_predictions_path(path: Path | None, data: list[str], *, sharded: bool) -> None:
+    if path is None:
+        if sharded:
+            raise AdvdiffError("--shard: give --predictions FILE.csv; merge joins the files of all shards")
+        return
+    if not path.parent.is_dir():
         raise AdvdiffError(f"--predictions {path}: there is no folder {path.parent}")
-    if path is not None and len(set(data)) < len(data):
+    if len(set(data)) < len(data):
         raise AdvdiffError("--predictions: the file tells sets apart by their names; name each set once")
 
 

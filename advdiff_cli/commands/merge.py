@@ -15,7 +15,8 @@ def merge(
     parts: Annotated[
         list[Path],
         typer.Argument(
-            help="Patch sets: the shards of one recipe, or sets of different rows. Or shards of predict or certify."
+            help="Patch sets: the shards of one recipe, or sets of different rows. Or shards of the tables of predict, "
+            "certify or evaluate --predictions."
         ),
     ],
     output: OutputOptions,
@@ -31,6 +32,5 @@ def merge(
     if merged.up_to_date:
         console.log(f"{output.out} is up to date")
     status = "up to date" if merged.up_to_date else "done"
-    n = len(merged.finished)
-    result = {"out": str(output.out), "status": status, "patches": n, "parts": len(parts)}
-    output.emit(result, f"{output.out}: {n} patches of {len(parts)} parts", output.out)
+    result = {"out": str(output.out), "status": status, "patches": merged.patches, "parts": len(parts)}
+    output.emit(result, f"{output.out}: {merged.patches} patches of {len(parts)} parts", output.out)

@@ -1,7 +1,7 @@
 """`advdiff robustness`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,21 +9,21 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
-from advdiff_cli.cli.compute_options import BatchedComputeOptions
+from advdiff_cli.cli.compute_options import ShardedComputeOptions
 from advdiff_cli.cli.defense_options import DefenseOptions
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import PlannedOutputOptions
-from advdiff_cli.cli.progress import duration, follow
 from advdiff_cli.cli.row_options import RowOptions
+from advdiff_cli.cli.suite_progress import SuiteProgress
 from advdiff_cli.cli.suite_tables import plan_text, suite_text
+from advdiff_cli.data.distributed import NO_SHARD_UNDER_TORCHRUN
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
+    from advdiff_cli.data.distributed import ProcessGroup
     from advdiff_cli.data.patches import PatchSet
-    from advdiff_cli.data.provenance import JsonObject
-    from advdiff_cli.evaluation.metrics import Predictions
+    from advdiff_cli.jobs.sharding import Shard
     from advdiff_cli.purification.defense import EvaluatedModel
-    from advdiff_cli.robustness.certified_rung import BrokenCertificates, CertifiedRung
     from advdiff_cli.robustness.cost_estimate import RowCost
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import Budget, SuiteRow
@@ -57,7 +57,7 @@ def robustness(
     settings: SuiteOptions,
     defense: DefenseOptions,
     rows: RowOptions,
-    compute: BatchedComputeOptions,
+    compute: ShardedComputeOptions,
     output: PlannedOutputOptions,
 ) -> None:
     """Run the suite of attacks on a classifier or a defense, and check the attacks themselves.
@@ -66,14 +66,12 @@ def robustness(
     judged on draws of its noise that no attack used. Sanity checks then look for signs of weak attacks: each passes,
     warns or fails. Every row is a patch set in the folder --out, made once and resumed; robustness.json holds the
     result of the whole suite. Rows are a shuffled sample of the preset's size, or of --limit, unless --range names
-    them. With -q, print the worst-case accuracy.
+    them. With --shard, attack and certify part of the patches; the command without it takes the parts over, once all
+    are there. With -q, print the worst-case accuracy.
 
     Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o suite/
     """
-    from advdiff_cli.data.output_spec import OutputSpec
-    from advdiff_cli.data.recorded_files import check_summary, record_files
-    from advdiff_cli.jobs.result_cache import write_json
-    from advdiff_cli.robustness.cost_estimate import estimate_costs
+    from advdiff_cli.data.distributed import process_group
     from advdiff_cli.robustness.suite import PRESETS, build_suite
 
     eps = options.attack_radius("linf", settings.eps)
@@ -85,6 +83,7 @@ def robustness(
     chosen = _chosen(suite, settings.only)
     if settings.only is not None and compute.batch_size is not None and compute.batch_size.size is None:
         raise AdvdiffError("--batch-size auto: all rows of a suite must use the same batch size; with --only give one")
+    compute.refuse_auto_for_parts()
     device = compute.resolve_device()
     patches = rows.sample(budget.patches).open(data)
     patches.require_labels()
@@ -93,32 +92,66 @@ def robustness(
     model = compute.load_classifier(classifier, device).behind(protection, device, precision)
     if settings.compiled:
         model = model.compile_unet(device)
-    runner = _runner(model, patches, budget, compute, output, resume)
-    tested = next(r.attack for r in chosen if r.name == "pgd") if settings.only is None else None
-    plan = estimate_costs(runner, chosen, tested)
     title = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {settings.preset}, {budget.draws} judging draws"
+    with process_group(device) as group:
+        runner = _runner(model, patches, budget, compute, output, resume, group)
+        _plan_and_run(runner, chosen, eps, title, whole=settings.only is None, output=output)
+
+
+def _plan_and_run(
+    runner: "SuiteRunner",
+    chosen: "list[SuiteRow]",
+    eps: float,
+    title: str,
+    *,
+    whole: bool,
+    output: PlannedOutputOptions,
+) -> None:
+    """Plan what is asked for, run it, and print the result; `whole` for all rows and the checks."""
+    from advdiff_cli.data.output_spec import OutputSpec
+    from advdiff_cli.data.recorded_files import check_summary, record_files
+    from advdiff_cli.jobs.result_cache import write_json
+    from advdiff_cli.robustness.cost_estimate import estimate_costs
+
+    tested = next(r.attack for r in chosen if r.name == "pgd") if whole else None
+    plan = estimate_costs(runner, chosen, tested)
     if output.dry_run:
-        status = {"out": str(output.out), "status": "would run", "n": len(patches)}
+        status = {"out": str(output.out), "status": "would run", "n": len(runner.patches)}
         output.emit({**status, "rungs": [c.as_dict() for c in plan]}, f"{title}\n{plan_text(plan)}", output.out)
         return
     summary, record = output.out / "robustness.json", output.out / "robustness.advdiff"
     check_summary(record, [summary], overwrite=output.overwrite)
     _log_plan(title, plan, quiet=output.quiet)
     output.out.mkdir(parents=True, exist_ok=True)
-    result = _run(runner, chosen, {c.name: c for c in plan}, eps, whole=settings.only is None, quiet=output.quiet)
-    if settings.only is None:
+    suite = SuiteProgress(runner, chosen, {c.name: c for c in plan}, eps, output.quiet)
+    if runner.shard is not None:
+        suite.run_shard()
+        _emit_shard(runner.shard, output)
+        return
+    result = suite.run()
+    if not runner.group.is_main:
+        return
+    if whole:
         record.unlink(missing_ok=True)  # without it, robustness.json tells whose it is
         write_json(summary, result)
-        record_files(OutputSpec(record, result["recipe"], device.type), [summary])
+        record_files(OutputSpec(record, result["recipe"], runner.device.type), [summary])
     output.emit(result, f"{title}\n{suite_text(result)}", result["worst"]["accuracy"]["value"])
 
 
+def _emit_shard(shard: "Shard", output: PlannedOutputOptions) -> None:
+    i, count = shard
+    told = f"{output.out}: part {i} of {count} is attacked; run the command without --shard when all parts are there"
+    output.emit({"out": str(output.out), "status": "done", "shard": [i, count]}, told, output.out)
+
+
 def _resume_params(out: Path, suite: "Sequence[SuiteRow]") -> Mapping[str, object]:
-    """Return the parameters of an existing row of the suite, if possible of one through the defense."""
+    """Return the parameters of an existing row of the suite, or a shard, if possible of one through the defense."""
     from advdiff_cli.attacks.spec import AttackSpec
     from advdiff_cli.data.resume import resume_params
+    from advdiff_cli.jobs.sharding import begun_shards
 
-    found = [p for r in suite if r.attack and (p := resume_params(out / f"{r.name}.safetensors"))]
+    rows = [out / f"{r.name}.safetensors" for r in suite if r.attack]
+    found = [p for row in rows for file in (row, *begun_shards(row)) if (p := resume_params(file))]
     through = (p for p in found if "t_star" in p and AttackSpec.from_parameters(p).computes_defense)
     return next(through, found[0] if found else {})
 
@@ -127,89 +160,31 @@ def _runner(
     model: "EvaluatedModel",
     patches: "PatchSet",
     budget: "Budget",
-    compute: BatchedComputeOptions,
+    compute: ShardedComputeOptions,
     output: PlannedOutputOptions,
     resume: Mapping[str, object],
+    group: "ProcessGroup",
 ) -> "SuiteRunner":
     from advdiff_cli.cli.batch_size import resolve_batch_size
     from advdiff_cli.robustness.runner import SuiteRunner
 
-    device = compute.resolve_device()
+    device, part = compute.resolve_device(), compute.shard_pair
+    if group.size > 1 and part is not None:
+        raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
     shape, n = patches.require_shape(), len(patches)
     size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=True, n=n)
-    return SuiteRunner(model, patches, budget, output.out, compute.seed, size, device, output.overwrite)
-
-
-def _run(
-    runner: "SuiteRunner",
-    suite: "Sequence[SuiteRow]",
-    plan: "Mapping[str, RowCost]",
-    eps: float,
-    *,
-    whole: bool,
-    quiet: bool,
-) -> "JsonObject":
-    """Run every row and, for a whole suite, the checks; return the content of robustness.json."""
-    from advdiff_cli.data.provenance import recipe
-    from advdiff_cli.robustness.summary import summarize
-
-    judged, gradients, tested, certified = {}, None, None, None
-    for row in suite:
-        console.log(f"{row.name}: {_cost_text(plan[row.name])}")
-        judged[row.name] = _run_row(runner, row, quiet=quiet)
-    if whole:
-        attack = next(r.attack for r in suite if r.name == "pgd")
-        assert attack is not None
-        console.log(f"gradients: {_cost_text(plan['gradients'])}")
-        with console.progress(plan["gradients"].n, "gradients", quiet=quiet) as advance:
-            gradients = runner.check_gradients(advance)
-        console.log(f"unit-test: {_cost_text(plan['unit-test'])}")
-        with console.progress(plan["unit-test"].n, "unit-test", quiet=quiet) as advance:
-            tested = runner.binarization_test(attack, advance)
-        if "certified" in plan:
-            console.log(f"certified: {_cost_text(plan['certified'])}")
-            certified = _certify(runner, suite, judged, eps, quiet=quiet)
-    model = runner.model
-    settings = {"eps": eps, **asdict(runner.budget), "seed": runner.seed, "batch_size": runner.batch_size}
-    made_by = recipe(
-        "robustness",
-        {**settings, **model.parameters},
-        data=runner.patches.recipe_input(),
-        classifier=model.fingerprint,
-        ddpm=model.ddpm_fingerprint,
+    return SuiteRunner(
+        model,
+        patches,
+        budget,
+        output.out,
+        compute.seed,
+        size,
+        device,
+        output.overwrite,
+        group=group,
+        shard=part,
     )
-    defense = None if model.defense is None else model.defense.spec.parameters()
-    summary = summarize(suite, judged, eps, gradients, tested, certified)
-    for row, printed in zip(suite, summary["rungs"], strict=True):
-        cost = plan[row.name]
-        printed |= {"unet_forward": cost.unet_forward, "unet_backward": cost.unet_backward}
-        printed["seconds"] = runner.seconds(row)
-    return {"out": str(runner.out), "recipe": made_by, "eps": eps, "defense": defense, **summary}
-
-
-def _run_row(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predictions":
-    n = len(runner.patches)
-    if row.attack:
-        follow(runner.attack(row), n, f"{row.name}: attack", quiet=quiet)
-    with console.progress(n, f"{row.name}: judge", quiet=quiet) as advance:
-        found = runner.judge(row, advance)
-    console.log(f"{row.name}: accuracy {100 * found.share.mean():.1f} %, {duration(runner.seconds(row))}")
-    return found
-
-
-def _certify(
-    runner: "SuiteRunner",
-    suite: "Sequence[SuiteRow]",
-    judged: "Mapping[str, Predictions]",
-    eps: float,
-    *,
-    quiet: bool,
-) -> "tuple[CertifiedRung, BrokenCertificates]":
-    job = runner.certify_job(eps)
-    with console.progress(len(runner.patches), "certified", quiet=quiet) as advance:
-        rung = runner.certify(job, eps, advance)
-    console.log(f"certified: {100 * rung.summary()['value']:.1f} % proved, {duration(rung.summary()['seconds'])}")
-    return rung, runner.check_certificates(job, rung, suite, judged)
 
 
 def _chosen(suite: "list[SuiteRow]", only: list[str] | None) -> "list[SuiteRow]":
@@ -218,11 +193,6 @@ def _chosen(suite: "list[SuiteRow]", only: list[str] | None) -> "list[SuiteRow]"
         if name not in names:
             raise AdvdiffError(f"--only {name}: there is no such row; choose from {', '.join(names)}")
     return [r for r in suite if r.name == "clean" or only is None or r.name in only]
-
-
-def _cost_text(cost: "RowCost") -> str:
-    unet = f"{cost.unet_forward:,} + {cost.unet_backward:,} U-Net evaluations a patch (forward + backward), "
-    return f"{unet if cost.unet_forward else ''}about {duration(cost.seconds)}"
 
 
 def _log_plan(title: str, plan: "Sequence[RowCost]", *, quiet: bool) -> None:

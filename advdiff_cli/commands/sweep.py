@@ -13,7 +13,6 @@ from advdiff_cli.cli.compute_options import SeededComputeOptions
 from advdiff_cli.cli.defense_options import PurifierOptions
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import PlannedOutputOptions
-from advdiff_cli.cli.progress import follow
 from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
@@ -191,7 +190,8 @@ def _run(
     clean, judged, rows = _judge(plain, CLEAN, quiet=quiet), [], []
     for point in points:
         label = f"{point.name}: attack"
-        follow(point.runner.attack(point.attack), len(point.runner.patches), label, quiet=quiet)
+        with console.progress(len(point.runner.patches), label, quiet=quiet) as advance:
+            point.runner.attack(point.attack, advance)
         proved = _certify(point, request.eps, quiet=quiet) if rule == "certified" else None
         on_clean, on_attacked = (_judge(point.runner, row, quiet=quiet) for row in (CLEAN, point.attack))
         one = JudgedPoint(on_clean, on_attacked, proved)

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 NO_SHARD_UNDER_TORCHRUN = "--shard: under torchrun the shard is the process's rank; leave the option out"
 
@@ -41,6 +42,15 @@ class ProcessGroup:
         total = torch.tensor(numbers, device=PartialState().device)
         torch.distributed.all_reduce(total)
         return [int(n) for n in total]
+
+    def gather(self, rows: "NDArray[Any]") -> "list[NDArray[Any]]":
+        """Return the rows of every process, by rank."""
+        if self.size == 1:
+            return [rows]
+        from accelerate.utils import gather_object
+
+        found: list[NDArray[Any]] = gather_object([rows])
+        return found
 
 
 def world_size() -> int:

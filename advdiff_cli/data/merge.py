@@ -1,7 +1,7 @@
 """Merge patch sets: shards of one recipe, or sets that hold different rows of one origin."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,15 @@ from advdiff_cli.errors import AdvdiffError
 
 _BATCH = 64
 _SHOWN = 10  # ranges of missing rows that an error names
+_SET, _DRAW = "set", "draw"  # columns of predictions on several sets, with a line for each draw
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged output: the number of its patches, and whether it was there before."""
+
+    patches: int
+    up_to_date: bool
 
 
 class _Concatenated:
@@ -43,8 +52,8 @@ class _Concatenated:
         return np.concatenate(images)
 
 
-def merge_sets(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwrite: bool) -> PatchWriter:
-    """Merge the sets at `paths` into `out`, and return the closed writer.
+def merge_sets(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwrite: bool) -> Merged:
+    """Merge the sets at `paths` into `out`.
 
     Shards of one recipe, in any order, give the file that a single run would have made, with its recipe. Other sets
     are concatenated in the given order. A single complete set is copied with its recipe: where all rows fit one batch,
@@ -76,7 +85,7 @@ def merge_sets(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwri
         with writer:
             for batch in writer.batches(_BATCH):
                 writer.write(batch, merged.source.read(batch.rows))
-    return writer
+    return Merged(n, writer.up_to_date)
 
 
 def _check_alike(sets: Sequence[PatchSet]) -> None:
@@ -88,10 +97,10 @@ def _check_alike(sets: Sequence[PatchSet]) -> None:
             )
 
 
-def merge_tables(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwrite: bool) -> TableWriter:
-    """Merge the tables at `paths`, the shards of one recipe in any order, into `out`, and return the closed writer.
+def merge_tables(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwrite: bool) -> Merged:
+    """Merge the tables at `paths`, the shards of one recipe in any order, into `out`.
 
-    A single complete table is copied with its recipe.
+    A single complete table is copied with its recipe. Lines of one set, where the first column names it, stay together.
 
     Raises:
         AdvdiffError: A file was changed since it was written, or they are not all the shards of one recipe.
@@ -102,7 +111,7 @@ def merge_tables(paths: Sequence[Path], out: Path, *, device: str = "cpu", overw
             raise AdvdiffError(f"no such file: {path}")
         if (known := recorded_table(path)) is None:
             raise AdvdiffError(
-                f"{path} is not a table of advdiff predict or certify, or was changed since; make it again"
+                f"{path} is not a table of advdiff predict, certify or evaluate, or was changed since; make it again"
             )
         records.append(known)
     if len(paths) == 1 and "part" not in records[0]:
@@ -110,14 +119,19 @@ def merge_tables(paths: Sequence[Path], out: Path, *, device: str = "cpu", overw
     else:
         order, made_by, inputs = _order_shards(records)
     read = [read_csv(paths[i]) for i in order]
-    lines = [line for _, some in read for line in some]
+    lines, header = [line for _, some in read for line in some], read[0][0]
+    if header[0] == _SET:
+        names = list(dict.fromkeys(line[0] for line in lines))
+        lines.sort(key=lambda line: names.index(line[0]))
     output, rows = OutputSpec(out, made_by, device, overwrite), RowRange(0, len(lines), len(lines))
-    writer = TableWriter(output, read[0][0], rows, inputs=inputs, origin=records[0].get("origin"), read=paths)
+    writer = TableWriter(output, header, rows, inputs=inputs, origin=records[0].get("origin"), read=paths)
     if not writer.up_to_date:
         with writer:
             for batch in writer.batches(_BATCH):
                 writer.write(batch, lines[batch.start : batch.start + batch.count])
-    return writer
+    per_draw = header.index(_DRAW) if _DRAW in header else None
+    n = len(lines) if per_draw is None else sum(line[per_draw] == "0" for line in lines)
+    return Merged(n, writer.up_to_date)
 
 
 def _order_shards(records: Sequence[Provenance]) -> tuple[list[int], Provenance, list[Provenance]]:

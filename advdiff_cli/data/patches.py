@@ -3,6 +3,7 @@
 The path decides among four forms: safetensors, HDF5, PCam's own files (or their folder), and images in a folder.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,14 @@ class PatchSet:
 
     def first(self, n: int) -> "PatchSet":
         """Return the first n selected rows, or all of them if there are fewer."""
-        few = PatchSet(self.source, self.selection)
-        few._rows = few._rows[:n]
-        few.labels = None if few.labels is None else few.labels[:n]
-        few.index, few.keys = few.index[:n], few.keys[:n]
+        return self.between(0, n)
+
+    def between(self, start: int, stop: int) -> "PatchSet":
+        """Return the selected rows start to stop - 1, as far as there are so many."""
+        few, chosen = copy.copy(self), slice(start, stop)
+        few._rows, few._fingerprint = self._rows[chosen], None
+        few.labels = None if self.labels is None else self.labels[chosen]
+        few.index, few.keys = self.index[chosen], self.keys[chosen]
         return few
 
     def viewed(self, view: View) -> "PatchSet":

@@ -26,7 +26,7 @@ def write_predictions(path: Path, sets: Sequence[tuple[EvaluatedSet, Sequence[Ro
         for one, keys in sets:
             p = one.predictions
             table.writerows(
-                (one.name, one.origin, index, key, label, draw, f"{p1:.9g}")
+                (one.name, one.origin, index, key, label, draw, repr(float(p1)))
                 for index, key, label, row in zip(one.index, keys, p.labels, p.p1, strict=True)
                 for draw, p1 in enumerate(row)
             )

@@ -1,20 +1,27 @@
 """Evaluate a model on a patch set, and tell what a table of certificates proves of it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from advdiff_cli.certification.certificate_file import certificate_provenance, read_certificates
 from advdiff_cli.certification.summary import summarize, told_sizes
+from advdiff_cli.data.distributed import NO_SHARD_UNDER_TORCHRUN, ProcessGroup
+from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
 from advdiff_cli.data.patches import PatchSet
-from advdiff_cli.data.provenance import JsonObject, history
+from advdiff_cli.data.provenance import JsonObject, Provenance, history, provenance, recipe
+from advdiff_cli.data.recorded_files import check_replaceable, record_of, recorded_write
+from advdiff_cli.data.resume import identity, part_of
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.jobs.predict import predict
+from advdiff_cli.evaluation.predictions_csv import read_predictions, write_predictions
+from advdiff_cli.jobs.predict import ALONE, predict
+from advdiff_cli.jobs.recipes import judging_batch_size
+from advdiff_cli.jobs.sharding import Shard
 from advdiff_cli.purification.defense import EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec, ModelSpec
 
@@ -30,6 +37,7 @@ def evaluate_set(
     draws: range,
     seed: int,
     advance: Callable[[int], None],
+    group: ProcessGroup = ALONE,
 ) -> EvaluatedSet:
     """Return the predictions of a model on a set with labels.
 
@@ -40,14 +48,111 @@ def evaluate_set(
         device: Where to compute.
         draws: Draws of the defense's noise; one for a classifier alone.
         seed: Of the draws.
-        advance: Called with the number of patches done.
+        advance: Called with the number of patches after each batch.
+        group: Processes, each of which predicts a part.
     """
-    batches = []
-    for p1 in predict(model.module, patches, device, draws=draws, seed=seed):
-        batches.append(p1)
-        advance(len(p1))
-    predictions = Predictions(patches.require_labels(), np.concatenate(batches))
+    p1 = predict(model.module, patches, device, draws=draws, seed=seed, group=group, advance=advance)
+    predictions = Predictions(patches.require_labels(), p1)
     return EvaluatedSet(name, patches.origin(), patches.index, predictions, history(patches.provenance))
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """The evaluation of a model on sets with labels.
+
+    Args:
+        model: The classifier, alone or defended.
+        sets: What is evaluated, with the name of each.
+        draws: Draws of the defense's noise; one for a classifier alone.
+        seed: Of the draws.
+        device: Where to compute.
+        shard: Which part of the rows of each set; None for all.
+    """
+
+    model: EvaluatedModel
+    sets: Sequence[tuple[str, PatchSet]]
+    draws: range
+    seed: int
+    device: torch.device
+    shard: Shard | None = None
+
+    @property
+    def judging(self) -> JsonObject:
+        """How sets are judged."""
+        return {"draws": len(self.draws), "seed": self.seed, "precision": self.model.precision}
+
+    @property
+    def n(self) -> int:
+        """The number of patches of all sets."""
+        return sum(len(self._rows(patches)) for _, patches in self.sets)
+
+    def _rows(self, patches: PatchSet) -> RowRange:
+        size = judging_batch_size(defended=self.model.defense is not None)
+        return shard_rows(len(patches), size, self.shard)
+
+    def part(self, patches: PatchSet) -> PatchSet:
+        """Return the rows of a set that are evaluated."""
+        rows = self._rows(patches)
+        return patches.between(rows.start, rows.stop)
+
+    @property
+    def recipe(self) -> Provenance:
+        """The recipe of the predictions on all rows."""
+        return recipe(
+            "evaluate",
+            {**self.model.parameters, **self.judging},
+            data=[{"name": name, **patches.recipe_input()} for name, patches in self.sets],
+            classifier=self.model.fingerprint,
+            ddpm=self.model.ddpm_fingerprint,
+        )
+
+    def run(
+        self, group: ProcessGroup, advance: Callable[[int], None], table: Path | None, *, overwrite: bool
+    ) -> list[EvaluatedSet]:
+        """Return the sets with their predictions, which processes make together.
+
+        Args:
+            group: The processes.
+            advance: Called with the number of patches after each batch.
+            table: Where predictions are written, or read if this evaluation wrote them before.
+            overwrite: Whether another file may be replaced.
+
+        Raises:
+            AdvdiffError: Another file is there, the file is an input, or a shard is asked for under torchrun.
+        """
+        if group.size > 1 and self.shard is not None:
+            raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
+        if table is None:
+            return self._evaluate(group, advance)
+        part = part_of(self._rows(self.sets[0][1]))
+        made = provenance(self.recipe, device=self.device.type) | ({} if part is None else {"part": part})
+        output = OutputSpec(record_of(table), identity(made), self.device.type, overwrite)
+        check_replaceable(output, [table], [Path(name) for name, _ in self.sets])
+        if table.exists() and not overwrite:
+            advance(self.n)
+            found = zip(read_predictions(table), self.sets, strict=True)
+            return [replace(one, history=history(patches.provenance)) for one, (_, patches) in found]
+        evaluated = self._evaluate(group, advance)
+        if group.is_main:
+            with recorded_write(output, table, made) as temporary:
+                keys = (self.part(patches).keys for _, patches in self.sets)
+                write_predictions(temporary, list(zip(evaluated, keys, strict=True)))
+        return evaluated
+
+    def _evaluate(self, group: ProcessGroup, advance: Callable[[int], None]) -> list[EvaluatedSet]:
+        return [
+            evaluate_set(
+                name,
+                self.part(patches),
+                self.model,
+                self.device,
+                draws=self.draws,
+                seed=self.seed,
+                advance=advance,
+                group=group,
+            )
+            for name, patches in self.sets
+        ]
 
 
 def check_certified_model(table: Path, model: EvaluatedModel) -> None:

@@ -1,12 +1,13 @@
 """Predict the probability of class 1 for every patch of a set, under each draw of a defense's noise."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.selection import row_batches
@@ -18,6 +19,7 @@ from advdiff_cli.models.external import TwoLogits
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, check_finite, logits_of_draws
 
 ONE_DRAW = range(1)
+ALONE = ProcessGroup()
 
 
 def predict(
@@ -27,18 +29,53 @@ def predict(
     *,
     draws: range = ONE_DRAW,
     seed: int = 0,
-    batches: Iterable[Rows] | None = None,
+    group: ProcessGroup = ALONE,
+    advance: Callable[[int], None] = lambda count: None,
+) -> NDArray[np.float64]:
+    """Return p1 (N, R) of all patches, of which each process of a group predicts a part.
+
+    Args:
+        model: A classifier (R = 1), or a `DefendedClassifier`.
+        patches: What is judged, of one size.
+        device: Where to compute.
+        draws: The R draws of the defense's noise; see `predict_batches`.
+        seed: Of these draws.
+        group: The processes.
+        advance: Called with the number of patches after each batch of this process.
+
+    Raises:
+        AdvdiffError: A logit is not finite.
+    """
+    defended = isinstance(model, DefendedClassifier)
+    batches = list(row_batches(len(patches), judging_batch_size(defended=defended), pad=True))
+    start, stop = (len(batches) * k // group.size for k in (group.rank, group.rank + 1))
+    found = [np.empty((0, len(draws) if defended else 1))]
+    for p1 in predict_batches(model, patches, batches[start:stop], device, draws=draws, seed=seed):
+        found.append(p1)
+        advance(len(p1))
+    return np.concatenate(group.gather(np.concatenate(found)))
+
+
+def predict_batches(
+    model: nn.Module,
+    patches: PatchSet,
+    batches: Iterable[Rows],
+    device: torch.device,
+    *,
+    draws: range = ONE_DRAW,
+    seed: int = 0,
 ) -> Iterator[NDArray[np.float64]]:
     """Yield p1 (B, R) of one batch after another.
 
     Args:
         model: A classifier (R = 1), or a `DefendedClassifier`.
         patches: What is judged, of one size.
+        batches: The rows of each, of `judging_batch_size`; the last one of the set is padded, so that rows do not
+            depend on N.
         device: Where to compute.
         draws: The R draws of the defense's noise, from the evaluation streams of `seed`, which no attack uses. The
             noise of a row is named by its index in the origin set.
         seed: Of those streams.
-        batches: The rows of each batch, of `judging_batch_size`, the last one padded; by default all rows.
 
     Raises:
         AdvdiffError: A logit is not finite.
@@ -59,5 +96,4 @@ def predict(
 
     external = any(isinstance(m, TwoLogits) for m in model.modules())  # may hold state, so one batch at a time
     workers = 0 if external else parallel_batches(model, patches.require_shape(), size, device)
-    chosen = row_batches(n, size, pad=True) if batches is None else batches  # padded: rows do not depend on N
-    yield from parallel_map(read, judge, chosen, workers)
+    yield from parallel_map(read, judge, batches, workers)

@@ -11,7 +11,7 @@ from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.table_writer import Line, TableWriter
 from advdiff_cli.evaluation.votes import Votes
-from advdiff_cli.jobs.predict import predict
+from advdiff_cli.jobs.predict import predict_batches
 from advdiff_cli.jobs.recipes import judging_batch_size, predict_recipe
 from advdiff_cli.purification.defense import EvaluatedModel
 
@@ -52,7 +52,7 @@ class PredictJob:
         """Predict the rows that `writer` does not have yet, yielding the number of rows after each batch."""
         batches, draws = list(writer.batches(self.batch_size)), range(self.draws)
         rows = [batch.rows for batch in batches]
-        found = predict(self.model.module, self.patches, self.device, draws=draws, seed=self.seed, batches=rows)
+        found = predict_batches(self.model.module, self.patches, rows, self.device, draws=draws, seed=self.seed)
         with writer:
             for batch, p1 in zip(batches, found, strict=True):
                 names = [str(self.patches.keys[i]) for i in batch.rows]

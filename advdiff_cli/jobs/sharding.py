@@ -1,5 +1,6 @@
 """Make an output in one process, or in those of torchrun: each makes a shard, and the main one merges them."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,6 +103,18 @@ class TableOutput:
             record_of(part).unlink()
 
 
+def part_path(out: Path, i: int, count: int) -> Path:
+    """Return where shard i of `count` is, beside the output that it belongs to."""
+    return out.with_name(f"{out.stem}.{i}of{count}{out.suffix}")
+
+
+def begun_shards(out: Path) -> list[Path]:
+    """Return where shards of an output are that were begun beside it, finished or not."""
+    shard = re.compile(rf"({re.escape(out.stem)}\.\d+of\d+{re.escape(out.suffix)})(\.part)?")
+    names = (shard.fullmatch(file.name) for file in out.parent.glob("*of*"))
+    return sorted({out.with_name(found[1]) for found in names if found})
+
+
 @dataclass(frozen=True)
 class ShardedOutput:
     """An output to be made in shards.
@@ -130,19 +143,66 @@ class ShardedOutput:
             raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
         return self._make_together(group)
 
+    def make_beside(self, shard: Shard | None, group: ProcessGroup) -> Status:
+        """Make the rows that are missing, as `make`, where a shard goes to a file beside the whole output.
+
+        The whole output is merged from its shards where they were made before.
+
+        Raises:
+            AdvdiffError: As for `make`, or some of the shards are not finished.
+        """
+        is_made = self._is_made()
+        group.wait()  # before another process makes it
+        if is_made:
+            return "up to date"
+        if shard is None:
+            [merged] = group.sum([group.is_main and self._merge_shards()])
+            return "done" if merged else self.make(None, group)
+        if group.size > 1:
+            raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
+        return self._make_part(part_path(self.output.path, *shard), shard)
+
+    def _is_made(self) -> bool:
+        """Return whether the whole output is there.
+
+        Raises:
+            AdvdiffError: Another one is there, and may not be replaced.
+        """
+        out = self.output.path
+        if self.output.overwrite or not out.exists():
+            return False
+        have = self.kind.recorded(out)
+        known = {} if have is None else resume.identity(have)
+        return resume.matches_recipe(out, known, {**self.output.recipe, "part": None})
+
+    def _merge_shards(self) -> bool:
+        """Merge the shards beside the output; return whether there are any."""
+        out, begun = self.output.path, begun_shards(self.output.path)
+        if not begun:
+            return False
+        count = int(begun[0].stem.rpartition("of")[2])
+        parts = [part_path(out, i, count) for i in range(count)]
+        missing = [f"{i}/{count}" for i, part in enumerate(parts) if not self._is_shard(part)]
+        if missing:
+            raise AdvdiffError(
+                f"{out}: --shard {', '.join(missing)} not finished with these settings; finish, or remove "
+                f"{out.stem}.*of{count}{out.suffix}*"
+            )
+        self.kind.merge(parts, self.output)
+        return True
+
+    def _is_shard(self, part: Path) -> bool:
+        have = self.kind.recorded(part) if part.is_file() else None
+        return have is not None and same_recipe(have["recipe"], self.output.recipe)
+
     def _make_part(self, path: Path, shard: Shard | None) -> Status:
         rows = shard_rows(self.n, self.batch_size, shard)
         return self.kind.make(replace(self.output, path=path), rows)
 
     def _make_together(self, group: ProcessGroup) -> Status:
         output, out = self.output, self.output.path
-        if out.exists() and not output.overwrite:
-            have = self.kind.recorded(out)
-            whole = {**output.recipe, "part": None}
-            known = {} if have is None else resume.identity(have)
-            if same_recipe(known, whole):
-                return "up to date"
-            resume.matches_recipe(out, known, whole)
+        if self._is_made():
+            return "up to date"
         batches = -(-self.n // self.batch_size)
         shards = min(group.size, batches)
         if shards == 1:
@@ -150,7 +210,7 @@ class ShardedOutput:
                 self._make_part(out, None)
             group.wait()
             return "done"
-        parts = [out.with_name(f"{out.stem}.{i}of{shards}{out.suffix}") for i in range(shards)]
+        parts = [part_path(out, i, shards) for i in range(shards)]
         if group.rank < shards:
             self._make_part(parts[group.rank], (group.rank, shards))
         group.wait()

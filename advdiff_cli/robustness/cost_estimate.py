@@ -54,19 +54,23 @@ class _PassSeconds:
 
 
 def estimate_costs(runner: SuiteRunner, rows: Sequence[SuiteRow], tested: AttackSpec | None = None) -> list[RowCost]:
-    """Return the cost of making and judging each row and, with an attack to be `tested`, of both checks."""
+    """Return the cost of making and judging each row and, with an attack to be `tested`, of both checks.
+
+    Seconds are those of one of the processes that share the work.
+    """
+    shared = 1 / runner.processes
     measured, n, defended = _measure_passes(runner), len(runner.patches), runner.model.defense is not None
     made, judged = (_padded(n, size) for size in (runner.batch_size, judging_batch_size(defended=defended)))
     found = []
     for row in rows:
         making, judging = _row_passes(runner, row)
-        seconds = measured.of(making) * made + measured.of(judging) * judged
+        seconds = shared * (measured.of(making) * made + measured.of(judging) * judged)
         found.append(_row_cost(runner, row.name, n, making + judging, seconds))
     if tested is None:
         return found
     if (certifying := _certifying_draws(runner, tested.eps)) is not None:
         cost = Cost(forward=certifying)
-        found.append(_row_cost(runner, "certified", n, cost, measured.of(cost) * n))
+        found.append(_row_cost(runner, "certified", n, cost, shared * measured.of(cost) * n))
     few, half = min(CHECKED_PATCHES, n), max(runner.budget.eot // 2, 1)
     checks = {
         "gradients": Cost(forward=1, gradient=2 * half + 1 if defended else 2),

@@ -1,11 +1,10 @@
 """Run a suite: attack and judge each row, and check the gradients and the attacks themselves."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from advdiff_cli.attacks.eot import ObjectiveSpec
@@ -13,7 +12,8 @@ from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.certification.certificate_file import HEADER, read_certificates
 from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.certification.summary import Radius
-from advdiff_cli.data.output_spec import OutputSpec, shard_rows
+from advdiff_cli.data.distributed import ProcessGroup
+from advdiff_cli.data.output_spec import OutputSpec, RowRange
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, digest, recipe
@@ -22,10 +22,10 @@ from advdiff_cli.data.table_writer import TableWriter, is_complete_table
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.jobs.certify import CertifyJob
-from advdiff_cli.jobs.predict import predict
+from advdiff_cli.jobs.predict import ALONE, predict
 from advdiff_cli.jobs.recipes import CertifySettings, judging_batch_size
 from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, store_predictions, store_result
-from advdiff_cli.jobs.sharding import TableOutput
+from advdiff_cli.jobs.sharding import PatchSetOutput, Shard, ShardedOutput, TableOutput
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
@@ -34,7 +34,7 @@ from advdiff_cli.robustness.binarization import BinarizationResult, run_binariza
 from advdiff_cli.robustness.certified_rung import BrokenCertificates, CertifiedRung, is_changed, votes_for
 from advdiff_cli.robustness.gradient_checks import GradientFindings, check_gradients
 from advdiff_cli.robustness.suite import Budget, SuiteRow
-from advdiff_cli.robustness.timing_log import TimingLog
+from advdiff_cli.robustness.timing_log import TimingLog, journal_path, recorded_seconds
 
 Advance = Callable[[int], None]
 
@@ -57,12 +57,14 @@ class SuiteRunner:
         patches: The rows, with labels, of one size.
         budget: What attacks may spend, and how many draws judge.
         out: The folder of results: NAME.safetensors and NAME.predictions.safetensors for each row, certified.csv,
-            NAME.json for each check, and seconds.jsonl.
+            NAME.json for each check, and seconds.jsonl for each process.
         seed: Of attacks and judging draws.
         batch_size: Patches attacked together.
         device: Where to compute.
         overwrite: Whether results of another recipe may be replaced.
         label: Prefix of prediction files, where several models share the folder.
+        group: Processes that share the work.
+        shard: The part of the rows that is attacked and certified; None for all.
     """
 
     model: EvaluatedModel
@@ -74,6 +76,18 @@ class SuiteRunner:
     device: torch.device
     overwrite: bool = False
     label: str = ""
+    group: ProcessGroup = ALONE
+    shard: Shard | None = None
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that share the work."""
+        return self.group.size if self.shard is None else self.shard[1]
+
+    @property
+    def own_patches(self) -> int:
+        """The number of patches of this process, about."""
+        return -(-len(self.patches) // self.processes)
 
     def _job(self, row: SuiteRow, attack: AttackSpec) -> AttackJob:
         return AttackJob(self._attacked_model(row), attack, self.patches, self.seed, self.batch_size, self.device)
@@ -88,22 +102,26 @@ class SuiteRunner:
         purifier = NoisePurifier(linear_alpha_bar(), spec.t_star).to(self.device)
         return replace(self.model, defense=Defense(purifier, spec, None))
 
-    def attack(self, row: SuiteRow) -> Iterator[int]:
-        """Make the patch set of a row, yielding the number of rows after each batch, those of an earlier run first."""
+    def attack(self, row: SuiteRow, advance: Advance) -> None:
+        """Make the patch set of a row, or this process's part of it."""
         if row.attack is None:
             return
         job, out = self._job(row, row.attack), self.out / f"{row.name}.safetensors"
-        overwrite = self.overwrite and not is_complete(out, job.recipe)
-        output = OutputSpec(out, job.recipe, self.device.type, overwrite)
-        writer = PatchWriter(output, self.patches, shard_rows(len(self.patches), self.batch_size, None))
-        if writer.up_to_date:
-            yield len(self.patches)
-            return
-        yield int(writer.finished.sum())
-        with self._timing(job.recipe, restart=not writer.finished.any()) as timing:
-            for count in job.run(writer):
-                timing.lap()
-                yield count
+
+        def work(writer: PatchWriter) -> None:
+            advance(int(writer.finished.sum()))
+            with self._timing(job.recipe, restart=not writer.finished.any()) as timing:
+                for count in job.run(writer):
+                    timing.lap()
+                    advance(count)
+
+        output = self._output(out, job.recipe, is_current=is_complete(out, job.recipe))
+        made = ShardedOutput(output, len(self.patches), self.batch_size, PatchSetOutput(self.patches, work))
+        made.make_beside(self.shard, self.group)
+
+    def _output(self, path: Path, made_by: Provenance, *, is_current: bool) -> OutputSpec:
+        """Return an output of the suite; what is current is not made again, even if others may be replaced."""
+        return OutputSpec(path, made_by, self.device.type, self.overwrite and not is_current)
 
     def judging_draws(self, row: SuiteRow) -> int:
         """Return the number of draws that judge a row."""
@@ -136,13 +154,12 @@ class SuiteRunner:
             return found
         patches = open_patches(self.out / f"{row.name}.safetensors") if row.attack else self.patches
         draws = range(self.judging_draws(row) if self._is_random else 1)
-        batches = []
+        module, group = self.model.module, self.group
         with self._timing(made_by, restart=True):
-            for p1 in predict(self.model.module, patches, self.device, draws=draws, seed=self.seed):
-                batches.append(p1)
-                advance(len(p1))
-        predictions = Predictions(patches.require_labels(), np.concatenate(batches))
-        store_predictions(path, made_by, predictions, patches.index)
+            p1 = predict(module, patches, self.device, draws=draws, seed=self.seed, group=group, advance=advance)
+        predictions = Predictions(patches.require_labels(), p1)
+        if group.is_main:
+            store_predictions(path, made_by, predictions, patches.index)
         return predictions
 
     def certify_job(self, eps: float) -> CertifyJob:
@@ -159,19 +176,25 @@ class SuiteRunner:
         return CertifyJob(smoothed, spec, self.patches, settings, judging_batch_size(defended=True), self.device)
 
     def certify(self, job: CertifyJob, eps: float, advance: Advance) -> CertifiedRung:
-        """Return the certificates of `certify_job`."""
-        out, rows = self.out / f"{self.label}certified.csv", shard_rows(len(self.patches), 1, None)
-        overwrite = self.overwrite and not is_complete_table(out, job.recipe, rows)
+        """Return the certificates of `certify_job`, made by all processes."""
+        out = self.make_certificates(job, advance)
+        radius = Radius.linf(eps, job.smoothed.dimension)
+        return CertifiedRung(read_certificates(out), radius, ALPHA, job.smoothed.sigma)
+
+    def make_certificates(self, job: CertifyJob, advance: Advance) -> Path:
+        """Make the table of `certify_job`, or this process's part of it, and return where the whole table is."""
+        out, n = self.out / f"{self.label}certified.csv", len(self.patches)
+        is_current = is_complete_table(out, job.recipe, RowRange(0, n, n))
 
         def work(writer: TableWriter) -> None:
             advance(int(writer.finished.sum()))
             for count in job.run(writer):
                 advance(count)
 
-        output = OutputSpec(out, job.recipe, self.device.type, overwrite)
-        TableOutput(self.patches, HEADER, work).make(output, rows)
-        radius = Radius.linf(eps, job.smoothed.dimension)
-        return CertifiedRung(read_certificates(out), radius, ALPHA, job.smoothed.sigma)
+        output = self._output(out, job.recipe, is_current=is_current)
+        made = ShardedOutput(output, n, 1, TableOutput(self.patches, HEADER, work))
+        made.make_beside(self.shard, self.group)
+        return out
 
     def check_certificates(
         self, job: CertifyJob, rung: CertifiedRung, rows: Sequence[SuiteRow], judged: Mapping[str, Predictions]
@@ -228,7 +251,8 @@ class SuiteRunner:
     def seconds(self, row: SuiteRow) -> float:
         """Return how long a row took to make and to judge, over all runs."""
         recipes = [self._judging_recipe(row), *([self._job(row, row.attack).recipe] if row.attack else [])]
-        return round(sum(self._timing(made_by).total() for made_by in recipes), 1)
+        return round(sum(recorded_seconds(self.out, made_by) for made_by in recipes), 1)
 
     def _timing(self, made_by: Provenance, *, restart: bool = False) -> TimingLog:
-        return TimingLog(self.out / "seconds.jsonl", made_by, restart=restart)
+        own = journal_path(self.out, *(self.shard or (self.group.rank, self.group.size)))
+        return TimingLog(own, made_by, restart=restart)

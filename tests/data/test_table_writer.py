@@ -95,7 +95,7 @@ def test_shards_merge_to_the_whole(tmp_path):
     assert recorded_table(tmp_path / "merged.csv")["recipe"] == MADE
     assert write(tmp_path / "merged.csv") == 0
     parts[0].write_text("edited")
-    with pytest.raises(AdvdiffError, match="is not a table of advdiff predict or certify, or was"):
+    with pytest.raises(AdvdiffError, match="is not a table of advdiff predict, certify or evaluate, or was"):
         merge_tables(parts, tmp_path / "again.csv", overwrite=False)
 
 

@@ -156,7 +156,7 @@ def test_logits_that_are_not_finite_are_no_decisions(test_x):
             return torch.where(torch.arange(len(images))[:, None] == 2, torch.inf, images.mean((2, 3))[:, :2])
 
     with pytest.raises(AdvdiffError, match=r"the logits of row 2 of .* are not finite"):
-        list(predict(Overflowing(), open_patches(test_x).first(4), torch.device("cpu")))
+        predict(Overflowing(), open_patches(test_x).first(4), torch.device("cpu"))
 
 
 def test_bootstrap_covers_like_wilson_for_a_proportion():
@@ -193,6 +193,29 @@ def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
     right = sum((float(p) > 0.5) == (label == "1") for *_, label, _, p in (line.split(",") for line in lines[1:]))
     assert row["accuracy"]["value"] == pytest.approx(right / row["n"])
     assert advdiff("evaluate", folder, "-c", classifier, "-q").out.strip() == str(row["accuracy"]["value"])
+
+
+def test_shards_of_predictions_merge_and_are_read(advdiff, test_x, classifier, tmp_path, monkeypatch):
+    noised = ["evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 2, "--limit", 40, "--json"]
+    evaluate = [*noised[:2], tmp_path / "adv.h5", *noised[2:]]
+    advdiff("attack", test_x, "-c", classifier, "--steps", 1, "--limit", 40, "-o", tmp_path / "adv.h5")
+    whole, merged = tmp_path / "whole.csv", tmp_path / "merged.csv"
+    alone = advdiff(*evaluate, "--predictions", whole).json
+    assert "give --predictions" in advdiff(*evaluate, "--shard", "0/2", code=1).err
+    parts = [tmp_path / f"{i}.csv" for i in range(2)]
+    shards = [advdiff(*evaluate, "--shard", f"{i}/2", "--predictions", part).json for i, part in enumerate(parts)]
+    assert [[s["n"] for s in shard["sets"]] for shard in shards] == [[16, 16], [24, 24]]
+    assert "rows 0 to 15 are in no shard" in advdiff("merge", parts[1], "-o", merged, code=1).err
+    assert advdiff("merge", *parts[::-1], "-o", merged, "--json").json["patches"] == 80
+    assert merged.read_bytes() == whole.read_bytes()
+    monkeypatch.setattr("advdiff_cli.jobs.evaluate.predict", None)  # nothing is predicted again
+    for table in (whole, merged):
+        assert advdiff(*evaluate, "--predictions", table).json == alone
+    told = advdiff(*evaluate, "--predictions", merged, "--seed", 1, code=1).err
+    assert "was made with other settings (seed" in told
+    monkeypatch.undo()
+    other = advdiff(*evaluate, "--predictions", merged, "--seed", 1, "--overwrite").json
+    assert (other["defense"]["seed"], alone["defense"]["seed"]) == (1, 0)
 
 
 def test_the_point_of_the_normal_distribution():
