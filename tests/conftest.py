@@ -31,9 +31,30 @@ PCAM = os.environ.get("ADVDIFF_TEST_PCAM")
 N = 40
 
 
-def pytest_collection_modifyitems(items):
-    """Run slow tests first, so that processes which share the tests end together."""
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="Where tests and commands compute.")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands take the best device that they see
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Run slow tests first, so that processes which share the tests end together; skip those of the other device."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    other = {"cpu": "cuda", "cuda": "cpu"}[config.getoption("--device")]
+    for item in items:
+        if item.get_closest_marker(other):
+            item.add_marker(pytest.mark.skip(reason=f"is about a device of kind {other}"))
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where to compute: --device."""
+    return torch.device(request.config.getoption("--device"))
 
 
 @dataclass

@@ -12,6 +12,8 @@ import pytest
 
 from advdiff_cli.data.patches import open_patches
 
+pytestmark = pytest.mark.cpu
+
 FIXTURE = Path(__file__).parent / "fixtures" / "version-0.1.0"
 COMPUTE = "--precision fp32 --batch-size 2"
 ATTACK = f"attack tissue -c synthetic-classifier {COMPUTE}"

@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 CHILD = """
 import re, sys
 from advdiff_cli.main import main
+
+pytestmark = pytest.mark.cpu
 try:
     main()
 finally:  # getrusage would count the parent's memory at the fork

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from advdiff_cli.cli.compute_options import ComputeOptions
 from advdiff_cli.data.patches import open_patches
 
 N, B = 14, 4
@@ -36,9 +37,15 @@ def assert_same(first, second, bound=0.0):
         assert np.abs(image - second[key]).max() <= bound, key
 
 
-@pytest.mark.parametrize("command", ["attack", "purify"])
-@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
-def test_range_order_and_shard(command, suffix, advdiff, commands, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "suffix", "noise"),
+    [
+        *((command, suffix, "numpy") for command in ("attack", "purify") for suffix in (".h5", ".safetensors")),
+        ("purify", ".h5", "philox"),
+    ],
+)
+def test_range_order_and_shard(command, suffix, noise, advdiff, commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(ComputeOptions, "noise_kind", lambda *_: noise)  # philox is the noise of a GPU
     base = commands[command]
     whole = tmp_path / f"whole{suffix}"
     advdiff(*base, "--limit", N, "-o", whole)
@@ -109,6 +116,24 @@ def test_kill_and_resume(suffix, advdiff, commands, tmp_path):
     advdiff(*base, "-o", out)
     assert open_patches(out).fingerprint() == open_patches(whole).fingerprint()
     assert not sidecar.exists()
+
+
+def test_noise_of_a_device_is_part_of_the_recipe_and_is_resumed(advdiff, commands, test_x, classifier, tmp_path):
+    purify, certify = [*commands["purify"], "--limit", N], ["certify", test_x, "-c", classifier, "--defense", "noise"]
+    certify += ["--limit", 3, "--n", 40, "--batch-size", 20]
+    attack = [*commands["attack"], "--limit", 3, "--steps", 1, "--defense", "noise", "--t-star", "0.1"]
+    outputs = {"p.h5": purify, "a.h5": attack, "c.csv": certify, "s.csv": [*certify, "--sound"]}
+    for name, command in outputs.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ComputeOptions, "noise_kind", lambda *_: "philox")
+            on_device = advdiff(*command, "-o", tmp_path / name, "--json").json
+        assert on_device["status"] == "done"
+        assert "noise philox" in advdiff("info", tmp_path / name).out
+        again = advdiff(*command, "-o", tmp_path / name, "--json").json  # with the noise that it was made with
+        assert again["status"] == "up to date"
+        advdiff(*command, "-o", tmp_path / f"cpu-{name}")
+        assert "noise philox" not in advdiff("info", tmp_path / f"cpu-{name}").out
+        assert (tmp_path / name).read_bytes() != (tmp_path / f"cpu-{name}").read_bytes()
 
 
 def test_resume_takes_batch_size_and_precision_from_the_work(advdiff, commands, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from advdiff_cli.benchmark.timing import Workload
+from advdiff_cli.benchmark.timing import Workload, count_flops
 from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.jobs.certify import CertifyJob
@@ -23,7 +23,7 @@ CERTIFY = "certify, a draw"
 CENTRE = ", central 64x64"
 CARLINI = "Carlini et al.'s loop, a draw"
 
-_PATCHES, _DRAWS = 4, 64  # of each run
+_PATCHES, _BATCHES = 4, 4  # of each run
 
 
 def certify_draws(
@@ -48,9 +48,11 @@ def _certify(
 ) -> Workload:
     defended = DefendedClassifier(purifier, classifier).to(device).eval()
     smoothed = SmoothedClassifier(defended, patches.require_shape(), 0)
-    settings = CertifySettings(batch_size, _DRAWS - batch_size, 0.001)
+    settings = CertifySettings(batch_size, (_BATCHES - 1) * batch_size, 0.001)
     job = CertifyJob(smoothed, ModelSpec(""), patches, settings, batch_size, device)
-    return Workload(name, lambda: deque(job.certificates(range(_PATCHES)), 0), _PATCHES * _DRAWS)
+    draws = _PATCHES * _BATCHES * batch_size
+    flops = count_flops(lambda: smoothed.votes(patches.read([0])[0].to(device), 0, [0]))
+    return Workload(name, lambda: deque(job.certificates(range(_PATCHES)), 0), draws, flops)
 
 
 def carlini_loop(
@@ -80,7 +82,7 @@ def carlini_loop(
     def run() -> None:
         for image in read:
             counts = torch.zeros(2, dtype=torch.long)
-            for _ in range(_DRAWS // batch_size):
+            for _ in range(_BATCHES):
                 counts += decide(image).bincount(minlength=2).cpu()
 
-    return Workload(CARLINI, run, _PATCHES * _DRAWS)
+    return Workload(CARLINI, run, _PATCHES * _BATCHES * batch_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from advdiff_cli.data.provenance import JsonObject
 
@@ -80,6 +81,13 @@ class Timing:
             "flops_per_second": self.flops_per_second,
             "peak_memory": self.memory,
         }
+
+
+def count_flops(task: Callable[[], object]) -> int:
+    """Return the floating-point operations of a call; a multiplication and an addition are two."""
+    with FlopCounterMode(display=False) as counter:
+        task()
+    return int(counter.get_total_flops())
 
 
 def measure(

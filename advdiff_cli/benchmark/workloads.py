@@ -12,11 +12,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pixel_unshuffle
-from torch.utils.flop_counter import FlopCounterMode
 
 from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.benchmark.certification import carlini_loop, certify_draws
-from advdiff_cli.benchmark.timing import Workload
+from advdiff_cli.benchmark.timing import Workload, count_flops
 from advdiff_cli.data.output_spec import OutputSpec, RowRange
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import open_patches
@@ -25,6 +24,7 @@ from advdiff_cli.datasets.synthetic import SyntheticSource
 from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map
 from advdiff_cli.jobs.purify_rows import PurifyJob, purify_rows
+from advdiff_cli.jobs.recipes import default_batch_size
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm
 from advdiff_cli.models.device import autocast
 from advdiff_cli.models.precision import Precision
@@ -37,7 +37,6 @@ from advdiff_cli.training.loader import TrainingRows
 from advdiff_cli.training.recipes import DdpmRecipe
 
 PAPER_STEPS = 40
-BATCH = 16
 PURIFY = "advdiff purify"
 TRAIN = "advdiff training step"
 COPY = "reading and writing alone"
@@ -65,6 +64,11 @@ class Benchmark:
     device: torch.device
 
     @property
+    def batch(self) -> int:
+        """The number of patches computed together."""
+        return default_batch_size(self.device.type, graph=False)
+
+    @property
     def purifier(self) -> DiffusionPurifier:
         """The purifier."""
         purifier = self.defense.purifier.to(self.device)
@@ -73,7 +77,7 @@ class Benchmark:
 
     def workloads(self, *, paper: bool, compiled: bool) -> list[Workload]:
         """Return all workloads, with the paper's loop and compiled variants if asked for."""
-        images = torch.from_numpy(SyntheticSource(BATCH, 0).read(np.arange(BATCH))).float() / 255
+        images = torch.from_numpy(SyntheticSource(self.batch, 0).read(np.arange(self.batch))).float() / 255
         images, precision, device = images.to(self.device), self.precision, self.device
         model, steps = self.purifier.ddpm, len(self.purifier.timesteps)
         forward = unet_forward(self.purifier, images, precision)
@@ -94,7 +98,7 @@ class Benchmark:
     def purify(self) -> Workload:
         """Return a purification from file to file."""
         patches = open_patches(self.data)
-        job = PurifyJob(self.defense, 0, BATCH, self.precision, self.device)
+        job = PurifyJob(self.defense, 0, self.batch, self.precision, self.device)
         output = OutputSpec(self.data.with_name("purified.safetensors"), job.recipe(patches), overwrite=True)
         n = len(patches)
         self.purifier.to(self.device)
@@ -107,7 +111,7 @@ class Benchmark:
 
     def certification(self) -> list[Workload]:
         """Return the draws of certificates, in fp32."""
-        shared = (self.purifier, self.classifier, open_patches(self.data), BATCH, self.device)
+        shared = (self.purifier, self.classifier, open_patches(self.data), self.batch, self.device)
         return [*certify_draws(*shared), carlini_loop(*shared)]
 
     def copy(self) -> Workload:
@@ -117,7 +121,7 @@ class Benchmark:
 
         def run() -> None:
             with PatchWriter(output, patches, RowRange(0, n, n)) as writer:
-                for batch in writer.batches(BATCH):
+                for batch in writer.batches(self.batch):
                     writer.write(batch, patches.read(batch.rows).numpy())
 
         return Workload(COPY, run, n)
@@ -129,18 +133,11 @@ class Benchmark:
         fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)
         if variant == COMPILED:
             fresh.to(self.device).compile_unet()
-        settings = DdpmRecipe(10**6, BATCH, 1e-4, 0.999, model.card.max_t, 0, self.precision)
+        settings = DdpmRecipe(10**6, self.batch, 1e-4, 0.999, model.card.max_t, 0, self.precision)
         output = OutputSpec(self.data.with_name(f"ddpm{variant}"), recipe("bench", {}), overwrite=True)
         fit = DdpmFit(fresh, rows, None, settings, WorkFolder(output, None), self.device, 10**6, 10**7)
         records = fit.run()
-        return Workload(TRAIN + variant, lambda: next(records), BATCH)
-
-
-def count_flops(task: Callable[[], object]) -> int:
-    """Return the floating-point operations of a call; a multiplication and an addition are two."""
-    with FlopCounterMode(display=False) as counter:
-        task()
-    return int(counter.get_total_flops())
+        return Workload(TRAIN + variant, lambda: next(records), self.batch)
 
 
 def matrix_product(precision: Precision, device: torch.device) -> Workload:
@@ -161,11 +158,11 @@ def papers_loop(images: Tensor) -> Workload:
 
 
 def diffusers_in_batches(ddpm: Ddpm, images: Tensor) -> Workload:
-    """Return the loop of a careful user of diffusers: the given network, 40 ancestral steps, batches of 16, fp32."""
-    folded = pixel_unshuffle(images[:BATCH], ddpm.card.space_to_depth)
+    """Return the loop of a careful user of diffusers: the given network, 40 ancestral steps, the given batch, fp32."""
+    folded = pixel_unshuffle(images, ddpm.card.space_to_depth)
     unet = copy.deepcopy(ddpm.unet).to(memory_format=torch.contiguous_format)
     flops = PAPER_STEPS * _unet_flops(unet, folded[:1])
-    return Workload("diffusers in batches", _ancestral_loop(unet, folded), BATCH, flops, PAPER_STEPS)
+    return Workload("diffusers in batches", _ancestral_loop(unet, folded), len(images), flops, PAPER_STEPS)
 
 
 def _ancestral_loop(unet: UNet2DModel, images: Tensor) -> Callable[[], Tensor]:
@@ -190,8 +187,8 @@ def _unet_flops(unet: nn.Module, images: Tensor) -> int:
 def unet_forward(purifier: DiffusionPurifier, images: Tensor, precision: Precision) -> Workload:
     """Return evaluations of the U-Net alone, on as many batches in parallel as `purify` computes."""
     ddpm, device = purifier.ddpm, images.device
-    workers = parallel_batches(purifier, (images.shape[2], images.shape[3]), BATCH, device)
-    x, t = images[:BATCH], torch.zeros(BATCH, device=device)
+    workers = parallel_batches(purifier, (images.shape[2], images.shape[3]), len(images), device)
+    x, t = images, torch.zeros(len(images), device=device)
     batches = 8 * max(1, workers)
 
     def evaluate(x: Tensor) -> None:
@@ -202,18 +199,20 @@ def unet_forward(purifier: DiffusionPurifier, images: Tensor, precision: Precisi
         deque(parallel_map(lambda _: x, evaluate, range(batches), workers), 0)
 
     flops = _unet_flops(ddpm, images[:1])
-    return Workload(f"U-Net forward, {precision}", run, batches * BATCH, flops, 1)
+    return Workload(f"U-Net forward, {precision}", run, batches * len(images), flops, 1)
 
 
 def attack_step(defended: DefendedClassifier, images: Tensor, variant: str = "") -> tuple[Workload, Workload]:
     """Return a forward pass of a defended classifier on a batch, and an exact gradient through it."""
-    x, labels = images[:BATCH], torch.zeros(BATCH, dtype=torch.long, device=images.device)
-    objective = Objective(defended, labels, list(range(BATCH)))
+    x, labels = images, torch.zeros(len(images), dtype=torch.long, device=images.device)
+    objective = Objective(defended, labels, list(range(len(images))))
     steps = len(getattr(defended.purifier, "timesteps", ()))
     suffix = f", {defended.precision}{variant}"
+    flops = count_flops(lambda: objective.value(x, 0)) // len(images)
     return (
-        Workload(f"defended forward{suffix}", lambda: objective.value(x, 0), BATCH, 0, steps),
-        Workload(f"exact gradient{suffix}", lambda: objective.gradient(x, 0), BATCH, 0, steps),
+        Workload(f"defended forward{suffix}", lambda: objective.value(x, 0), len(images), flops, steps),
+        # of a forward and a backward pass, without what checkpoints compute again
+        Workload(f"exact gradient{suffix}", lambda: objective.gradient(x, 0), len(images), 2 * flops, steps),
     )
 
 
@@ -221,7 +220,7 @@ def diffusers_training(ddpm: Ddpm, images: Tensor, precision: Precision) -> Work
     """Return a step of the inner loop of diffusers' unconditional training example, at our precision."""
     device = images.device
     unet = UNet2DModel.from_config(ddpm.unet.config).to(device).train()
-    clean = pixel_unshuffle(images[:BATCH], ddpm.card.space_to_depth) * 2 - 1
+    clean = pixel_unshuffle(images, ddpm.card.space_to_depth) * 2 - 1
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(unet.parameters(), 1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
@@ -239,4 +238,4 @@ def diffusers_training(ddpm: Ddpm, images: Tensor, precision: Precision) -> Work
         ema.step(unet.parameters())
         loss.item()
 
-    return Workload(f"diffusers training step, {precision}", run, BATCH)
+    return Workload(f"diffusers training step, {precision}", run, len(images))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from torch import Tensor
 
+from advdiff_cli.data import philox
 from advdiff_cli.data.rng import RowKey, row_stream
 from advdiff_cli.errors import AdvdiffError
 
@@ -46,6 +47,7 @@ class GridNoise:
             raise AdvdiffError(f"noise of {scale:.0f} grid steps is too large for exact sums; take a lower t*")
         tails = 2 * ndtr(-(np.arange(1, count + 1) - 0.5) / scale)  # P(|z| >= m), m = 1, 2, ...
         self._tails = np.sort(np.round(tails * 2.0**_BITS).astype(np.uint64))
+        self._tails_on: dict[torch.device, Tensor] = {}
         edges = np.arange(2**_BUCKET_BITS + 1, dtype=np.uint64) << np.uint64(_BITS - _BUCKET_BITS)
         above = len(self._tails) - np.searchsorted(self._tails, edges, side="right")
         self._values = above[:-1].astype(np.int32)
@@ -69,6 +71,21 @@ class GridNoise:
         magnitude[unclear] = exact.astype(np.int32)
         signed: NDArray[np.int32] = np.where(bits & np.uint64(1), magnitude, -magnitude)
         return signed
+
+    def normal_on_device(self, keys: Tensor, n: int) -> Tensor:
+        """Draw n values of each stream (B, n), as exact float32 integers.
+
+        Args:
+            keys: (B, 2) of `philox.row_keys`, on the device.
+            n: How many.
+        """
+        words = philox.integers(keys, -(-n // 2) * 4)[:, : 2 * n].view(len(keys), n, 2)
+        uniform = words[..., 0] << _BITS - 32 | words[..., 1] >> 1
+        if keys.device not in self._tails_on:
+            self._tails_on[keys.device] = torch.from_numpy(self._tails.astype(np.int64)).to(keys.device)
+        tails = self._tails_on[keys.device]
+        magnitude = (len(tails) - torch.searchsorted(tails, uniform, right=True)).float()
+        return torch.where((words[..., 1] & 1).bool(), magnitude, -magnitude)
 
     def normal(self, seed: int, purpose: str, row: RowKey, draws: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Draw (len(draws), *shape) values of a row, each draw from its own stream, as exact float32 integers."""

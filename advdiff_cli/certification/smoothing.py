@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from advdiff_cli.certification.grid_noise import GridNoise
+from advdiff_cli.data import philox
 from advdiff_cli.data.rng import RowKey, row_stream
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier
-from advdiff_cli.models.device import autocast
+from advdiff_cli.models.device import autocast, to_device
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.equations import MAX_UNTILED
 from advdiff_cli.purification.purifier import DiffusionPurifier
@@ -120,9 +121,7 @@ class SmoothedClassifier:
         read = self.model.view.apply(image[None])
         steps = self.noise_shape[0]
         if not self.sound or steps > 1:
-            streams = (row_stream(self.seed, _PURPOSE, row, draw=draw) for draw in draws)
-            drawn = (torch.from_numpy(s.standard_normal(self.noise_shape, dtype="float32")) for s in streams)
-            noise = torch.stack(list(drawn)).to(image.device)
+            noise = self._normal(row, draws, image.device)
         else:
             noise = torch.empty((len(draws), 1, 0), device=image.device)
         if not self.sound:
@@ -130,8 +129,26 @@ class SmoothedClassifier:
         whole = (read * self._levels).round()
         if not torch.allclose(whole / self._levels, read, rtol=0, atol=1e-6):
             raise AdvdiffError(f"row {row} is not of 8-bit pixels, which --sound needs")
-        steps_of_grid = self._grid.normal(self.seed, f"{_PURPOSE}-grid", row, draws, self.noise_shape[1:])
-        return (whole + steps_of_grid.to(image.device)) / self._levels, noise
+        return (whole + self._grid_steps(row, draws, image.device)) / self._levels, noise
+
+    def _normal(self, row: RowKey, draws: Sequence[int], device: torch.device) -> Tensor:
+        if self.model.purifier.noise_kind == "philox":
+            drawn = philox.normal(self._keys(_PURPOSE, row, draws, device), math.prod(self.noise_shape))
+            return drawn.view(-1, *self.noise_shape)
+        streams = (row_stream(self.seed, _PURPOSE, row, draw=draw) for draw in draws)
+        noise = (torch.from_numpy(s.standard_normal(self.noise_shape, dtype="float32")) for s in streams)
+        return to_device(torch.stack(list(noise)), device)
+
+    def _grid_steps(self, row: RowKey, draws: Sequence[int], device: torch.device) -> Tensor:
+        purpose, shape = f"{_PURPOSE}-grid", self.noise_shape[1:]
+        if self.model.purifier.noise_kind == "philox":
+            return self._grid.normal_on_device(self._keys(purpose, row, draws, device), math.prod(shape)).view(
+                -1, *shape
+            )
+        return to_device(self._grid.normal(self.seed, purpose, row, draws, shape), device)
+
+    def _keys(self, purpose: str, row: RowKey, draws: Sequence[int], device: torch.device) -> Tensor:
+        return philox.row_keys(self.seed, purpose, [row] * len(draws), draws, device=device)
 
     @torch.inference_mode()
     def votes(self, image: Tensor, row: RowKey, draws: Sequence[int]) -> Tensor:

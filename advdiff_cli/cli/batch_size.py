@@ -13,19 +13,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def known_batch_size(asked: BatchSize | None, resume: Mapping[str, object], *, graph: bool) -> int | None:
-    """Return the number of patches to compute together, or None if the machine is measured for it.
+def known_batch_size(asked: BatchSize | None, resume: Mapping[str, object]) -> int | None:
+    """Return the number of patches to compute together, or None if it depends on the machine.
 
     Args:
         asked: The option; None if it was not given.
         resume: Parameters of the work at the output, which is resumed with the batch size it was begun with.
-        graph: Whether gradients are computed. The default is then 32, else 16.
     """
     if asked is not None and asked.size is not None:
         return asked.size
-    if asked is None or "batch_size" in resume:
-        return cast("int", resume.get("batch_size", 32 if graph else 16))
-    return None
+    return cast("int | None", resume.get("batch_size"))
 
 
 def resolve_batch_size(
@@ -46,13 +43,16 @@ def resolve_batch_size(
         module: What computes images, and is measured for `auto`.
         shape: (H, W) of the images.
         device: Where it computes.
-        graph: As for `known_batch_size`.
+        graph: Whether gradients are computed.
         n: The number of images, if known.
     """
     from advdiff_cli.jobs.memory import auto_batch_size
+    from advdiff_cli.jobs.recipes import default_batch_size
 
-    if (known := known_batch_size(asked, resume, graph=graph)) is not None:
+    if (known := known_batch_size(asked, resume)) is not None:
         return known
+    if asked is None:
+        return default_batch_size(device.type, graph=graph)
     size = auto_batch_size(module, shape, device, n=n, graph=graph)
     console.log(f"batch size {size}, by cores and free memory")
     return size

@@ -17,6 +17,7 @@ from advdiff_cli.errors import AdvdiffError
 if TYPE_CHECKING:
     import torch
 
+    from advdiff_cli.data.rng import NoiseKind
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.purification.defense import EvaluatedModel
     from advdiff_cli.purification.defense_spec import DefenseSpec, ModelSpec
@@ -67,6 +68,20 @@ class ComputeOptions:
         """Return the precision, if it is known without asking a device for its best: asked for, or that of `resume`."""
         known: Any = resume.get("precision") if self.precision == "auto" else self.precision
         return known if self.device in ("auto", "cpu") and world_size() == 1 else None
+
+    def noise_kind(self, resume: Mapping[str, object]) -> NoiseKind:
+        """Return what draws the noise of a defense: as in the work that is resumed, if any, else as suits the device.
+
+        Args:
+            resume: The parameters of that work.
+
+        Raises:
+            AdvdiffError: The device is not available.
+        """
+        kind: NoiseKind = "philox"
+        if resume:
+            return kind if resume.get("noise") == kind else "numpy"
+        return kind if self.device != "cpu" and self.resolve_device().type == "cuda" else "numpy"
 
     def find_model(
         self, classifier: str, defense: tuple[DefenseSpec, str | None] | None, resume: Mapping[str, object]
@@ -127,7 +142,7 @@ class BatchedComputeOptions(SeededComputeOptions):
             metavar="N|auto",
             rich_help_panel=options.COMPUTE,
             help="Patches computed together; auto: by cores and free memory.",
-            show_default="32; purify: 16",
+            show_default="32; purify, certify: 16; on CUDA 256",
         ),
     ] = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,10 +10,10 @@ import typer
 
 from advdiff_cli import console
 from advdiff_cli.cli import options
+from advdiff_cli.cli.compute_options import NOTHING, ComputeOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.cli.compute_options import ComputeOptions
     from advdiff_cli.purification.defense import Defense
     from advdiff_cli.purification.defense_spec import DefenseKind, DefenseRequest, DefenseSpec
 
@@ -52,14 +53,16 @@ class DefenseOptions:
         ),
     ] = None
 
-    def request(self, kind: DefenseKind, compute: ComputeOptions) -> DefenseRequest:
-        """Return the defense asked for, of a given kind."""
+    def request(
+        self, kind: DefenseKind, compute: ComputeOptions, resume: Mapping[str, object] = NOTHING
+    ) -> DefenseRequest:
+        """Return the defense asked for, of a given kind; `resume` as for `build`."""
         from advdiff_cli.purification.defense_spec import DefenseRequest
 
         settings = (self.ddpm, self.t_star, self.sampler, self.sampler_steps)
-        return DefenseRequest(kind, *settings, compute.allow_pickle)
+        return DefenseRequest(kind, *settings, compute.allow_pickle, compute.noise_kind(resume))
 
-    def _request(self, compute: ComputeOptions) -> DefenseRequest | None:
+    def _request(self, compute: ComputeOptions, resume: Mapping[str, object]) -> DefenseRequest | None:
         """Return the defense asked for, or None for no defense.
 
         Raises:
@@ -67,33 +70,41 @@ class DefenseOptions:
         """
         kind = self.defense or ("ddpm" if self.ddpm else "none")
         if kind != "none":
-            return self.request(kind, compute)
+            return self.request(kind, compute, resume)
         if (self.ddpm, self.t_star, self.sampler, self.sampler_steps) != (None,) * 4:
             raise AdvdiffError(
                 "-m, --t-star, --sampler and --sampler-steps need a defense: give -m, or --defense noise"
             )
         return None
 
-    def find(self, compute: ComputeOptions) -> tuple[DefenseSpec, str | None] | None:
+    def find(self, compute: ComputeOptions, resume: Mapping[str, object]) -> tuple[DefenseSpec, str | None] | None:
         """Return the settings of the defense and the fingerprint of its model, which is not loaded; or None.
+
+        Args:
+            compute: Where to compute.
+            resume: The parameters of work that exists.
 
         Raises:
             AdvdiffError: There is no such model, or there is no defense to set.
         """
         from advdiff_cli.purification.defense_spec import find_defense
 
-        request = self._request(compute)
+        request = self._request(compute, resume)
         return None if request is None else find_defense(request)
 
-    def build(self, compute: ComputeOptions) -> Defense | None:
+    def build(self, compute: ComputeOptions, resume: Mapping[str, object] = NOTHING) -> Defense | None:
         """Build the defense; settings that were not given are the model's recommendation, which is logged.
+
+        Args:
+            compute: Where to compute.
+            resume: The parameters of work that is resumed, if any.
 
         Raises:
             AdvdiffError: There is no such model, or the settings do not fit it, or there is no defense to set.
         """
         from advdiff_cli.purification.defense import build_defense
 
-        request = self._request(compute)
+        request = self._request(compute, resume)
         if request is None:
             return None
         defense = build_defense(request)
@@ -115,8 +126,8 @@ class PurifierOptions(DefenseOptions):
         typer.Option(help="ddpm, or noise without denoising (NoiseDefense).", rich_help_panel=options.DEFENSE),
     ] = "ddpm"
 
-    def build(self, compute: ComputeOptions) -> Defense:
+    def build(self, compute: ComputeOptions, resume: Mapping[str, object] = NOTHING) -> Defense:
         """Build the purifier; as DefenseOptions."""
-        defense = super().build(compute)
+        defense = super().build(compute, resume)
         assert defense is not None
         return defense

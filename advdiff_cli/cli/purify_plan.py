@@ -41,7 +41,7 @@ class PurifyPlan:
             shape, n = self.patches.require_shape(), len(self.patches)
         device = self.compute.resolve_device()
         precision = self.compute.resolve_precision(device, self.resume)
-        defense = self.purifier.build(self.compute)
+        defense = self.purifier.build(self.compute, self.resume)
         check_view(defense.purifier, WHOLE)
         module = defense.purifier.to(device)
         asked = self.compute.batch_size
@@ -61,8 +61,8 @@ class PurifyPlan:
         from advdiff_cli.jobs.recipes import purify_recipe
 
         precision = self.compute.known_precision(self.resume)
-        size = known_batch_size(self.compute.batch_size, self.resume, graph=False)
-        found = self.purifier.find(self.compute) if self.resume else None
+        size = known_batch_size(self.compute.batch_size, self.resume)
+        found = self.purifier.find(self.compute, self.resume) if self.resume else None
         if found is None or precision is None or size is None:
             return None
         seed = self.compute.seed

@@ -82,7 +82,7 @@ def _attack(
 
     out, device = output.out, compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
-    protection = defense.build(compute)
+    protection = defense.build(compute, resume)
     spec = settings.resolve(defended=protection is not None)
     precision = "fp32" if protection is None else compute.attack_precision(device, resume)
     model = undefended.behind(protection, device, precision)
@@ -135,9 +135,9 @@ def _finished(
     from advdiff_cli.jobs.outcome_cache import cached_outcome
     from advdiff_cli.jobs.recipes import attack_recipe, differentiates_unet
 
-    protection = defense.find(compute)
+    protection = defense.find(compute, resume)
     model = compute.find_model(classifier, protection, resume)
-    size = known_batch_size(compute.batch_size, resume, graph=True)
+    size = known_batch_size(compute.batch_size, resume)
     if model is None or size is None:
         return None
     spec = settings.resolve(defended=protection is not None)
@@ -173,7 +173,7 @@ def _outcome(job: "AttackJob", first: int, n: int, output: PlannedOutputOptions)
 
     module, rows = job.model.module, AttackedRows(job.patches, open_patches(output.out), first, job.spec, job.seed)
     with console.progress(n, "attack: judge", quiet=output.quiet) as advance:
-        size = judging_batch_size(defended=job.model.defense is not None)
+        size = judging_batch_size(defended=job.model.defense is not None, device=job.device.type)
         found = attack_outcome(module, rows, job.device, batch_size=size, advance=advance)
     kinds = {"clean": found.clean, "attacked": found.attacked, "rounded": found.rounded}
     return {

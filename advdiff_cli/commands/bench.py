@@ -58,7 +58,8 @@ def bench(settings: BenchOptions, compute: ComputeOptions, output: ResultOptions
 
     device = compute.resolve_device()
     precision = compute.resolve_precision(device)
-    defense = build_defense(DefenseRequest("ddpm", settings.ddpm, allow_pickle=compute.allow_pickle))
+    request = DefenseRequest("ddpm", settings.ddpm, allow_pickle=compute.allow_pickle, noise=compute.noise_kind({}))
+    defense = build_defense(request)
     classifier = compute.load_classifier(settings.classifier, device).classifier
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.safetensors"
@@ -91,7 +92,9 @@ def _result(found: "Mapping[str, Timing]", benchmark: "Benchmark") -> "JsonObjec
         "ratios": ratios(found, _pairs(precision))
         | {"purify, times diffusers in batches, a U-Net evaluation": for_each_evaluation},
         "of_ceiling": {
-            timing.workload.name: timing.flops_per_second / product.flops_per_second for timing in (purified, forward)
+            name: timing.flops_per_second / product.flops_per_second
+            for name, timing in found.items()
+            if timing.workload.flops and timing is not product
         },
         "purify_outside_unet": 1 - steps * forward.patch_seconds / purified.patch_seconds,
         "reading_and_writing": {

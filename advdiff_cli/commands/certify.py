@@ -70,7 +70,7 @@ def certify(
     device = compute.resolve_device()
     precision = _precision(compute, settings)
     undefended = compute.load_classifier(classifier, device)
-    model = undefended.behind(defense.build(compute), device, precision)
+    model = undefended.behind(defense.build(compute, resume), device, precision)
     smoothed = SmoothedClassifier(model.protected, shape, compute.seed, settings.sound)
     size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=False)
     job = CertifyJob(smoothed, model.spec, patches, settings, size, device)
@@ -157,8 +157,8 @@ def _is_finished(
     from advdiff_cli.data.table_writer import is_complete_table
     from advdiff_cli.jobs.recipes import certify_recipe
 
-    model = compute.find_model(classifier, defense.find(compute), {"precision": _precision(compute, settings)})
-    size = known_batch_size(compute.batch_size, resume, graph=False)
+    model = compute.find_model(classifier, defense.find(compute, resume), {"precision": _precision(compute, settings)})
+    size = known_batch_size(compute.batch_size, resume)
     if model is None or size is None or "sigma" not in resume:
         return False
     derived = {k: resume[k] for k in ("sigma", "dimension")}

@@ -81,9 +81,9 @@ def evaluate(
 
     device = compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
-    protection = defense.build(compute)
     table = settings.predictions
     resume = {} if table is None or settings.overwrite else table_resume_params(table)
+    protection = defense.build(compute, resume)
     precision = "fp32" if protection is None else compute.resolve_precision(device, resume)
     model = undefended.behind(protection, device, precision)
     draws = range(options.resolve_draws(settings.draws, defended=protection is not None))

@@ -93,7 +93,7 @@ def predict(
 
     device = compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
-    protection = defense.build(compute)
+    protection = defense.build(compute, resume)
     draws = vote.resolve_draws(defended=protection is not None)
     precision = "fp32" if protection is None else compute.resolve_precision(device, resume)
     model = undefended.behind(protection, device, precision)
@@ -129,7 +129,7 @@ def _is_finished(
     from advdiff_cli.data.table_writer import is_complete_table
     from advdiff_cli.jobs.recipes import judging_batch_size, predict_recipe
 
-    protection = defense.find(compute)
+    protection = defense.find(compute, resume)
     model = compute.find_model(classifier, protection, resume)
     if model is None:
         return False

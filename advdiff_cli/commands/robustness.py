@@ -77,7 +77,8 @@ def robustness(
     eps = options.attack_radius("linf", settings.eps)
     output.require_folder("the results of the suite go to")
     budget = PRESETS[settings.preset]
-    protection = defense.build(compute)
+    resume = {} if output.overwrite else _resume_params(output.out)
+    protection = defense.build(compute, resume)
     transfer = protection is not None and protection.spec.defense == "ddpm"
     suite = build_suite(budget, eps, defended=protection is not None, transfer=transfer)
     chosen = _chosen(suite, settings.only)
@@ -87,7 +88,6 @@ def robustness(
     device = compute.resolve_device()
     patches = rows.sample(budget.patches).open(data)
     patches.require_labels()
-    resume = {} if output.overwrite else _resume_params(output.out, suite)
     precision = "fp32" if protection is None else compute.attack_precision(device, resume)
     model = compute.load_classifier(classifier, device).behind(protection, device, precision)
     if settings.compiled:
@@ -144,14 +144,13 @@ def _emit_shard(shard: "Shard", output: PlannedOutputOptions) -> None:
     output.emit({"out": str(output.out), "status": "done", "shard": [i, count]}, told, output.out)
 
 
-def _resume_params(out: Path, suite: "Sequence[SuiteRow]") -> Mapping[str, object]:
-    """Return the parameters of an existing row of the suite, or a shard, if possible of one through the defense."""
+def _resume_params(out: Path) -> Mapping[str, object]:
+    """Return the parameters of a row of an existing suite, finished or not, if possible of one through the defense."""
     from advdiff_cli.attacks.spec import AttackSpec
     from advdiff_cli.data.resume import resume_params
-    from advdiff_cli.jobs.sharding import begun_shards
 
-    rows = [out / f"{r.name}.safetensors" for r in suite if r.attack]
-    found = [p for row in rows for file in (row, *begun_shards(row)) if (p := resume_params(file))]
+    files = {f.with_name(f.name.removesuffix(".rows").removesuffix(".part")) for f in out.glob("*.safetensors*")}
+    found = [p for file in sorted(files) if (p := resume_params(file)) and "eps" in p]
     through = (p for p in found if "t_star" in p and AttackSpec.from_parameters(p).computes_defense)
     return next(through, found[0] if found else {})
 

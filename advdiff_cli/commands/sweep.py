@@ -1,6 +1,6 @@
 """`advdiff sweep`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -65,8 +65,15 @@ class SweepOptions:
     draws: options.Draws = None
     batch_size: options.FixedBatch = None
 
-    def request(self, purifier: PurifierOptions, compute: SeededComputeOptions) -> "SweepRequest":
+    def request(
+        self, purifier: PurifierOptions, compute: SeededComputeOptions, resume: Mapping[str, object]
+    ) -> "SweepRequest":
         """Return what is swept.
+
+        Args:
+            purifier: The defense.
+            compute: Where to compute.
+            resume: The parameters of results that exist.
 
         Raises:
             AdvdiffError: An option would be ignored.
@@ -93,7 +100,7 @@ class SweepOptions:
         if self.gradient == "blind" and self.eot is not None:
             raise AdvdiffError("--eot needs an attack through the defense: give --gradient full or bpda")
         radius = options.attack_radius("linf" if over == "eps" else self.norm, self.eps)
-        defense = purifier.request(purifier.defense, compute)
+        defense = purifier.request(purifier.defense, compute, resume)
         attack = AttackRequest(steps=self.steps, gradient=self.gradient, eot=self.eot)
         return SweepRequest(over, self.values, defense, self.method, self.norm, radius, attack)
 
@@ -117,6 +124,7 @@ def sweep(
     Example: advdiff sweep valid.h5 -c pcam-resnet18 -m pcam-ddpm --limit 500 -o sweep/
     """
     from advdiff_cli.data.recorded_files import check_summary
+    from advdiff_cli.jobs.recipes import default_batch_size
     from advdiff_cli.robustness.runner import CHOOSING_DRAWS, SuiteRunner
     from advdiff_cli.robustness.suite import Budget
     from advdiff_cli.robustness.sweep import unet_evaluations
@@ -124,12 +132,12 @@ def sweep(
 
     out = output.out
     output.require_folder("a sweep goes to")
-    request = settings.request(purifier, compute)
+    resume = _resume_params(out)
+    request = settings.request(purifier, compute, resume)
     device = compute.resolve_device()
     patches = rows.sample().open(data)
     patches.require_labels()
     patches.require_shape()
-    resume = _resume_params(out)
     draws = settings.draws or resume.get("draws", options.DRAWS)
     budget = Budget(len(patches), 0, settings.eot or 8, 0, draws, _CERTIFY_DRAWS)
     undefended = SuiteRunner(
@@ -138,7 +146,7 @@ def sweep(
         budget,
         out,
         compute.seed,
-        settings.batch_size or resume.get("batch_size", 32),
+        settings.batch_size or resume.get("batch_size", default_batch_size(device.type, graph=True)),
         device,
         output.overwrite,
     )
@@ -163,7 +171,7 @@ def sweep(
 
 
 def _resume_params(out: Path) -> dict[str, Any]:
-    """Return the batch size, the precision and the draws of the results in a sweep's folder."""
+    """Return the batch size, the precision, the draws and the kind of noise of the results in a sweep's folder."""
     from advdiff_cli.data.resume import resume_params
     from advdiff_cli.jobs.result_cache import recorded_recipe
 
@@ -173,7 +181,7 @@ def _resume_params(out: Path) -> dict[str, Any]:
         found |= {"batch_size": made["batch_size"]} if "batch_size" in made else {}
     for path in sorted(out.glob("*-clean.predictions.safetensors")):
         made = recorded_recipe(path).get("parameters", {})
-        found |= {k: made[k] for k in ("precision", "draws") if made.get(k)}
+        found |= {k: made[k] for k in ("precision", "draws", "noise") if made.get(k)}
     return found
 
 

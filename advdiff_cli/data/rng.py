@@ -6,22 +6,30 @@ A stream is named by (seed, purpose, ...). Its Philox key is a hash of the name.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:  # imported where it is used, so that commands that only read recipes answer at once
     import torch
 
+NoiseKind = Literal["numpy", "philox"]
+"""What draws the noise of a defense: numpy on the CPU, or `advdiff_cli.data.philox` on the device that computes."""
+
 RowKey = int | str
 """The name of a row: its index in the origin set, or its relative path in a folder."""
 
 
+def stream_digest(seed: int, purpose: str, *names: RowKey) -> bytes:
+    """Return 128 bits that stand for the name (seed, purpose, names) of a stream."""
+    name = repr((int(seed), purpose, *(n if isinstance(n, str) else int(n) for n in names)))
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
+
+
 def stream(seed: int, purpose: str, *names: RowKey) -> np.random.Generator:
     """Return the generator named by (seed, purpose, names)."""
-    name = repr((int(seed), purpose, *(n if isinstance(n, str) else int(n) for n in names)))
-    key = hashlib.blake2b(name.encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    key = int.from_bytes(stream_digest(seed, purpose, *names), "little")
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def row_stream(seed: int, purpose: str, row: RowKey, *, draw: int = 0, restart: int = 0) -> np.random.Generator:

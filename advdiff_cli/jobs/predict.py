@@ -47,7 +47,8 @@ def predict(
         AdvdiffError: A logit is not finite.
     """
     defended = isinstance(model, DefendedClassifier)
-    batches = list(row_batches(len(patches), judging_batch_size(defended=defended), pad=True))
+    size = judging_batch_size(defended=defended, device=device.type)
+    batches = list(row_batches(len(patches), size, pad=True))
     start, stop = (len(batches) * k // group.size for k in (group.rank, group.rank + 1))
     found = [np.empty((0, len(draws) if defended else 1))]
     for p1 in predict_batches(model, patches, batches[start:stop], device, draws=draws, seed=seed):
@@ -80,7 +81,7 @@ def predict_batches(
     Raises:
         AdvdiffError: A logit is not finite.
     """
-    size, n = judging_batch_size(defended=isinstance(model, DefendedClassifier)), len(patches)
+    defended, n = isinstance(model, DefendedClassifier), len(patches)
 
     def read(rows: Rows) -> tuple[Rows, Tensor]:
         return rows, to_device(patches.read(rows), device)
@@ -95,5 +96,6 @@ def predict_batches(
         return torch.stack(p1, 1)[: n - int(rows[0])].numpy()
 
     external = any(isinstance(m, TwoLogits) for m in model.modules())  # may hold state, so one batch at a time
+    size = judging_batch_size(defended=defended, device=device.type)
     workers = 0 if external else parallel_batches(model, patches.require_shape(), size, device)
     yield from parallel_map(read, judge, batches, workers)

@@ -65,10 +65,10 @@ class FolderPurifier:
     def _batch(self, group: list[FolderImage], size: int) -> _Batch:
         full = [group[min(i, len(group) - 1)] for i in range(size)]
         pixels = np.stack([one.pixels for one in full if one.pixels is not None])
-        images = torch.from_numpy(pixels.astype(np.float32) / np.float32(255))
+        images = to_device(torch.from_numpy(pixels.astype(np.float32) / np.float32(255)), self.job.device)
         keys = [one.entry.file for one in full]
         noise = row_noise(self.job.defense.purifier, images, keys, seed=self.job.seed, purpose="purify")
-        return _Batch(group, to_device(images, self.job.device), to_device(noise, self.job.device))
+        return _Batch(group, images, noise)
 
     def _compute(self, found: Outcome | _Batch) -> list[Outcome] | list[_Purified]:
         return self._purify_batch(found) if isinstance(found, _Batch) else [found]

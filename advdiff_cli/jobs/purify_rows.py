@@ -91,9 +91,9 @@ def purify_rows(job: PurifyJob, patches: PatchSet, writer: PatchWriter) -> Itera
     purifier = job.defense.purifier
 
     def read(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
-        images = patches.read(batch.rows)
+        images = to_device(patches.read(batch.rows), job.device)
         noise = row_noise(purifier, images, [patches.keys[i] for i in batch.rows], seed=job.seed, purpose="purify")
-        return batch, to_device(images, job.device), to_device(noise, job.device)
+        return batch, images, noise
 
     def purify(one: tuple[Batch, Tensor, Tensor]) -> tuple[Batch, Tensor]:
         return one[0], job.purify(*one[1:])

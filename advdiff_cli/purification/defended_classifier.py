@@ -1,15 +1,17 @@
 """The defended classifier: a purifier and a classifier in one torch module, which any attack library can attack."""
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from advdiff_cli.data import philox
 from advdiff_cli.data.rng import RowKey, RowStreams
 from advdiff_cli.data.view import WHOLE, View
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifiers import Classifier
-from advdiff_cli.models.device import autocast
+from advdiff_cli.models.device import autocast, to_device
 from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.purifier import DiffusionPurifier, Purifier
 
@@ -44,8 +46,12 @@ def row_noise(
     restart: int = 0,
 ) -> Tensor:
     """Return the noise that `purifier` needs for images (B, 3, H, W), each row's from its own stream."""
+    shape, device = purifier.noise_shape(*images.shape[-2:]), images.device
+    if purifier.noise_kind == "philox":
+        keys = philox.row_keys(seed, purpose, rows, [draw] * len(rows), restart=restart, device=device)
+        return philox.normal(keys, prod(shape)).view(-1, *shape)
     streams = RowStreams(seed, purpose, rows, draw=draw, restart=restart)
-    return streams.normal(*purifier.noise_shape(*images.shape[-2:])).to(images.device)
+    return to_device(streams.normal(*shape), device)
 
 
 class DefendedClassifier(nn.Module):

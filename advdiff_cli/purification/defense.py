@@ -78,13 +78,13 @@ def build_defense(request: DefenseRequest, load: DdpmLoader = load_named_ddpm) -
     """
     if request.defense == "noise":
         spec = resolve_noise_spec(request)
-        return Defense(NoisePurifier(linear_alpha_bar(), spec.t_star), spec, None)
+        return Defense(NoisePurifier(linear_alpha_bar(), spec.t_star, spec.noise), spec, None)
     if request.t_star is not None:
         check_t_star(request.t_star)  # before a large model is loaded
     model, fingerprint = load(request.model_name, request.allow_pickle)
     spec = resolve_ddpm_spec(request, model.card, model.timesteps)
-    purifier = DiffusionPurifier(model, spec.t_star, spec.sampler or "ddpm", spec.sampler_steps).eval()
-    return Defense(purifier, spec, fingerprint)
+    purifier = DiffusionPurifier(model, spec.t_star, spec.sampler or "ddpm", spec.sampler_steps, spec.noise)
+    return Defense(purifier.eval(), spec, fingerprint)
 
 
 @dataclass(frozen=True)

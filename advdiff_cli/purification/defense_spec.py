@@ -1,10 +1,11 @@
 """The settings of a defense and of a model behind it: what their results depend on, known without loading a model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.data.rng import NoiseKind
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
 from advdiff_cli.models.card import DdpmCard, SamplerName, load_card, read_timesteps
@@ -29,21 +30,25 @@ class DefenseSpec:
         t_star: Noise level as a fraction of T.
         sampler: Reverse process of a ddpm.
         sampler_steps: U-Net evaluations of a ddpm; None is one for each noise level.
+        noise: What draws its noise.
     """
 
     defense: DefenseKind
     t_star: float
     sampler: SamplerName | None = None
     sampler_steps: int | None = None
+    noise: NoiseKind = "numpy"
 
     def parameters(self) -> JsonObject:
         """Return the parameters that enter a recipe."""
-        return asdict(self) if self.defense == "ddpm" else {"defense": self.defense, "t_star": self.t_star}
+        sampler = {"sampler": self.sampler, "sampler_steps": self.sampler_steps} if self.defense == "ddpm" else {}
+        noise = {} if self.noise == "numpy" else {"noise": self.noise}
+        return {"defense": self.defense, "t_star": self.t_star, **sampler, **noise}
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, object]) -> "DefenseSpec | None":
         """Return the defense in the parameters of a recipe, or None if it had none."""
-        names = ("defense", "t_star", "sampler", "sampler_steps")
+        names = ("defense", "t_star", "sampler", "sampler_steps", "noise")
         if "t_star" not in parameters:
             return None
         return cls(**{k: parameters[k] for k in names if k in parameters})  # type: ignore[arg-type]  # as AttackSpec
@@ -56,13 +61,23 @@ class DefenseSpec:
 
     def differences(self, other: "DefenseSpec") -> list[str]:
         """Return the names of the settings that both defenses have, with different values."""
-        mine, theirs = asdict(self), asdict(other)
+        mine, theirs = asdict(self), asdict(replace(other, noise=self.noise))  # any noise is as good
         return [k for k in mine if None not in (mine[k], theirs[k]) and mine[k] != theirs[k]]
 
 
 @dataclass(frozen=True)
 class DefenseRequest:
-    """The defense asked for by name and settings; None takes the recommendation of the diffusion model."""
+    """The defense asked for by name and settings; None takes the recommendation of the diffusion model.
+
+    Args:
+        defense: Which.
+        ddpm: The name of its diffusion model.
+        t_star: Noise level as a fraction of T.
+        sampler: Reverse process.
+        sampler_steps: U-Net evaluations.
+        allow_pickle: Whether pickled weights may be read.
+        noise: What draws its noise.
+    """
 
     defense: DefenseKind
     ddpm: str | None = None
@@ -70,6 +85,7 @@ class DefenseRequest:
     sampler: SamplerName | None = None
     sampler_steps: int | None = None
     allow_pickle: bool = False
+    noise: NoiseKind = "numpy"
 
     @property
     def model_name(self) -> str:
@@ -115,7 +131,8 @@ def resolve_noise_spec(request: DefenseRequest) -> DefenseSpec:
         check_t_star(request.t_star)
     if request.ddpm or request.sampler or request.sampler_steps:
         raise AdvdiffError("--defense noise only adds noise; -m, --sampler and --sampler-steps do not apply")
-    return DefenseSpec("noise", NOISE_T_STAR if request.t_star is None else request.t_star)
+    t_star = NOISE_T_STAR if request.t_star is None else request.t_star
+    return DefenseSpec("noise", t_star, noise=request.noise)
 
 
 def resolve_ddpm_spec(request: DefenseRequest, card: DdpmCard, timesteps: int) -> DefenseSpec:
@@ -136,7 +153,7 @@ def resolve_ddpm_spec(request: DefenseRequest, card: DdpmCard, timesteps: int) -
     steps = default.sampler_steps if request.sampler_steps is None else request.sampler_steps
     if request.sampler_steps is None and request.t_star is not None and steps is not None:
         steps = min(steps, noise_levels(t_star, timesteps))  # a low noise level has fewer levels
-    return DefenseSpec("ddpm", t_star, request.sampler or default.sampler, steps)
+    return DefenseSpec("ddpm", t_star, request.sampler or default.sampler, steps, request.noise)
 
 
 def find_defense(request: DefenseRequest) -> tuple[DefenseSpec, str | None]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from advdiff_cli.data.rng import NoiseKind
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.card import SamplerName
 from advdiff_cli.models.ddpm import Ddpm
@@ -33,7 +34,12 @@ class DiffusionPurifier(nn.Module):
     """Noise an image to t_star and denoise it with a DDPM (the paper, section 3)."""
 
     def __init__(
-        self, ddpm: Ddpm, t_star: float, sampler: SamplerName = "ddpm", sampler_steps: int | None = None
+        self,
+        ddpm: Ddpm,
+        t_star: float,
+        sampler: SamplerName = "ddpm",
+        sampler_steps: int | None = None,
+        noise_kind: NoiseKind = "numpy",
     ) -> None:
         """Set up a purifier.
 
@@ -42,6 +48,7 @@ class DiffusionPurifier(nn.Module):
             t_star: Noise level as a fraction of T, in (0, 1]; 0.04 of 1000 is timesteps 39 to 0.
             sampler: `ddpm` draws from the posterior at each step, `ddim` is deterministic after the first noise.
             sampler_steps: U-Net evaluations. The default is one for each noise level; 1 gives E[x_0 | x_t].
+            noise_kind: What draws the noise of rows.
 
         Raises:
             AdvdiffError: t_star is outside (0, 1] or above the model's max_t, or the steps do not fit it.
@@ -59,13 +66,14 @@ class DiffusionPurifier(nn.Module):
         self.ddpm = ddpm
         self.t_star = t_star
         self.sampler = sampler
+        self.noise_kind = noise_kind
         self.use_checkpoints = True
         self.timesteps = sampler_timesteps(n, sampler_steps or n)
         self.noised_to = min(self.timesteps[0] + ddpm.card.index_offset, ddpm.timesteps - 1)
 
     def with_steps(self, sampler_steps: int) -> "DiffusionPurifier":
         """Return a purifier with the same noise level and sampler, and another number of U-Net evaluations."""
-        return DiffusionPurifier(self.ddpm, self.t_star, self.sampler, sampler_steps)
+        return DiffusionPurifier(self.ddpm, self.t_star, self.sampler, sampler_steps, self.noise_kind)
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Return (draws, 3, H', W'), the shape of one image's noise, where the U-Net needs H' and W'."""
@@ -140,13 +148,19 @@ class NoisePurifier(nn.Module):
 
     alpha_bar_t: Tensor
 
-    def __init__(self, alpha_bar: Tensor, t_star: float) -> None:
-        """Set up the defense with the schedule alpha_bar (T,) of data in [-1, 1], at the fraction t_star of T.
+    def __init__(self, alpha_bar: Tensor, t_star: float, noise_kind: NoiseKind = "numpy") -> None:
+        """Set up the defense.
+
+        Args:
+            alpha_bar: (T,) the schedule of data in [-1, 1].
+            t_star: Noise level as a fraction of T, in (0, 1].
+            noise_kind: What draws the noise of rows.
 
         Raises:
             AdvdiffError: t_star is outside (0, 1].
         """
         super().__init__()
+        self.noise_kind = noise_kind
         self.register_buffer("alpha_bar_t", alpha_bar[_checked_levels(t_star, len(alpha_bar)) - 1].clone())
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int, int]:

@@ -23,7 +23,7 @@ from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.predict import ALONE, predict
-from advdiff_cli.jobs.recipes import CertifySettings, judging_batch_size
+from advdiff_cli.jobs.recipes import CertifySettings, default_batch_size
 from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, store_predictions, store_result
 from advdiff_cli.jobs.sharding import PatchSetOutput, Shard, ShardedOutput, TableOutput
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
@@ -98,8 +98,9 @@ class SuiteRunner:
             return self.model
         if row.against == "nothing" or self.model.defense is None:
             return replace(self.model, defense=None)
-        spec = DefenseSpec("noise", self.model.defense.spec.t_star)
-        purifier = NoisePurifier(linear_alpha_bar(), spec.t_star).to(self.device)
+        own = self.model.defense.spec
+        spec = DefenseSpec("noise", own.t_star, noise=own.noise)
+        purifier = NoisePurifier(linear_alpha_bar(), spec.t_star, spec.noise).to(self.device)
         return replace(self.model, defense=Defense(purifier, spec, None))
 
     def attack(self, row: SuiteRow, advance: Advance) -> None:
@@ -173,7 +174,8 @@ class SuiteRunner:
         smoothed.check_independence(self.patches.read([0])[0].to(self.device))
         settings = CertifySettings(CHOOSING_DRAWS, self.budget.certify_draws, ALPHA, (eps,))
         spec = replace(self.model.spec, precision="fp32")
-        return CertifyJob(smoothed, spec, self.patches, settings, judging_batch_size(defended=True), self.device)
+        size = default_batch_size(self.device.type, graph=False)
+        return CertifyJob(smoothed, spec, self.patches, settings, size, self.device)
 
     def certify(self, job: CertifyJob, eps: float, advance: Advance) -> CertifiedRung:
         """Return the certificates of `certify_job`, made by all processes."""

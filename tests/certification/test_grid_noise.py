@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import chisquare, norm
 
 from advdiff_cli.certification.grid_noise import GridNoise
+from advdiff_cli.data import philox
 from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
 
@@ -34,6 +36,18 @@ def test_distribution_is_that_of_rounded_normal_numbers(scale):
     found = chisquare([*counts, rest], len(drawn) * np.array([*expected, 1 - expected.sum()]))
     assert found.pvalue > 1e-3
     assert drawn.std() == pytest.approx(np.sqrt(scale**2 + 1 / 12), rel=5e-3)
+
+
+def test_values_drawn_on_a_device_are_those_of_the_table():
+    noise, keys = GridNoise(7.0), philox.row_keys(0, "test", [0, 1], [0, 0], device=torch.device("cpu"))
+    drawn = noise.normal_on_device(keys, 50_001)
+    words = philox.integers(keys, 100_004)[:, :100_002].view(2, 50_001, 2).numpy().astype(np.uint64)
+    uniform = (words[..., 0] << np.uint64(31)) | (words[..., 1] >> np.uint64(1))
+    exact = len(noise._tails) - np.searchsorted(noise._tails, uniform, side="right")
+    np.testing.assert_array_equal(drawn.abs().numpy(), exact)
+    assert drawn.std().item() == pytest.approx(np.sqrt(49 + 1 / 12), rel=1e-2)
+    assert abs(drawn.mean().item()) < 0.1
+    assert (drawn == drawn.round()).all()
 
 
 def test_distance_from_normal_is_negligible():

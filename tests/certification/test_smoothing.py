@@ -23,7 +23,7 @@ SIDE, SIGMA = 32, 0.4
 class OnlyNoise(nn.Module):
     """A purifier that returns noised patches as they are: with a linear classifier, the truth is known."""
 
-    sigma = SIGMA
+    sigma, noise_kind = SIGMA, "numpy"
 
     def noise_shape(self, height, width):
         return (1, 3, height, width)

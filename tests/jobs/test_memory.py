@@ -10,6 +10,8 @@ from advdiff_cli.jobs.memory import auto_batch_size, free_memory, parallel_batch
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
+pytestmark = pytest.mark.cpu
+
 CPU = torch.device("cpu")
 # an image of 8 x 8 takes 768 bytes, and 1,024 and 2,048 are put out
 LAYERS = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 8, 1)))

@@ -7,6 +7,8 @@ from torch import nn
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.jobs.parallel_map import parallel_map
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.mark.parametrize("at_once", [0, 1, 2, 5])
 @pytest.mark.parametrize("n", [0, 1, 2, 20])
