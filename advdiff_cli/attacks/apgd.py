@@ -32,12 +32,14 @@ def apgd(
     gradient_model: DefendedClassifier | None = None,
     restarts: int = 1,
     random_start: bool = True,
+    start: Tensor | None = None,
     seed: int = 0,
     rows: Sequence[RowKey] | None = None,
 ) -> Tensor:
     """Maximize a loss in the ball around each image with Auto-PGD; arguments and result as for `pgd`.
 
     For a random defense, the step size depends on mean losses over `eot` draws; the result is chosen on fresh draws.
+    From a given `start`, the first step is eps / 2 long, where it is 2 eps otherwise.
     """
     check_images(images)
     names = list(range(len(images)) if rows is None else rows)
@@ -46,6 +48,8 @@ def apgd(
     def run(restart: int) -> tuple[Tensor, Tensor]:
         objective = Objective(model, labels, names, spec, restart)
         streams = RowStreams(seed, "attack-start", names, restart=restart)
+        if start is not None and not restart:
+            return objective.choose(iterates(objective, images, start, eps, steps, norm, eps / 2))
         x_0 = random_point(images, eps, norm, streams) if random_start else images
         return objective.choose(iterates(objective, images, x_0, eps, steps, norm))
 
@@ -62,14 +66,20 @@ def checkpoints(steps: int) -> list[int]:
 
 
 def iterates(
-    objective: Objective, images: Tensor, x: Tensor, eps: float, steps: int, norm: Norm
+    objective: Objective,
+    images: Tensor,
+    x: Tensor,
+    eps: float,
+    steps: int,
+    norm: Norm,
+    first_step: float | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the start x and the iterate after each step, each with its loss (B,)."""
     loss, gradient = objective.gradient(x, 0)
     yield x, loss
     previous = x
     best, best_loss, best_gradient = x, loss, gradient
-    size = torch.full((len(x), 1, 1, 1), 2 * eps, device=x.device)
+    size = torch.full((len(x), 1, 1, 1), 2 * eps if first_step is None else first_step, device=x.device)
     schedule = _StepSizeSchedule(steps, loss)
     for step in range(1, steps + 1):
         moved = _project(x + size * steepest(gradient, norm), images, eps, norm)

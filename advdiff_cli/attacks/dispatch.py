@@ -48,6 +48,7 @@ class AttackBatch:
         rows: The name of each row; with `seed`, it names the streams of starts and noise.
         index: The index of each row in the origin set, which names the draws that judge it.
         seed: Of every stream.
+        start: (B, 3, H, W) in the ball, where gradient attacks start; None for a random point.
     """
 
     images: Tensor
@@ -55,6 +56,7 @@ class AttackBatch:
     rows: Sequence[RowKey]
     index: Sequence[int]
     seed: int
+    start: Tensor | None = None
 
 
 def build_target(
@@ -106,7 +108,8 @@ def _run(target: Target, spec: AttackSpec, method: str, loss: LossName | None, b
     shared |= {"seed": batch.seed, "rows": batch.rows}
     if method == "square":
         return square(model, images, labels, queries=cast("int", spec.queries), **shared)
-    shared |= {"steps": steps, "norm": spec.norm, "gradient_model": target.gradient_model}
+    shared |= {"steps": steps, "norm": spec.norm, "gradient_model": target.gradient_model, "start": batch.start}
     if method == "apgd":
         return apgd(model, images, labels, **shared)
-    return pgd(model, images, labels, step_size=spec.step_size, random_start=method == "pgd", **shared)
+    shared |= {"step_size": spec.step_size, "momentum": spec.momentum or 0.0, "random_start": method == "pgd"}
+    return pgd(model, images, labels, **shared)

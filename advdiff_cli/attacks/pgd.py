@@ -6,6 +6,7 @@ Source: Madry et al. 2018, arXiv:1706.06083. One step of size eps from the image
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec, best_restart, check_images
@@ -37,12 +38,14 @@ def pgd(
     eps: float,
     steps: int = 40,
     step_size: float | None = None,
+    momentum: float = 0.0,
     norm: Norm = "linf",
     loss: LossName = "ce",
     eot: int = 1,
     gradient_model: DefendedClassifier | None = None,
     restarts: int = 1,
     random_start: bool = True,
+    start: Tensor | None = None,
     seed: int = 0,
     rows: Sequence[RowKey] | None = None,
 ) -> Tensor:
@@ -56,12 +59,15 @@ def pgd(
         eps: Radius of the ball in [0, 1] pixels, such as 2/255.
         steps: Gradient steps.
         step_size: In [0, 1] pixels; eps / 4 by default.
+        momentum: The weight of earlier gradients in a step (Dong et al. 2018, arXiv:1710.06081, eq. 6, each divided by
+            its mean absolute value). Behind a random defense, they are further draws of nearly the same gradient.
         norm: `linf` or `l2`.
         loss: `ce` or `margin`.
         eot: Draws of the defense's noise that each gradient averages; a deterministic model has one.
         gradient_model: The model whose gradient is used, if not `model`: a `BpdaClassifier`, or a surrogate.
         restarts: Random starts, of which the best result is kept.
         random_start: Whether to start at a random point of the ball, or at the image.
+        start: (B, 3, H, W) in the ball, where the first restart starts instead.
         seed: Names, together with `rows`, the streams of starts and noise.
         rows: The name of each image; 0, 1, ... by default.
 
@@ -80,15 +86,23 @@ def pgd(
         objective = Objective(model, labels, names, spec, restart)
         streams = RowStreams(seed, "attack-start", names, restart=restart)
         x_0 = random_point(images, eps, norm, streams) if random_start else images
-        return objective.choose(iterates(objective, ball, x_0, steps))
+        x_0 = x_0 if start is None or restart else start
+        return objective.choose(iterates(objective, ball, x_0, steps, momentum))
 
     return best_restart(run, restarts)
 
 
-def iterates(objective: Objective, ball: Ball, x: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def iterates(
+    objective: Objective, ball: Ball, x: Tensor, steps: int, momentum: float = 0.0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the start x (B, 3, H, W) and the iterate after each step, each with its loss (B,)."""
+    direction = torch.zeros_like(x)
     for step in range(steps):
         loss, gradient = objective.gradient(x, step)
         yield x, loss
+        if momentum:
+            gradient = gradient.nan_to_num(0)
+            scale = gradient.abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+            direction = gradient = momentum * direction + gradient / (scale + 1e-12)
         x = ball.step(x, gradient)
     yield x, objective.value(x, steps)

@@ -21,8 +21,8 @@ DEFAULT_EOT = 8
 class AttackRequest:
     """The settings of an attack that a user asked for; None is not asked for.
 
-    The last four are about a defense: how the gradient passes it, the draws that each gradient averages, the sampler
-    steps of a surrogate, and whether the attack knows the one draw it will meet.
+    Four are about a defense: how the gradient passes it, the draws that each gradient averages, the sampler steps of a
+    surrogate, and whether the attack knows the one draw it will meet.
     """
 
     loss: LossName | None = None
@@ -34,6 +34,7 @@ class AttackRequest:
     eot: int | None = None
     attack_sampler_steps: int | None = None
     fixed_draw: bool | None = None
+    momentum: float | None = None
 
 
 DEFAULTS: dict[Method, AttackRequest] = {
@@ -70,6 +71,7 @@ class AttackSpec:
         eot: Draws of the defense's noise that each gradient averages.
         attack_sampler_steps: Sampler steps of the surrogate.
         fixed_draw: Whether the attack knows the one draw that it will meet.
+        momentum: The weight of earlier gradients in a step of pgd; None for none.
     """
 
     method: Method
@@ -85,6 +87,7 @@ class AttackSpec:
     eot: int | None = None
     attack_sampler_steps: int | None = None
     fixed_draw: bool | None = None
+    momentum: float | None = None
 
     def parameters(self) -> JsonObject:
         """Return the parameters that enter a recipe: the settings that apply."""
@@ -118,7 +121,7 @@ class AttackSpec:
     def describe(self) -> str:
         """Describe the attack in a few words."""
         eps = f"{self.eps * 255:g}/255" if self.norm == "linf" else f"{self.eps:g}"
-        shown = ("steps", "queries", "loss", "gradient", "eot", "attack_sampler_steps")
+        shown = ("steps", "momentum", "queries", "loss", "gradient", "eot", "attack_sampler_steps")
         settings = [f"{k.replace('_', ' ')} {v}" for k in shown if (v := getattr(self, k)) is not None]
         settings += ["one known draw"] if self.fixed_draw else []
         return ", ".join([f"{self.method} {self.norm} {eps}", *settings])
@@ -163,7 +166,7 @@ def resolve(method: Method, norm: Norm, eps: float, asked: AttackRequest = NO_RE
 def _applicable(method: Method) -> dict[str, object]:
     """Return the settings of a method, with their defaults; None is set later."""
     found = {k: v for k, v in asdict(DEFAULTS[method]).items() if v is not None}
-    return found | ({"step_size": None} if method == "pgd" else {})
+    return found | ({"step_size": None, "momentum": None} if method == "pgd" else {})
 
 
 def _about_defense(method: Method, asked: AttackRequest) -> dict[str, object]:
@@ -188,6 +191,8 @@ def _check_combination(spec: AttackSpec, *, defended: bool, deterministic: bool)
         raise AdvdiffError("--method paper attacks the classifier alone: leave out -m and --defense")
     if spec.method == "fab" and not deterministic:
         raise AdvdiffError("--method fab is for deterministic models: give --fixed-draw, or no defense")
+    if spec.momentum is not None and not 0 < spec.momentum <= 1:
+        raise AdvdiffError(f"--momentum {spec.momentum:g} is not in (0, 1]")
     if spec.gradient == "surrogate" and spec.attack_sampler_steps is None:
         raise AdvdiffError("--gradient surrogate needs --attack-sampler-steps, fewer than those of the defense")
 

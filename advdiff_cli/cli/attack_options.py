@@ -37,6 +37,9 @@ class AttackOptions:
     step_size: Annotated[
         float | None, typer.Option(parser=fraction, metavar="SIZE", help="Step size of pgd.", show_default="eps/4")
     ] = None
+    momentum: Annotated[
+        float | None, typer.Option(help="Weight of earlier gradients in a step of pgd, in (0, 1].", show_default="none")
+    ] = None
     queries: Annotated[int | None, typer.Option(min=1, help="Proposals of square.", show_default="1000")] = None
     restarts: Annotated[int | None, typer.Option(min=1, help="Random starts.", show_default="1")] = None
     gradient: Annotated[
@@ -90,5 +93,6 @@ class AttackOptions:
             self.eot,
             self.attack_sampler_steps,
             self.fixed_draw,
+            self.momentum,
         )
         return resolve(self.method, self.norm, radius, asked, defended=defended)

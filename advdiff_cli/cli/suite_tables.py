@@ -30,6 +30,8 @@ def suite_text(result: JsonObject) -> str:
     rows = []
     for r in [*result["rungs"], result["worst"]]:
         attack = AttackSpec.from_parameters(r["attack"]).describe() if r["attack"] else ""
+        if "after" in r:
+            attack += f", {'from' if r['starts_there'] else 'after'} {r['after']}"
         figures = (cell(r["accuracy"]), *(cell(r.get(k)) for k in votes), cell(r["difference"]))
         rows.append((r["name"], attack, *figures, duration(r["seconds"]) if "seconds" in r else ""))
     proved = result["certified"]
@@ -41,6 +43,7 @@ def suite_text(result: JsonObject) -> str:
     text = console.table(("% [95 %]", "attack", accuracy, *names, "minus clean, points", "time"), rows)
     if proved is not None:
         text += f"\n\n{_bracket(result)}"
+    text += "\n\nafter, from: patches that the named row broke under every draw keep its example"
     checks = [f"{a['status']:4}  {a['name']}: {a['reason']}" for a in result["alarms"]]
     return text + "\n\n" + "\n".join(checks)
 

@@ -39,8 +39,8 @@ class SuiteOptions:
     preset: Annotated[
         Literal["quick", "standard", "strong"],
         typer.Option(
-            help="What attacks may spend: 10, 50 or 100 steps, 2, 8 or 16 draws for each gradient, on 64, 256 or 512 "
-            "patches, judged on 5, 11 or 21 draws."
+            help="What attacks may spend: 10, 40 or 100 steps of PGD, 2, 2 or 8 draws for each gradient, on 64, 256 or "
+            "512 patches, judged on 5, 11 or 21 draws."
         ),
     ] = "standard"
     eps: options.Eps = None
@@ -94,7 +94,7 @@ def robustness(
         model = model.compile_unet(device)
     title = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {settings.preset}, {budget.draws} judging draws"
     with process_group(device) as group:
-        runner = _runner(model, patches, budget, compute, output, resume, group)
+        runner = _runner(model, patches, budget, compute, output, resume, group, suite)
         _plan_and_run(runner, chosen, eps, title, whole=settings.only is None, output=output)
 
 
@@ -163,6 +163,7 @@ def _runner(
     output: PlannedOutputOptions,
     resume: Mapping[str, object],
     group: "ProcessGroup",
+    suite: "Sequence[SuiteRow]",
 ) -> "SuiteRunner":
     from advdiff_cli.cli.batch_size import resolve_batch_size
     from advdiff_cli.robustness.runner import SuiteRunner
@@ -183,6 +184,7 @@ def _runner(
         output.overwrite,
         group=group,
         shard=part,
+        suite=suite,
     )
 
 
@@ -191,7 +193,12 @@ def _chosen(suite: "list[SuiteRow]", only: list[str] | None) -> "list[SuiteRow]"
     for name in only or []:
         if name not in names:
             raise AdvdiffError(f"--only {name}: there is no such row; choose from {', '.join(names)}")
-    return [r for r in suite if r.name == "clean" or only is None or r.name in only]
+    if only is None:
+        return suite
+    wanted = {"clean", *only}
+    for row in reversed(suite):  # a row comes after the one that it goes on from
+        wanted |= {row.after} if row.name in wanted and row.after is not None else set()
+    return [r for r in suite if r.name in wanted]
 
 
 def _log_plan(title: str, plan: "Sequence[RowCost]", *, quiet: bool) -> None:

@@ -1,20 +1,63 @@
 """Attack a patch set: the recipe, and the rows as they are computed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from advdiff_cli.attacks.dispatch import AttackBatch, build_target, run_attack
 from advdiff_cli.attacks.spec import AttackSpec
-from advdiff_cli.data.output_spec import Batch
+from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import LabelledBatch, PatchSet
+from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.prefetch import prefetch
-from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, digest
+from advdiff_cli.data.selection import row_batches
 from advdiff_cli.jobs.recipes import attack_recipe, differentiates_unet
+from advdiff_cli.models.device import to_device
 from advdiff_cli.purification.defense import EvaluatedModel
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The adversarial examples of an earlier attack.
+
+    Args:
+        patches: The examples, of the rows of the attacked set from position `first` on.
+        first: See `patches`.
+        broken: (N,) which rows of the attacked set they break.
+    """
+
+    patches: PatchSet
+    first: int
+    broken: NDArray[np.bool_]
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return the examples (B, 3, H, W) of rows of the attacked set."""
+        return self.patches.read(rows - self.first)
+
+
+@dataclass(frozen=True)
+class EarlierAttack:
+    """An attack that another one goes on from: the rows that it broke keep their examples.
+
+    Args:
+        recipe: What made and judged the examples.
+        is_start: Whether the other rows are attacked from its examples, and not from a point of their own.
+        load: Returns the examples.
+    """
+
+    recipe: Provenance
+    is_start: bool
+    load: Callable[[], Examples]
+
+    def parameters(self) -> JsonObject:
+        """Return the parameters that enter a recipe."""
+        return {"after": digest([canonical_json(self.recipe).encode()]), "starts_there": self.is_start}
 
 
 @dataclass(frozen=True)
@@ -28,6 +71,7 @@ class AttackJob:
         seed: Of every stream.
         batch_size: Patches computed together.
         device: Where to compute.
+        earlier: An attack that this one goes on from, if any.
     """
 
     model: EvaluatedModel
@@ -36,25 +80,61 @@ class AttackJob:
     seed: int
     batch_size: int
     device: torch.device
+    earlier: EarlierAttack | None = None
 
     @cached_property
     def recipe(self) -> Provenance:
         """The recipe of the attack."""
         compiled = self.model.compiled and differentiates_unet(self.model.spec, self.spec)
         return attack_recipe(
-            self.model.spec, self.spec, self.patches, seed=self.seed, batch_size=self.batch_size, compiled=compiled
+            self.model.spec,
+            self.spec,
+            self.patches,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            compiled=compiled,
+            earlier=None if self.earlier is None else self.earlier.parameters(),
         )
 
     def run(self, writer: PatchWriter) -> Iterator[int]:
         """Attack the rows that `writer` does not have yet, yielding the number of rows after each batch."""
+        with writer:
+            if self.earlier is None:
+                batches = list(writer.batches(self.batch_size))
+                for batch, images in zip(batches, self._attack([b.rows for b in batches]), strict=True):
+                    writer.write(batch, images)
+                    yield batch.count
+            else:
+                yield from self._go_on(self.earlier.load(), writer)
+
+    def _go_on(self, earlier: Examples, writer: PatchWriter) -> Iterator[int]:
+        """Attack the rows that an earlier attack did not break, in full batches, and write them with the others."""
+        batches, broken = list(writer.batches(self.batch_size)), earlier.broken
+        left = np.array([i for b in batches for i in b.rows[: b.count] if not broken[i]], np.int64)
+        packs = [left[pack] for pack in row_batches(len(left), self.batch_size, pad=True)]
+        attacked = zip(packs, self._attack(packs, earlier), strict=True)
+        found: dict[int, NDArray[np.float32]] = {}
+        for batch in batches:
+            rows = batch.rows.tolist()
+            while not all(broken[i] or i in found for i in rows):
+                pack, images = next(attacked)
+                found.update(zip(pack.tolist(), images, strict=True))
+            kept = earlier.read(batch.rows).numpy()
+            writer.write(batch, np.stack([found.get(i, one) for i, one in zip(rows, kept, strict=True)]))
+            for i in set(rows):
+                found.pop(i, None)
+            yield batch.count
+
+    def _attack(self, batches: Sequence[Rows], earlier: Examples | None = None) -> Iterator[NDArray[np.float32]]:
+        """Yield the attacked images (B, 3, H, W) of each full batch."""
         purifier = None if self.model.defense is None else self.model.defense.purifier
         target = build_target(self.model.classifier, purifier, self.spec, self.model.precision)
+        start = earlier if self.earlier and self.earlier.is_start else None
 
-        def read(batch: Batch) -> tuple[Batch, LabelledBatch]:
-            return batch, self.patches.batch(batch.rows, self.device)
+        def read(rows: Rows) -> AttackBatch:
+            b = self.patches.batch(rows, self.device)
+            x = None if start is None else to_device(start.read(rows), self.device)
+            return AttackBatch(b.images, b.labels, b.keys, b.index, self.seed, x)
 
-        with writer:
-            for batch, rows in prefetch(read, writer.batches(self.batch_size)):
-                attacked = AttackBatch(rows.images, rows.labels, rows.keys, rows.index, self.seed)
-                writer.write(batch, run_attack(target, self.spec, attacked).cpu().numpy())
-                yield batch.count
+        for batch in prefetch(read, batches):
+            yield run_attack(target, self.spec, batch).cpu().numpy()

@@ -11,7 +11,14 @@ from advdiff_cli.purification.defense_spec import DefenseSpec, ModelSpec
 
 
 def attack_recipe(
-    model: ModelSpec, attack: AttackSpec, patches: PatchSet, *, seed: int, batch_size: int, compiled: bool = False
+    model: ModelSpec,
+    attack: AttackSpec,
+    patches: PatchSet,
+    *,
+    seed: int,
+    batch_size: int,
+    compiled: bool = False,
+    earlier: JsonObject | None = None,
 ) -> Provenance:
     """Return the recipe of attacked patches.
 
@@ -22,6 +29,7 @@ def attack_recipe(
         seed: Of every stream.
         batch_size: Patches computed together.
         compiled: Whether gradients of a U-Net are taken, and compiled; they round differently.
+        earlier: The parameters of an earlier attack that this one goes on from.
     """
     defense = model.defense
     through = defense is not None and attack.computes_defense
@@ -32,6 +40,7 @@ def attack_recipe(
         "batch_size": batch_size,
         "precision": model.precision if through else "fp32",
         **({"compiled": True} if compiled else {}),
+        **(earlier or {}),
     }
     models = {"classifier": model.classifier} | ({} if defense is None else {"ddpm": model.ddpm})
     return recipe("attack", parameters, data=patches.recipe_input(), **models)

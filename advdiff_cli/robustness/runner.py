@@ -1,10 +1,11 @@
 """Run a suite: attack and judge each row, and check the gradients and the attacks themselves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from advdiff_cli.attacks.eot import ObjectiveSpec
@@ -13,19 +14,19 @@ from advdiff_cli.certification.certificate_file import HEADER, read_certificates
 from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.certification.summary import Radius
 from advdiff_cli.data.distributed import ProcessGroup
-from advdiff_cli.data.output_spec import OutputSpec, RowRange
+from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, digest, recipe
 from advdiff_cli.data.resume import is_complete
 from advdiff_cli.data.table_writer import TableWriter, is_complete_table
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.jobs.attack import AttackJob
+from advdiff_cli.jobs.attack import AttackJob, EarlierAttack, Examples
 from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.predict import ALONE, predict
 from advdiff_cli.jobs.recipes import CertifySettings, default_batch_size
 from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, store_predictions, store_result
-from advdiff_cli.jobs.sharding import PatchSetOutput, Shard, ShardedOutput, TableOutput
+from advdiff_cli.jobs.sharding import PatchSetOutput, Shard, ShardedOutput, TableOutput, part_path
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
@@ -65,6 +66,7 @@ class SuiteRunner:
         label: Prefix of prediction files, where several models share the folder.
         group: Processes that share the work.
         shard: The part of the rows that is attacked and certified; None for all.
+        suite: All rows, among which those are that others come after.
     """
 
     model: EvaluatedModel
@@ -78,6 +80,8 @@ class SuiteRunner:
     label: str = ""
     group: ProcessGroup = ALONE
     shard: Shard | None = None
+    suite: Sequence[SuiteRow] = ()
+    _judged: dict[str, Predictions] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def processes(self) -> int:
@@ -90,7 +94,29 @@ class SuiteRunner:
         return -(-len(self.patches) // self.processes)
 
     def _job(self, row: SuiteRow, attack: AttackSpec) -> AttackJob:
-        return AttackJob(self._attacked_model(row), attack, self.patches, self.seed, self.batch_size, self.device)
+        earlier = None
+        if row.after is not None:
+            before = next(r for r in self.suite if r.name == row.after)
+            load = partial(self._examples, before)
+            earlier = EarlierAttack(self._judging_recipe(before), row.starts_there, load)
+        model = self._attacked_model(row)
+        return AttackJob(model, attack, self.patches, self.seed, self.batch_size, self.device, earlier)
+
+    def _examples(self, row: SuiteRow) -> Examples:
+        """Return the examples of a row, and which patches it broke under every judging draw."""
+        examples = self._patches_of(row)
+        is_whole = len(examples) == len(self.patches)
+        first = 0 if is_whole else shard_rows(len(self.patches), self.batch_size, self.shard).start
+        broken = np.zeros(len(self.patches), np.bool_)
+        broken[first : first + len(examples)] = self.judge(row, lambda count: None).share == 0
+        return Examples(examples, first, broken)
+
+    def _patches_of(self, row: SuiteRow) -> PatchSet:
+        """Return the attacked patches of a row: all, or those of this shard."""
+        if row.attack is None:
+            return self.patches
+        path = self.out / f"{row.name}.safetensors"
+        return open_patches(path if self.shard is None or path.exists() else part_path(path, *self.shard))
 
     def _attacked_model(self, row: SuiteRow) -> EvaluatedModel:
         """Return the model that a row's attack is made against."""
@@ -147,19 +173,25 @@ class SuiteRunner:
         return self.patches.recipe_input()
 
     def judge(self, row: SuiteRow, advance: Advance) -> Predictions:
-        """Return the predictions on a row, over the draws that judge every row."""
+        """Return the predictions on a row, over the draws that judge every row; on its shard, if that is all."""
         made_by = self._judging_recipe(row)
-        path = self.out / f"{self.label}{row.name}.predictions.safetensors"
-        if found := cached_predictions(path, made_by, overwrite=self.overwrite):
+        key = canonical_json(made_by)
+        if key not in self._judged:
+            self._judged[key] = self._judge(row, made_by, advance)
+        return self._judged[key]
+
+    def _judge(self, row: SuiteRow, made_by: Provenance, advance: Advance) -> Predictions:
+        path, patches = self.out / f"{self.label}{row.name}.predictions.safetensors", self._patches_of(row)
+        is_whole = len(patches) == len(self.patches)
+        if is_whole and (found := cached_predictions(path, made_by, overwrite=self.overwrite)):
             advance(len(found.labels))
             return found
-        patches = open_patches(self.out / f"{row.name}.safetensors") if row.attack else self.patches
         draws = range(self.judging_draws(row) if self._is_random else 1)
         module, group = self.model.module, self.group
         with self._timing(made_by, restart=True):
             p1 = predict(module, patches, self.device, draws=draws, seed=self.seed, group=group, advance=advance)
         predictions = Predictions(patches.require_labels(), p1)
-        if group.is_main:
+        if is_whole and group.is_main:
             store_predictions(path, made_by, predictions, patches.index)
         return predictions
 

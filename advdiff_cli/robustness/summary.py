@@ -51,6 +51,7 @@ def summarize_row(row: SuiteRow, found: Predictions, clean: Predictions) -> Json
         "name": row.name,
         "kind": row.kind,
         "attack": row.attack.parameters() if row.attack else {},
+        **({} if row.after is None else {"after": row.after, "starts_there": row.starts_there}),
         "draws": found.draws,
         "accuracy": mean_share(found.share).as_dict(),
         **{k: v.as_dict() for k, v in vote_accuracies(found).items()},

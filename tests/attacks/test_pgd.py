@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from advdiff_cli.attacks.ankile2022 import ankile2022
+from advdiff_cli.attacks.apgd import apgd
 from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.pgd import Ball, iterates, pgd
 from advdiff_cli.attacks.projections import project, random_point, round_inside, surface_counts
@@ -156,3 +157,28 @@ def test_surface_share_counts_what_was_perturbed(batch):
     points[0, 1, :20] += EPS / 2
     on_surface, perturbed = surface_counts(points, images, EPS, "linf")
     assert (on_surface, perturbed) == (1600, 2400)
+
+
+def test_momentum_adds_earlier_gradients(model, batch):
+    """Dong et al. 2018, equations 6 and 7, step by step."""
+    images, labels = batch
+    objective, ball = Objective(model, labels, list(range(len(images)))), Ball(images, EPS, "linf", EPS / 4)
+    x, direction = images, torch.zeros_like(images)
+    for found, _ in iterates(objective, ball, images, 4, 0.9):
+        assert torch.equal(found, x)
+        _, gradient = objective.gradient(x, 0)
+        direction = 0.9 * direction + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
+        x = project(x + EPS / 4 * direction.sign(), images, EPS, "linf")
+    *_, (plain, _) = path(model, images, labels, EPS, 4, EPS / 4, "linf")
+    assert not torch.equal(plain, found)
+
+
+@pytest.mark.parametrize("attack", [pgd, apgd])
+def test_an_attack_that_starts_at_an_example_ends_at_no_worse_one(attack, model, batch):
+    images, labels = batch
+    start = pgd(model, images, labels, eps=EPS, steps=3)
+    adv = attack(model, images, labels, eps=EPS, steps=5, start=start)
+    assert inside(adv, images, EPS, "linf")
+    before, after = (cross_entropy(model(x), labels, reduction="none") for x in (start, adv))
+    assert (after >= before).all()
+    assert (after > before).any()

@@ -209,14 +209,15 @@ def test_gradients_that_are_not_numbers_are_seen(few):
         assert pgd(net, images, torch.zeros(2).long(), eps=0.1, steps=2, norm=norm, random_start=False).isfinite().all()
 
 
-BUDGET = Budget(patches=40, steps=12, eot=1, queries=60, draws=1)
+BUDGET = Budget(patches=40, steps=12, eot=1, queries=15, draws=1)
 
 
 def run_suite(model, test_x, folder):
     """The sanity checks of a whole suite on a model, by status."""
     folder.mkdir()
-    runner = SuiteRunner(EvaluatedModel(model, "planted"), open_patches(test_x), BUDGET, folder, 0, 40, CPU)
     rows, judged = build_suite(BUDGET, EPS, defended=False), {}
+    evaluated, patches = EvaluatedModel(model, "planted"), open_patches(test_x)
+    runner = SuiteRunner(evaluated, patches, BUDGET, folder, 0, 40, CPU, suite=rows)
     for row in rows:
         runner.attack(row, lambda count: None)
         judged[row.name] = runner.judge(row, lambda count: None)
