@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make every table that uses pcam-ddpm or the classifier adapted to it: those of docs/results.md on real patches, and those of
-# benchmarks/README.md on numbers of steps.
+# the section on numbers of steps.
 #
 #   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]      # sections: blind choose ladder steps sampler paper; all by default
 #
