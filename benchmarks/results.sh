@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Make every table that uses pcam-ddpm or the classifier adapted to it: those of docs/results.md on real patches, and those of
-# the section on numbers of steps.
+# Make every table that uses pcam-ddpm or the classifier adapted to it: those of docs/results.md on real patches.
 #
 #   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]      # sections: blind choose ladder steps sampler paper; all by default
 #
