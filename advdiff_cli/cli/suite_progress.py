@@ -40,34 +40,34 @@ class SuiteProgress:
 
     def run_shard(self) -> None:
         """Attack and certify part of the patches."""
+        self._certify()
         for row in self.suite:
             self._attack(row)
-        if "certified" in self.plan:
-            job = self.runner.certify_job(self.eps)
-            self._follow("certified", lambda advance: self.runner.make_certificates(job, advance))
+            if any(r.after == row.name for r in self.suite):
+                self._judge(row)
 
     def run(self) -> JsonObject:
         """Run every row and what else is planned, and return the content of robustness.json.
 
         Of several processes, the main one checks the attacks; the result of the others is empty.
         """
+        from advdiff_cli.robustness.suite_checks import SuiteChecks
         from advdiff_cli.robustness.summary import summarize
 
         runner, judged, gradients, tested, certified = self.runner, {}, None, None, None
+        rung, checks = self._certify(), SuiteChecks(self.runner)
         for row in self.suite:
             self._attack(row)
             judged[row.name] = self._judge(row)
-        rung = self._certify() if "certified" in self.plan else None
         if not runner.group.is_main:
             return {}
-        if "gradients" in self.plan:
+        if "gradients" in self.plan:  # of a whole suite
             attack = next(r.attack for r in self.suite if r.name == "pgd")
             assert attack is not None
-            gradients = self._follow("gradients", runner.check_gradients)
-            tested = self._follow("unit-test", lambda advance: runner.binarization_test(attack, advance))
-        if rung is not None:
-            job = runner.certify_job(self.eps)
-            certified = rung, runner.check_certificates(job, rung, self.suite, judged)
+            gradients = self._follow("gradients", checks.gradients)
+            tested = self._follow("unit-test", lambda advance: checks.binarization_test(attack, advance))
+            if rung is not None and runner.certificates is not None:
+                certified = rung, checks.certificates(runner.certificates, rung, judged)
         summary = summarize(self.suite, judged, self.eps, gradients, tested, certified)
         for row, printed in zip(self.suite, summary["rungs"], strict=True):
             cost = self.plan[row.name]
@@ -102,9 +102,12 @@ class SuiteProgress:
         console.log(f"{row.name}: accuracy {100 * found.share.mean():.1f} %, {duration(self.runner.seconds(row))}")
         return found
 
-    def _certify(self) -> CertifiedRung:
-        job = self.runner.certify_job(self.eps)
-        rung = self._follow("certified", lambda advance: self.runner.certify(job, self.eps, advance))
+    def _certify(self) -> CertifiedRung | None:
+        """Certify the patches, since attacks that go on from others leave certified ones alone."""
+        job = self.runner.certificates
+        if "certified" not in self.plan or job is None:
+            return None
+        rung = self._follow("certified", lambda advance: self.runner.certify(job, advance))
         console.log(f"certified: {100 * rung.summary()['value']:.1f} % proved, {duration(rung.summary()['seconds'])}")
         return rung
 

@@ -222,7 +222,7 @@ def _run(
 def _certify(point: "SweepPoint", eps: float, *, quiet: bool) -> "CertifiedRung":
     job = point.runner.certify_job(eps)
     with console.progress(len(point.runner.patches), f"{point.name}: certify", quiet=quiet) as advance:
-        return point.runner.certify(job, eps, advance)
+        return point.runner.certify(job, advance)
 
 
 def _judge(runner: "SuiteRunner", row: "SuiteRow", *, quiet: bool) -> "Predictions":

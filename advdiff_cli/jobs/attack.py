@@ -29,12 +29,12 @@ class Examples:
     Args:
         patches: The examples, of the rows of the attacked set from position `first` on.
         first: See `patches`.
-        broken: (N,) which rows of the attacked set they break.
+        kept: (N,) which rows of the attacked set are not attacked again: broken ones, or proved ones.
     """
 
     patches: PatchSet
     first: int
-    broken: NDArray[np.bool_]
+    kept: NDArray[np.bool_]
 
     def read(self, rows: Rows) -> Tensor:
         """Return the examples (B, 3, H, W) of rows of the attacked set."""
@@ -43,7 +43,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class EarlierAttack:
-    """An attack that another one goes on from: the rows that it broke keep their examples.
+    """An attack that another one goes on from: some rows keep its examples, and are not attacked again.
 
     Args:
         recipe: What made and judged the examples.
@@ -108,19 +108,19 @@ class AttackJob:
                 yield from self._go_on(self.earlier.load(), writer)
 
     def _go_on(self, earlier: Examples, writer: PatchWriter) -> Iterator[int]:
-        """Attack the rows that an earlier attack did not break, in full batches, and write them with the others."""
-        batches, broken = list(writer.batches(self.batch_size)), earlier.broken
-        left = np.array([i for b in batches for i in b.rows[: b.count] if not broken[i]], np.int64)
+        """Attack the rows that do not keep the examples of an earlier attack, in full batches, and write all."""
+        batches, kept = list(writer.batches(self.batch_size)), earlier.kept
+        left = np.array([i for b in batches for i in b.rows[: b.count] if not kept[i]], np.int64)
         packs = [left[pack] for pack in row_batches(len(left), self.batch_size, pad=True)]
         attacked = zip(packs, self._attack(packs, earlier), strict=True)
         found: dict[int, NDArray[np.float32]] = {}
         for batch in batches:
             rows = batch.rows.tolist()
-            while not all(broken[i] or i in found for i in rows):
+            while not all(kept[i] or i in found for i in rows):
                 pack, images = next(attacked)
                 found.update(zip(pack.tolist(), images, strict=True))
-            kept = earlier.read(batch.rows).numpy()
-            writer.write(batch, np.stack([found.get(i, one) for i, one in zip(rows, kept, strict=True)]))
+            examples = earlier.read(batch.rows).numpy()
+            writer.write(batch, np.stack([found.get(i, one) for i, one in zip(rows, examples, strict=True)]))
             for i in set(rows):
                 found.pop(i, None)
             yield batch.count

@@ -3,7 +3,6 @@
 Seconds hold for a machine as busy as it was while they were measured, and for rows that are made from nothing.
 """
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +16,11 @@ from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.certification.bounds import linf_as_l2, threshold
 from advdiff_cli.certification.confidence_sequence import least_sequential_draws
 from advdiff_cli.data.provenance import JsonObject
-from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.recipes import judging_batch_size
 from advdiff_cli.robustness.binarization import PROBE_PASSES
-from advdiff_cli.robustness.runner import ALPHA, CHECKED_PATCHES, SuiteRunner
+from advdiff_cli.robustness.runner import ALPHA, SuiteRunner
 from advdiff_cli.robustness.suite import SuiteRow
-
-_log = logging.getLogger(__name__)
+from advdiff_cli.robustness.suite_checks import CHECKED_PATCHES
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,12 @@ def estimate_costs(runner: SuiteRunner, rows: Sequence[SuiteRow], tested: Attack
         making, judging = _row_passes(runner, row)
         seconds = shared * (measured.of(making) * made + measured.of(judging) * judged)
         found.append(_row_cost(runner, row.name, n, making + judging, seconds))
-    if tested is None:
-        return found
-    if (certifying := _certifying_draws(runner, tested.eps)) is not None:
+    needed = tested is not None or any(row.after is not None for row in rows)
+    if needed and (certifying := _certifying_draws(runner)) is not None:
         cost = Cost(forward=certifying)
         found.append(_row_cost(runner, "certified", n, cost, shared * measured.of(cost) * n))
+    if tested is None:
+        return found
     few, half = min(CHECKED_PATCHES, n), max(runner.budget.eot // 2, 1)
     checks = {
         "gradients": Cost(forward=1, gradient=2 * half + 1 if defended else 2),
@@ -80,16 +78,11 @@ def estimate_costs(runner: SuiteRunner, rows: Sequence[SuiteRow], tested: Attack
     return found + [_row_cost(runner, name, few, cost, measured.of(cost) * few) for name, cost in checks.items()]
 
 
-def _certifying_draws(runner: SuiteRunner, eps: float) -> int | None:
+def _certifying_draws(runner: SuiteRunner) -> int | None:
     """Return the draws that certify a patch of which all draws agree; None if there is no certificate."""
-    if runner.model.defense is None:
+    if (job := runner.certificates) is None:
         return None
-    try:
-        job = runner.certify_job(eps)
-    except AdvdiffError as e:
-        _log.warning("nothing is certified: %s", e)
-        return None
-    q = threshold(linf_as_l2(eps, job.smoothed.dimension), job.smoothed.sigma)
+    q = threshold(linf_as_l2(job.settings.eps[0], job.smoothed.dimension), job.smoothed.sigma)
     draws = job.settings.n0 + (least_sequential_draws(q, ALPHA, job.settings.n) or 1)
     return -(-draws // job.batch_size) * job.batch_size
 

@@ -1,14 +1,14 @@
-"""Run a suite: attack and judge each row, and check the gradients and the attacks themselves."""
+"""Run a suite: attack, judge and certify."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from advdiff_cli.attacks.eot import ObjectiveSpec
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.certification.certificate_file import HEADER, read_certificates
 from advdiff_cli.certification.smoothing import SmoothedClassifier
@@ -17,36 +17,34 @@ from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet, open_patches
-from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, digest, recipe
+from advdiff_cli.data.provenance import Provenance, canonical_json, recipe
 from advdiff_cli.data.resume import is_complete
 from advdiff_cli.data.table_writer import TableWriter, is_complete_table
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.attack import AttackJob, EarlierAttack, Examples
 from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.predict import ALONE, predict
 from advdiff_cli.jobs.recipes import CertifySettings, default_batch_size
-from advdiff_cli.jobs.result_cache import cached_predictions, cached_result, store_predictions, store_result
+from advdiff_cli.jobs.result_cache import cached_predictions, store_predictions
 from advdiff_cli.jobs.sharding import PatchSetOutput, Shard, ShardedOutput, TableOutput, part_path
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.robustness.binarization import BinarizationResult, run_binarization_test
-from advdiff_cli.robustness.certified_rung import BrokenCertificates, CertifiedRung, is_changed, votes_for
-from advdiff_cli.robustness.gradient_checks import GradientFindings, check_gradients
+from advdiff_cli.robustness.certified_rung import CertifiedRung
 from advdiff_cli.robustness.suite import Budget, SuiteRow
 from advdiff_cli.robustness.timing_log import TimingLog, journal_path, recorded_seconds
 
 Advance = Callable[[int], None]
+
+_log = logging.getLogger(__name__)
 
 ALPHA = 0.001
 """The probability that a certificate of a suite is wrong, at most."""
 
 CHOOSING_DRAWS = 20
 """Draws that choose the class that is certified."""
-
-CHECKED_PATCHES = 64
-"""Patches whose gradients are checked, and with which attacks are tested."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,7 @@ class SuiteRunner:
     shard: Shard | None = None
     suite: Sequence[SuiteRow] = ()
     _judged: dict[str, Predictions] = field(default_factory=dict, init=False, repr=False)
+    _proved: dict[str, CertifiedRung] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def processes(self) -> int:
@@ -94,29 +93,32 @@ class SuiteRunner:
         return -(-len(self.patches) // self.processes)
 
     def _job(self, row: SuiteRow, attack: AttackSpec) -> AttackJob:
-        earlier = None
-        if row.after is not None:
-            before = next(r for r in self.suite if r.name == row.after)
-            load = partial(self._examples, before)
-            earlier = EarlierAttack(self._judging_recipe(before), row.starts_there, load)
+        earlier = None if row.after is None else self._earlier(row)
         model = self._attacked_model(row)
         return AttackJob(model, attack, self.patches, self.seed, self.batch_size, self.device, earlier)
 
-    def _examples(self, row: SuiteRow) -> Examples:
-        """Return the examples of a row, and which patches it broke under every judging draw."""
-        examples = self._patches_of(row)
+    def _earlier(self, row: SuiteRow) -> EarlierAttack:
+        """Return the attack that a row goes on from; what it broke is left alone, and what is proved at its eps."""
+        before = next(r for r in self.suite if r.name == row.after)
+        proof = None if self.certificates is None else self.certificates.recipe
+        made_by = {"judged": self.judging_recipe(before), "certified": proof}
+        return EarlierAttack(made_by, row.starts_there, lambda: self._examples(before, row.eps))
+
+    def _examples(self, row: SuiteRow, eps: float) -> Examples:
+        """Return the examples of a row, and which patches to leave alone in a later attack of radius `eps`."""
+        examples = self.patches_of(row)
         is_whole = len(examples) == len(self.patches)
         first = 0 if is_whole else shard_rows(len(self.patches), self.batch_size, self.shard).start
-        broken = np.zeros(len(self.patches), np.bool_)
-        broken[first : first + len(examples)] = self.judge(row, lambda count: None).share == 0
-        return Examples(examples, first, broken)
+        done = self.judge(row, lambda count: None).share == 0
+        if (job := self.certificates) is not None:
+            done |= self.certify(job, lambda count: None).proved_at(Radius.linf(eps, job.smoothed.dimension))
+        kept = np.zeros(len(self.patches), np.bool_)
+        kept[first : first + len(examples)] = done
+        return Examples(examples, first, kept)
 
-    def _patches_of(self, row: SuiteRow) -> PatchSet:
+    def patches_of(self, row: SuiteRow) -> PatchSet:
         """Return the attacked patches of a row: all, or those of this shard."""
-        if row.attack is None:
-            return self.patches
-        path = self.out / f"{row.name}.safetensors"
-        return open_patches(path if self.shard is None or path.exists() else part_path(path, *self.shard))
+        return self.patches if row.attack is None else open_patches(self._own(self.out / f"{row.name}.safetensors"))
 
     def _attacked_model(self, row: SuiteRow) -> EvaluatedModel:
         """Return the model that a row's attack is made against."""
@@ -158,7 +160,8 @@ class SuiteRunner:
     def _is_random(self) -> bool:
         return isinstance(self.model.module, DefendedClassifier)
 
-    def _judging_recipe(self, row: SuiteRow) -> Provenance:
+    def judging_recipe(self, row: SuiteRow) -> Provenance:
+        """Return the recipe of the predictions on a row."""
         judging = {"draws": self.judging_draws(row), "seed": self.seed} if self._is_random else {}
         return recipe(
             "judge",
@@ -174,14 +177,14 @@ class SuiteRunner:
 
     def judge(self, row: SuiteRow, advance: Advance) -> Predictions:
         """Return the predictions on a row, over the draws that judge every row; on its shard, if that is all."""
-        made_by = self._judging_recipe(row)
+        made_by = self.judging_recipe(row)
         key = canonical_json(made_by)
         if key not in self._judged:
             self._judged[key] = self._judge(row, made_by, advance)
         return self._judged[key]
 
     def _judge(self, row: SuiteRow, made_by: Provenance, advance: Advance) -> Predictions:
-        path, patches = self.out / f"{self.label}{row.name}.predictions.safetensors", self._patches_of(row)
+        path, patches = self.out / f"{self.label}{row.name}.predictions.safetensors", self.patches_of(row)
         is_whole = len(patches) == len(self.patches)
         if is_whole and (found := cached_predictions(path, made_by, overwrite=self.overwrite)):
             advance(len(found.labels))
@@ -195,8 +198,20 @@ class SuiteRunner:
             store_predictions(path, made_by, predictions, patches.index)
         return predictions
 
+    @cached_property
+    def certificates(self) -> CertifyJob | None:
+        """The job that certifies the patches at the eps of the suite; None where nothing can be certified."""
+        eps = next((r.eps for r in self.suite if r.name == "pgd"), None)
+        if eps is None or self.model.defense is None:
+            return None
+        try:
+            return self.certify_job(eps)
+        except AdvdiffError as e:
+            _log.warning("nothing is certified: %s", e)
+            return None
+
     def certify_job(self, eps: float) -> CertifyJob:
-        """Return the job that certifies the patches against l-inf attacks of radius `eps`.
+        """Return a job that certifies the patches against l-inf attacks of radius `eps`.
 
         Raises:
             AdvdiffError: There is no certificate for these patches, or the classifier depends on more than a patch.
@@ -209,15 +224,15 @@ class SuiteRunner:
         size = default_batch_size(self.device.type, graph=False)
         return CertifyJob(smoothed, spec, self.patches, settings, size, self.device)
 
-    def certify(self, job: CertifyJob, eps: float, advance: Advance) -> CertifiedRung:
-        """Return the certificates of `certify_job`, made by all processes."""
-        out = self.make_certificates(job, advance)
-        radius = Radius.linf(eps, job.smoothed.dimension)
-        return CertifiedRung(read_certificates(out), radius, ALPHA, job.smoothed.sigma)
+    def certify(self, job: CertifyJob, advance: Advance) -> CertifiedRung:
+        """Make the certificates of a job, or those of this process's part of the patches, and return them."""
+        key = canonical_json(job.recipe)
+        if key not in self._proved:
+            self._proved[key] = self._certify(job, advance)
+        return self._proved[key]
 
-    def make_certificates(self, job: CertifyJob, advance: Advance) -> Path:
-        """Make the table of `certify_job`, or this process's part of it, and return where the whole table is."""
-        out, n = self.out / f"{self.label}certified.csv", len(self.patches)
+    def _certify(self, job: CertifyJob, advance: Advance) -> CertifiedRung:
+        out, n = self._certified, len(self.patches)
         is_current = is_complete_table(out, job.recipe, RowRange(0, n, n))
 
         def work(writer: TableWriter) -> None:
@@ -226,65 +241,23 @@ class SuiteRunner:
                 advance(count)
 
         output = self._output(out, job.recipe, is_current=is_current)
-        made = ShardedOutput(output, n, 1, TableOutput(self.patches, HEADER, work))
+        kind = TableOutput(self.patches, HEADER, work)
+        made = ShardedOutput(output, n, self.batch_size, kind)  # whose shards hold the rows of those of attacks
         made.make_beside(self.shard, self.group)
-        return out
+        radius = Radius.linf(job.settings.eps[0], job.smoothed.dimension)
+        return CertifiedRung(read_certificates(self._own(out)), radius, ALPHA, job.smoothed.sigma)
 
-    def check_certificates(
-        self, job: CertifyJob, rung: CertifiedRung, rows: Sequence[SuiteRow], judged: Mapping[str, Predictions]
-    ) -> BrokenCertificates:
-        """Return the certificates that attacks break, on fresh draws of the vote."""
-        suspects = rung.suspects(rows, judged)
+    @property
+    def _certified(self) -> Path:
+        return self.out / f"{self.label}certified.csv"
 
-        def check() -> JsonObject:
-            broken, opened = set(), {n: open_patches(self.out / f"{n}.safetensors") for n in {n for n, _ in suspects}}
-            for name, i in suspects:
-                votes = votes_for(job.smoothed, opened[name], i, int(rung.found.decision[i]), self.device)
-                if is_changed(votes, len(suspects)):
-                    broken.add(i)
-            return {"broken": len(broken)}
-
-        recipes = [canonical_json(self._judging_recipe(r)).encode() for r in rows]
-        found = self._cached_check("certified", {"certificates": job.recipe, "attacks": digest(recipes)}, check)
-        return BrokenCertificates(len(rung.found), int(rung.proved.sum()), len(suspects), int(found["broken"]))
-
-    def check_gradients(self, advance: Advance) -> GradientFindings:
-        """Return findings about the gradients at the first clean patches."""
-        settings = {"eot": self.budget.eot, "seed": self.seed, "rows": CHECKED_PATCHES}
-
-        def check() -> JsonObject:
-            spec = ObjectiveSpec("margin", max(self.budget.eot // 2, 1), seed=self.seed)
-            few = self.patches.first(CHECKED_PATCHES)
-            return check_gradients(self.model.module, few, spec, self.batch_size, self.device, advance).as_dict()
-
-        return GradientFindings.from_dict(self._cached_check("gradients", settings, check))
-
-    def binarization_test(self, attack: AttackSpec, advance: Advance) -> BinarizationResult | None:
-        """Return how many planted adversarial examples an attack finds; None if none can be planted."""
-
-        def test() -> JsonObject:
-            few = self.patches.first(CHECKED_PATCHES)
-            job = AttackJob(self.model, attack, few, self.seed, self.batch_size, self.device)
-            found = run_binarization_test(job, advance)
-            return {} if found is None else found.as_dict()
-
-        settings = {**attack.parameters(), "seed": self.seed, "rows": CHECKED_PATCHES}
-        found = self._cached_check("unit-test", settings, test)
-        return BinarizationResult.from_dict(found) if found else None
-
-    def _cached_check(self, name: str, settings: JsonObject, compute: Callable[[], JsonObject]) -> JsonObject:
-        m, path = self.model, self.out / f"{name}.json"
-        parameters = {**settings, **m.parameters}
-        made_by = recipe(name, parameters, data=self._data, classifier=m.fingerprint, ddpm=m.ddpm_fingerprint)
-        found = cached_result(path, made_by, overwrite=self.overwrite)
-        if found is None:
-            found = compute()
-            store_result(path, made_by, found)
-        return found
+    def _own(self, path: Path) -> Path:
+        """Return where the whole output is, or this process's shard of it, if that is all."""
+        return path if self.shard is None or path.exists() else part_path(path, *self.shard)
 
     def seconds(self, row: SuiteRow) -> float:
         """Return how long a row took to make and to judge, over all runs."""
-        recipes = [self._judging_recipe(row), *([self._job(row, row.attack).recipe] if row.attack else [])]
+        recipes = [self.judging_recipe(row), *([self._job(row, row.attack).recipe] if row.attack else [])]
         return round(sum(recorded_seconds(self.out, made_by) for made_by in recipes), 1)
 
     def _timing(self, made_by: Provenance, *, restart: bool = False) -> TimingLog:

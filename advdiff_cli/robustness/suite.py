@@ -54,7 +54,8 @@ class SuiteRow:
         against: What the attack is made against: the defense; `noise`, NoiseDefense, whose examples are transferred;
             or `nothing`, the classifier alone, which gives the same examples for every defense.
         judged_on: All judging draws, or the first one, which the attack knows.
-        after: An earlier row. Patches that it broke under every judging draw keep its example, and are not attacked.
+        after: An earlier row. Patches that it broke under every judging draw keep its example and are not attacked, and
+            neither are those that are certified at this eps.
         starts_there: Whether the attack starts at the examples of that row, and not at a point of its own.
     """
 

@@ -20,6 +20,7 @@ from advdiff_cli.robustness.gradient_checks import check_gradients
 from advdiff_cli.robustness.runner import SuiteRunner
 from advdiff_cli.robustness.sanity_checks import not_above, sanity_checks
 from advdiff_cli.robustness.suite import PRESETS, Budget, SuiteRow, build_suite
+from advdiff_cli.robustness.suite_checks import SuiteChecks
 from advdiff_cli.robustness.summary import summarize
 from advdiff_cli.robustness.worst_case import worst_case
 
@@ -222,10 +223,8 @@ def run_suite(model, test_x, folder):
         runner.attack(row, lambda count: None)
         judged[row.name] = runner.judge(row, lambda count: None)
     attack = next(r.attack for r in rows if r.name == "pgd")
-    gradients, tested = (
-        runner.check_gradients(lambda count: None),
-        runner.binarization_test(attack, lambda count: None),
-    )
+    checks = SuiteChecks(runner)
+    gradients, tested = checks.gradients(lambda count: None), checks.binarization_test(attack, lambda count: None)
     found = summarize(rows, judged, EPS, gradients, tested)
     assert len(found["alarms"]) > 12
     return {
