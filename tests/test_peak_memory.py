@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+pytestmark = pytest.mark.cpu
+
 CHILD = """
 import re, sys
 from advdiff_cli.main import main
-
-pytestmark = pytest.mark.cpu
 try:
     main()
 finally:  # getrusage would count the parent's memory at the fork

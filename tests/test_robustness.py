@@ -92,7 +92,7 @@ def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, defen
         "pgd.safetensors",
         "seconds.jsonl",
     ]
-    attack = ["attack", test_x, *defended, *f"--steps 2 --eot 2 --momentum 0.9 --shuffle-seed 0 --limit {N}".split()]
+    attack = ["attack", test_x, *defended, *f"--steps 2 --eot 2 --momentum 1 --shuffle-seed 0 --limit {N}".split()]
     attack += ["-o", out / "pgd.safetensors"]
     assert "up to date" in advdiff(*attack).err  # at the precision it was begun with
     assert "precision" in advdiff(*attack, "--precision", "bf16", code=1).err

@@ -8,7 +8,7 @@ from advdiff_cli.attacks.spec import NO_REQUEST, AttackRequest, AttackSpec, Meth
 Kind = Literal["control", "black-box", "white-box", "curve", "check"]
 Against = Literal["defense", "noise", "nothing"]
 
-MOMENTUM = 0.9
+MOMENTUM = 1.0
 """Of PGD through a defense, where earlier gradients are further draws."""
 
 EPS_CURVE = (0.5, 1.0, 4.0, 8.0, 64.0)
