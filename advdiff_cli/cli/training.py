@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from advdiff_cli.data.patches import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.data.rng import NoiseKind
     from advdiff_cli.data.view import View
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.purification.defense_spec import DefenseRequest
@@ -105,6 +106,13 @@ def training_precision(
     return compute.resolve_precision(device, training_resume_params(out, recorded))
 
 
+def training_noise(compute: SeededComputeOptions, out: Path, recorded: Provenance | None) -> NoiseKind:
+    """Return what draws noise: as in the work that is resumed, if any, else as suits the device."""
+    from advdiff_cli.training.checkpoints import training_resume_params
+
+    return compute.noise_kind(training_resume_params(out, recorded))
+
+
 def finished_precision(compute: SeededComputeOptions, output: OutputOptions, recorded: Provenance | None) -> Any:
     """Return the precision of a finished model that may be up to date, if nothing has to be loaded to know that."""
     from advdiff_cli.training.checkpoints import is_begun
@@ -186,6 +194,11 @@ class InputRequest:
     augment: list[DefenseRequest | None]
     adversary: Adversary | None
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether patches pass a purifier."""
+        return self.augment != [None]
+
     def parameters(self) -> JsonObject:
         """Return the parameters that enter the recipe; empty for training on clean patches."""
         from dataclasses import asdict
@@ -193,13 +206,22 @@ class InputRequest:
         from advdiff_cli.purification.defense_spec import find_defense
 
         found: JsonObject = {}
-        if self.augment != [None]:
+        if self.draws_noise:
             defenses = [request and find_defense(request) for request in self.augment]
             found["augment"] = [d and {**d[0].parameters(), "ddpm": d[1]} for d in defenses]
         return found | ({} if self.adversary is None else {"adversary": asdict(self.adversary)})
 
-    def build(self, precision: Precision, seed: int, device: torch.device, view: View) -> TrainingInput:
+    def build(
+        self, precision: Precision, seed: int, device: torch.device, view: View, noise: NoiseKind
+    ) -> TrainingInput:
         """Return the training input, with frozen purifiers on the device.
+
+        Args:
+            precision: Of the purifiers.
+            seed: Of every stream.
+            device: Where to compute.
+            view: What is read of each patch.
+            noise: What draws the noise of the purifiers.
 
         Raises:
             AdvdiffError: A setting does not fit its model, or its model was not trained on what is read.
@@ -210,7 +232,7 @@ class InputRequest:
 
         purifiers: list[Purifier | None] = []
         for request in self.augment:
-            purifier = None if request is None else build_defense(request).purifier
+            purifier = None if request is None else build_defense(replace(request, noise=noise)).purifier
             if purifier is not None:
                 check_view(purifier, view)
                 purifier.to(device).requires_grad_(False).eval()

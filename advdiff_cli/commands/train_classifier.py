@@ -19,12 +19,14 @@ from advdiff_cli.cli.training import (
     parse_augmentation,
     process_parameters,
     train,
+    training_noise,
     training_precision,
 )
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.data.rng import NoiseKind
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.fit_classifier import Validation
@@ -150,9 +152,9 @@ def train_classifier(
         opened.valid.require_labels()
     request, batch_size = inputs.request(allow_pickle=compute.allow_pickle), s.batch_size or 64
 
-    def planned(precision: "Precision") -> "tuple[ClassifierRecipe, Provenance]":
+    def planned(precision: "Precision", noise: "NoiseKind") -> "tuple[ClassifierRecipe, Provenance]":
         fit_settings = ClassifierRecipe(
-            s.epochs, batch_size, s.learning_rate, s.weight_decay, s.stain, compute.seed, precision
+            s.epochs, batch_size, s.learning_rate, s.weight_decay, s.stain, compute.seed, precision, noise
         )
         return fit_settings, recipe(
             "train-classifier",
@@ -166,7 +168,7 @@ def train_classifier(
         )
 
     known = finished_precision(compute, output, recorded)
-    if known and recorded and same_recipe(recorded, planned(known)[1]):
+    if known and recorded and same_recipe(recorded, planned(known, compute.noise_kind(recorded["parameters"]))[1]):
         console.log(f"{out} is up to date")
         _print(settings, registry.training_log(out), output)
         return
@@ -180,8 +182,9 @@ def train_classifier(
     precision = training_precision(compute, out, recorded, device)
     if inputs.adversarial and precision == "fp16":
         raise AdvdiffError("--precision fp16: gradients of the attack underflow; train in bf16 or fp32")
-    fit_settings, made_by = planned(precision)
-    training_input = request.build(precision, compute.seed, device, sets.view)
+    noise = training_noise(compute, out, recorded) if request.draws_noise else "numpy"
+    fit_settings, made_by = planned(precision, noise)
+    training_input = request.build(precision, compute.seed, device, sets.view, noise)
 
     def fit(work: "WorkFolder", is_main: bool) -> None:
         rows = TrainingRows(opened.train, labelled=True)

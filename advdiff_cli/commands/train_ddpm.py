@@ -16,11 +16,13 @@ from advdiff_cli.cli.training import (
     follow_training,
     process_parameters,
     train,
+    training_noise,
     training_precision,
 )
 
 if TYPE_CHECKING:
     from advdiff_cli.data.provenance import JsonObject, Provenance
+    from advdiff_cli.data.rng import NoiseKind
     from advdiff_cli.models.ddpm import Ddpm
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.training.checkpoints import WorkFolder
@@ -99,13 +101,13 @@ def train_ddpm(
     batch_size = s.batch_size or 32
     init = s.init and folder_fingerprint(registry.find_ddpm(s.init, allow_pickle=compute.allow_pickle))
 
-    def planned(precision: "Precision") -> "tuple[DdpmRecipe, Provenance]":
-        fit_settings = DdpmRecipe(s.steps, batch_size, s.peak_rate, s.ema, s.max_t, compute.seed, precision)
+    def planned(precision: "Precision", noise: "NoiseKind") -> "tuple[DdpmRecipe, Provenance]":
+        fit_settings = DdpmRecipe(s.steps, batch_size, s.peak_rate, s.ema, s.max_t, compute.seed, precision, noise)
         parameters = fit_settings.parameters() | sets.view.parameters() | s.parameters()
         return fit_settings, recipe("train-ddpm", parameters, **opened.recipe_inputs(), init=init)
 
     known = finished_precision(compute, output, recorded)
-    if known and recorded and same_recipe(recorded, planned(known)[1]):
+    if known and recorded and same_recipe(recorded, planned(known, compute.noise_kind(recorded["parameters"]))[1]):
         console.log(f"{out} is up to date")
         _print(settings, output)
         return
@@ -117,7 +119,8 @@ def train_ddpm(
     from advdiff_cli.training.loader import TrainingRows
 
     device = compute.resolve_device()
-    fit_settings, made_by = planned(training_precision(compute, out, recorded, device))
+    precision, noise = training_precision(compute, out, recorded, device), training_noise(compute, out, recorded)
+    fit_settings, made_by = planned(precision, noise)
 
     def fit(work: "WorkFolder", is_main: bool) -> None:
         rows = TrainingRows(opened.train, labelled=False)

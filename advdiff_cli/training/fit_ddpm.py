@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torchvision.utils import make_grid
 
+from advdiff_cli.data import philox
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import RowStreams, stream
 from advdiff_cli.models.ddpm import Ddpm
+from advdiff_cli.models.device import to_device
 from advdiff_cli.purification.equations import estimate_x_0, forward_process, noise_levels
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.augmentation import random_symmetry
@@ -86,8 +88,10 @@ class DdpmFit:
         batches = self.train.batches(first, s.steps, s.batch_size, s.seed, part)
         for step, (images, _) in enumerate(batches, first + 1):
             rng = stream(s.seed, "augment", step - 1, part[0])
-            turned = random_symmetry(images, rng).to(accelerator.device)
-            loss = _loss(network, model, turned, s.max_t, rng)
+            turned = to_device(random_symmetry(images, rng), accelerator.device)
+            t = torch.from_numpy(rng.integers(0, noise_levels(s.max_t, model.timesteps), len(images)))
+            noise = self._noise(turned, rng, (step - 1, part[0]))
+            loss = _loss(network, model, turned, to_device(t, accelerator.device), noise)
             rate = cosine(step - 1, s.steps, s.learning_rate)
             losses.append(optimizer_step(accelerator, optimizer, loss, rate, clip=1.0))
             ema.step(model.unet.parameters())
@@ -106,6 +110,14 @@ class DdpmFit:
         model.eval()
         accelerator.wait_for_everyone()
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # removes mixed precision
+
+    def _noise(self, images: Tensor, rng: np.random.Generator, name: tuple[int, int]) -> Tensor:
+        """Return the noise of a step of a process: from `rng`, or from the stream of its own that `name` names."""
+        if self.settings.noise == "philox":
+            step, process = name
+            keys = philox.row_keys(self.settings.seed, "noise", [step], [process], device=images.device)
+            return philox.normal(keys, images.numel()).view_as(images)
+        return to_device(torch.from_numpy(rng.standard_normal(images.shape, np.float32)), images.device)
 
     def _save(self, optimizer: torch.optim.Optimizer, ema: EMAModel, state: JsonObject) -> None:
         shadow = {f"ema.{i:05}": p for i, p in enumerate(ema.shadow_params)}
@@ -167,9 +179,7 @@ class DdpmFit:
         Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy()).save(self.work.part / SAMPLES)
 
 
-def _loss(network: nn.Module, model: Ddpm, images: Tensor, max_t: float, rng: np.random.Generator) -> Tensor:
-    """Return the mean squared error of the predicted noise, at random timesteps below max_t (Ho et al., eq. 14)."""
-    t = torch.from_numpy(rng.integers(0, noise_levels(max_t, model.timesteps), len(images))).to(images.device)
-    noise = torch.from_numpy(rng.standard_normal(images.shape, np.float32)).to(images.device)
+def _loss(network: nn.Module, model: Ddpm, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Return the mean squared error of the predicted noise at timesteps t (B,) (Ho et al., eq. 14)."""
     x_t = forward_process(model.card.to_range(images), noise, model.alpha_bar[t].view(-1, 1, 1, 1))
     return mse_loss(network(x_t, t), noise)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.data.rng import NoiseKind
 from advdiff_cli.models.precision import Precision
 
 
@@ -19,6 +20,7 @@ class ClassifierRecipe:
         stain: Strength of stain variation; 0 for none.
         seed: Of weights, order and augmentation.
         precision: fp32, bf16 or fp16.
+        noise: What draws the noise of the fit.
     """
 
     epochs: int
@@ -28,10 +30,11 @@ class ClassifierRecipe:
     stain: float
     seed: int
     precision: Precision
+    noise: NoiseKind = "numpy"
 
     def parameters(self) -> JsonObject:
         """Return the parameters that enter a recipe."""
-        return asdict(self)
+        return _parameters(self)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class DdpmRecipe:
         max_t: Highest trained noise level, as a fraction of T.
         seed: Of weights, order, augmentation and noise.
         precision: fp32, bf16 or fp16.
+        noise: What draws the noise of the fit.
     """
 
     steps: int
@@ -55,10 +59,15 @@ class DdpmRecipe:
     max_t: float
     seed: int
     precision: Precision
+    noise: NoiseKind = "numpy"
 
     def parameters(self) -> JsonObject:
         """Return the parameters that enter a recipe."""
-        return asdict(self)
+        return _parameters(self)
+
+
+def _parameters(fit: ClassifierRecipe | DdpmRecipe) -> JsonObject:
+    return {k: v for k, v in asdict(fit).items() if k != "noise" or v != "numpy"}
 
 
 @dataclass(frozen=True)

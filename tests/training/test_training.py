@@ -57,15 +57,20 @@ def dropout_fit(*args, **named):
 
 
 def adversarial_fit(*args, **named):
-    inputs = TrainingInput((None, NoisePurifier(linear_alpha_bar(), 0.1)), Adversary(2 / 255, 1, "trades"))
+    purifier = NoisePurifier(linear_alpha_bar(), 0.1, "philox")
+    inputs = TrainingInput((None, purifier), Adversary(2 / 255, 1, "trades"))
     return classifier_fit(*args, **named, inputs=inputs)
 
 
-def ddpm_fit(rows, valid, folder, steps=None, name="m"):
+def ddpm_fit(rows, valid, folder, steps=None, name="m", noise="numpy"):
     model = build_ddpm("tiny", 96, 0.3, 0)
-    plan = DdpmRecipe(6, 4, 1e-3, 0.9, 0.3, 0, "fp32")
+    plan = DdpmRecipe(6, 4, 1e-3, 0.9, 0.3, 0, "fp32", noise)
     fit = DdpmFit(model, rows, valid, plan, work(folder, name), CPU, checkpoint_seconds=0, validate_every=3)
     return model, list(itertools.islice(fit.run(), steps))
+
+
+def ddpm_fit_on_a_device(*args, **named):
+    return ddpm_fit(*args, **named, noise="philox")  # the noise of a GPU
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def valid(test_x):
     return open_patches(test_x, selection=Selection(limit=8, shuffle_seed=0))
 
 
-@pytest.mark.parametrize("fit", [classifier_fit, dropout_fit, adversarial_fit, ddpm_fit])
+@pytest.mark.parametrize("fit", [classifier_fit, dropout_fit, adversarial_fit, ddpm_fit, ddpm_fit_on_a_device])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path):
     whole, records = fit(rows, valid, tmp_path, name="whole")
@@ -85,6 +90,11 @@ def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path
         assert torch.equal(a, b), name
     logs = [(tmp_path / f"{n}.part" / "training.jsonl").read_text() for n in ("whole", "m")]
     assert logs[0] == logs[1]
+
+
+def test_only_noise_of_a_device_enters_the_recipe():
+    plain, device = (DdpmRecipe(1, 4, 1e-3, 0.9, 0.3, 0, "fp32", noise).parameters() for noise in ("numpy", "philox"))
+    assert device == plain | {"noise": "philox"}
 
 
 def test_fits_of_one_process_may_differ_in_precision(rows, tmp_path):
