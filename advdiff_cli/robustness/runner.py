@@ -107,14 +107,18 @@ class SuiteRunner:
     def _examples(self, row: SuiteRow, eps: float) -> Examples:
         """Return the examples of a row, and which patches to leave alone in a later attack of radius `eps`."""
         examples = self.patches_of(row)
-        is_whole = len(examples) == len(self.patches)
-        first = 0 if is_whole else shard_rows(len(self.patches), self.batch_size, self.shard).start
-        done = self.judge(row, lambda count: None).share == 0
-        if (job := self.certificates) is not None:
-            done |= self.certify(job, lambda count: None).proved_at(Radius.linf(eps, job.smoothed.dimension))
+        own = shard_rows(len(self.patches), self.batch_size, self.shard)
+
+        def first(n: int) -> int:
+            return 0 if n == len(self.patches) else own.start
+
         kept = np.zeros(len(self.patches), np.bool_)
-        kept[first : first + len(examples)] = done
-        return Examples(examples, first, kept)
+        found = [self.judge(row, lambda count: None).share == 0]
+        if (job := self.certificates) is not None:
+            found.append(self.certify(job, lambda count: None).proved_at(Radius.linf(eps, job.smoothed.dimension)))
+        for done in found:  # of all patches, or of this shard
+            kept[first(len(done)) : first(len(done)) + len(done)] |= done
+        return Examples(examples, first(len(examples)), kept)
 
     def patches_of(self, row: SuiteRow) -> PatchSet:
         """Return the attacked patches of a row: all, or those of this shard."""
