@@ -156,7 +156,7 @@ class ShardedOutput:
         if is_made:
             return "up to date"
         if shard is None:
-            [merged] = group.sum([group.is_main and self._merge_shards()])
+            [merged] = group.sum([group.is_main and self._merge_shards(group)])
             return "done" if merged else self.make(None, group)
         if group.size > 1:
             raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
@@ -175,12 +175,12 @@ class ShardedOutput:
         known = {} if have is None else resume.identity(have)
         return resume.matches_recipe(out, known, {**self.output.recipe, "part": None})
 
-    def _merge_shards(self) -> bool:
-        """Merge the shards beside the output; return whether there are any."""
+    def _merge_shards(self, group: ProcessGroup) -> bool:
+        """Merge the shards beside the output; return False if there are none, or they are those of the group."""
         out, begun = self.output.path, begun_shards(self.output.path)
-        if not begun:
+        count = int(begun[0].stem.rpartition("of")[2]) if begun else 0
+        if not begun or (group.size > 1 and count == self._shards_of(group)):
             return False
-        count = int(begun[0].stem.rpartition("of")[2])
         parts = [part_path(out, i, count) for i in range(count)]
         missing = [f"{i}/{count}" for i, part in enumerate(parts) if not self._is_shard(part)]
         if missing:
@@ -199,12 +199,15 @@ class ShardedOutput:
         rows = shard_rows(self.n, self.batch_size, shard)
         return self.kind.make(replace(self.output, path=path), rows)
 
+    def _shards_of(self, group: ProcessGroup) -> int:
+        """Return the number of processes of a group that have a batch to make."""
+        return min(group.size, -(-self.n // self.batch_size))
+
     def _make_together(self, group: ProcessGroup) -> Status:
         output, out = self.output, self.output.path
         if self._is_made():
             return "up to date"
-        batches = -(-self.n // self.batch_size)
-        shards = min(group.size, batches)
+        shards = self._shards_of(group)
         if shards == 1:
             if group.is_main:
                 self._make_part(out, None)

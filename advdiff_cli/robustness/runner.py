@@ -150,7 +150,8 @@ class SuiteRunner:
 
         output = self._output(out, job.recipe, is_current=is_complete(out, job.recipe))
         made = ShardedOutput(output, len(self.patches), self.batch_size, PatchSetOutput(self.patches, work))
-        made.make_beside(self.shard, self.group)
+        if made.make_beside(self.shard, self.group) == "up to date":
+            advance(self.own_patches)
 
     def _output(self, path: Path, made_by: Provenance, *, is_current: bool) -> OutputSpec:
         """Return an output of the suite; what is current is not made again, even if others may be replaced."""
