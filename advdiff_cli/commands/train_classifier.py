@@ -12,16 +12,15 @@ from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import OutputOptions
 from advdiff_cli.cli.parsers import fraction
 from advdiff_cli.cli.training import (
-    InputRequest,
     TrainingDataOptions,
     finished_precision,
     follow_training,
-    parse_augmentation,
     process_parameters,
     train,
     training_noise,
     training_precision,
 )
+from advdiff_cli.cli.training_input import InputRequest, parse_augmentation
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:

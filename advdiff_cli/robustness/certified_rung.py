@@ -4,7 +4,7 @@ The true robust accuracy of the vote over infinitely many draws lies between wha
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,8 +17,18 @@ from advdiff_cli.certification.summary import Radius, summarize
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.jobs.certify import CertifyJob
+from advdiff_cli.jobs.recipes import CertifySettings, default_batch_size
 from advdiff_cli.models.device import to_device
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.purification.defense import EvaluatedModel
 from advdiff_cli.robustness.suite import SuiteRow
+
+ALPHA = 0.001
+"""The probability that a certificate of a suite is wrong, at most."""
+
+CHOOSING_DRAWS = 20
+"""Draws that choose the class that is certified."""
 
 VOTES = 1000
 """Fresh draws of the vote on an attacked patch that seems to break its certificate."""
@@ -69,6 +79,30 @@ class CertifiedRung:
         whole = summarize(self.found, [self.radius])
         (certified,) = whole.pop("certified")
         return {**whole, **certified, "alpha": self.alpha, "sigma": self.sigma}
+
+
+def certify_job(
+    model: EvaluatedModel, patches: PatchSet, eps: float, draws: int, seed: int, device: torch.device
+) -> CertifyJob:
+    """Return the job that certifies patches against l-inf attacks of radius `eps`, in fp32.
+
+    Args:
+        model: A defended classifier.
+        patches: Of one size.
+        eps: In [0, 1] pixels.
+        draws: That bound the vote of a patch, at most.
+        seed: Of the draws.
+        device: Where to compute.
+
+    Raises:
+        AdvdiffError: There is no certificate for these patches, or the classifier depends on more than a patch.
+    """
+    protected = DefendedClassifier(model.protected.purifier, model.classifier).eval()  # in fp32
+    smoothed = SmoothedClassifier(protected, patches.require_shape(), seed)
+    smoothed.check_independence(patches.read([0])[0].to(device))
+    settings = CertifySettings(CHOOSING_DRAWS, draws, ALPHA, (eps,))
+    spec, size = replace(model.spec, precision="fp32"), default_batch_size(device.type, graph=False)
+    return CertifyJob(smoothed, spec, patches, settings, size, device)
 
 
 def votes_for(smoothed: SmoothedClassifier, patches: PatchSet, row: int, decision: int, device: torch.device) -> int:

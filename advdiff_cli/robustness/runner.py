@@ -11,7 +11,6 @@ import torch
 
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.certification.certificate_file import HEADER, read_certificates
-from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.certification.summary import Radius
 from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
@@ -25,26 +24,19 @@ from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.attack import AttackJob, EarlierAttack, Examples
 from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.predict import ALONE, predict
-from advdiff_cli.jobs.recipes import CertifySettings, default_batch_size
 from advdiff_cli.jobs.result_cache import cached_predictions, store_predictions
 from advdiff_cli.jobs.sharding import PatchSetOutput, Shard, ShardedOutput, TableOutput, part_path
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.robustness.certified_rung import CertifiedRung
+from advdiff_cli.robustness.certified_rung import ALPHA, CertifiedRung, certify_job
 from advdiff_cli.robustness.suite import Budget, SuiteRow
 from advdiff_cli.robustness.timing_log import TimingLog, journal_path, recorded_seconds
 
 Advance = Callable[[int], None]
 
 _log = logging.getLogger(__name__)
-
-ALPHA = 0.001
-"""The probability that a certificate of a suite is wrong, at most."""
-
-CHOOSING_DRAWS = 20
-"""Draws that choose the class that is certified."""
 
 
 @dataclass(frozen=True)
@@ -216,18 +208,8 @@ class SuiteRunner:
             return None
 
     def certify_job(self, eps: float) -> CertifyJob:
-        """Return a job that certifies the patches against l-inf attacks of radius `eps`.
-
-        Raises:
-            AdvdiffError: There is no certificate for these patches, or the classifier depends on more than a patch.
-        """
-        protected = DefendedClassifier(self.model.protected.purifier, self.model.classifier).eval()  # in fp32
-        smoothed = SmoothedClassifier(protected, self.patches.require_shape(), self.seed)
-        smoothed.check_independence(self.patches.read([0])[0].to(self.device))
-        settings = CertifySettings(CHOOSING_DRAWS, self.budget.certify_draws, ALPHA, (eps,))
-        spec = replace(self.model.spec, precision="fp32")
-        size = default_batch_size(self.device.type, graph=False)
-        return CertifyJob(smoothed, spec, self.patches, settings, size, self.device)
+        """Return a job that certifies the patches against l-inf attacks of radius `eps`; see `certify_job`."""
+        return certify_job(self.model, self.patches, eps, self.budget.certify_draws, self.seed, self.device)
 
     def certify(self, job: CertifyJob, advance: Advance) -> CertifiedRung:
         """Make the certificates of a job, or those of this process's part of the patches, and return them."""
