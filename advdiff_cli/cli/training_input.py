@@ -1,4 +1,4 @@
-"""What --augment and --adversarial ask for: how patches are purified and attacked before they are trained on."""
+"""What --augment, --adversarial and --consistency ask for: which patches a classifier is trained on, and how."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InputRequest:
-    """What --augment and --adversarial ask for."""
+    """What --augment, --adversarial and --consistency ask for."""
 
     augment: list[DefenseRequest | None]
     adversary: Adversary | None
+    consistency: float | None = None
 
     @property
     def draws_noise(self) -> bool:
@@ -40,7 +41,9 @@ class InputRequest:
         if self.draws_noise:
             defenses = [request and find_defense(request) for request in self.augment]
             found["augment"] = [d and {**d[0].parameters(), "ddpm": d[1]} for d in defenses]
-        return found | ({} if self.adversary is None else {"adversary": asdict(self.adversary)})
+        if self.adversary is not None:
+            found["adversary"] = asdict(self.adversary)
+        return found | ({} if self.consistency is None else {"consistency": self.consistency})
 
     def build(
         self, precision: Precision, seed: int, device: torch.device, view: View, noise: NoiseKind
@@ -68,7 +71,7 @@ class InputRequest:
                 check_view(purifier, view)
                 purifier.to(device).requires_grad_(False).eval()
             purifiers.append(purifier)
-        return TrainingInput(purifiers, self.adversary, precision, seed)
+        return TrainingInput(purifiers, self.adversary, precision, seed, self.consistency or 0.0)
 
 
 def parse_augmentation(text: str, *, allow_pickle: bool) -> DefenseRequest | None:

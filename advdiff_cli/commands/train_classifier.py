@@ -93,6 +93,14 @@ class InputOptions:
         float | None,
         typer.Option(help="Weight of that divergence.", show_default=str(_BETA), rich_help_panel=_INPUT),
     ] = None
+    consistency: Annotated[
+        float | None,
+        typer.Option(
+            help="For certificates: weight of the divergence of the outputs under two draws of the noise.",
+            show_default="none",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None
 
     def request(self, *, allow_pickle: bool) -> InputRequest:
         """Return what is asked for.
@@ -102,7 +110,12 @@ class InputOptions:
         """
         adversary = self._adversary()
         augment = [parse_augmentation(text, allow_pickle=allow_pickle) for text in self.augment or ["none"]]
-        return InputRequest(augment, adversary)
+        options.require_positive(consistency=self.consistency)
+        if self.consistency is not None and augment == [None]:
+            raise AdvdiffError("--consistency requires noise: give --augment purify:MODEL or noise:T")
+        if self.consistency is not None and self.loss == "trades":
+            raise AdvdiffError("--consistency and --loss trades: choose one")
+        return InputRequest(augment, adversary, self.consistency)
 
     def _adversary(self) -> "Adversary | None":
         from advdiff_cli.training.recipes import Adversary

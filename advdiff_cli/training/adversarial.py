@@ -1,10 +1,12 @@
 """What a classifier is trained on: patches as they are, purified by a defense, or attacked.
 
 Adversarial training: Madry et al. 2018, arXiv:1706.06083, eq. 2.1. TRADES: Zhang et al. 2019, arXiv:1901.08573, eq. 5.
+Consistency: Jeong and Shin 2020, arXiv:2006.04062.
 Perturbations are made in eval mode, so that the running statistics of batch normalization see no iterate of the attack
 (Pang et al. 2021, arXiv:2010.00467, section 3.6).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,11 @@ from advdiff_cli.purification.defended_classifier import DefendedClassifier, log
 from advdiff_cli.purification.purifier import Purifier
 from advdiff_cli.training.recipes import Adversary
 
+CONSISTENCY_DRAWS = 2
+"""Draws of the noise whose outputs are made consistent (m of Jeong and Shin)."""
+ENTROPY_WEIGHT = 0.5
+"""Weight of the entropy of their mean (eta of Jeong and Shin)."""
+
 
 @dataclass(frozen=True)
 class TrainingInput:
@@ -32,12 +39,15 @@ class TrainingInput:
         adversary: Attacks each patch through its purifier; None for no attack.
         precision: Of the purifiers.
         seed: Of every stream.
+        consistency: Weight of consistency regularization, which trains each patch on two draws; 0 for none. Not with
+            TRADES.
     """
 
     purifiers: Sequence[Purifier | None] = (None,)
     adversary: Adversary | None = None
     precision: Precision = "fp32"
     seed: int = 0
+    consistency: float = 0.0
 
     def loss(
         self, network: nn.Module, model: nn.Module, images: Tensor, labels: Tensor, rows: Sequence[RowKey]
@@ -51,25 +61,25 @@ class TrainingInput:
             labels: (B,) int64.
             rows: The name of each patch; names are unique.
         """
-        adversary = self.adversary
-        if adversary is None:
-            return cross_entropy(network(self.purify(images, rows)), labels)
-        adv = self.purify(self.perturb(model, images, labels, rows), rows)
+        adv = self.perturb(model, images, labels, rows)
         network.train()
-        if adversary.loss == "madry":
-            return cross_entropy(network(adv), labels)
-        clean, attacked = network(torch.cat([self.purify(images, rows), adv])).chunk(2)
+        if self.consistency:
+            draws = [self.purify(adv, rows, draw) for draw in range(CONSISTENCY_DRAWS)]
+            return consistency_loss(network(torch.cat(draws)).chunk(CONSISTENCY_DRAWS), labels, self.consistency)
+        if self.adversary is None or self.adversary.loss == "madry":
+            return cross_entropy(network(self.purify(adv, rows)), labels)
+        clean, attacked = network(torch.cat([self.purify(images, rows), self.purify(adv, rows)])).chunk(2)
         divergence = kl_div(log_softmax(attacked, 1), log_softmax(clean, 1), reduction="batchmean", log_target=True)
-        return cross_entropy(clean, labels) + adversary.beta * divergence
+        return cross_entropy(clean, labels) + self.adversary.beta * divergence
 
     @torch.no_grad()
-    def purify(self, images: Tensor, rows: Sequence[RowKey]) -> Tensor:
-        """Return images (B, 3, H, W), each purified by its purifier with its own draw of the noise."""
+    def purify(self, images: Tensor, rows: Sequence[RowKey], draw: int = 0) -> Tensor:
+        """Return images (B, 3, H, W), each purified by its purifier with its own `draw` of the noise."""
         purified = images.clone()
         for purifier, chosen in self._groups(rows, images.device):
             if purifier is not None:
                 names = [rows[i] for i in chosen.tolist()]
-                noise = row_noise(purifier, images[chosen], names, seed=self.seed, purpose="train")
+                noise = row_noise(purifier, images[chosen], names, seed=self.seed, purpose="train", draw=draw)
                 with autocast(self.precision, images.device):
                     purified[chosen] = purifier(images[chosen], noise).to(images.dtype)
         return purified
@@ -106,3 +116,22 @@ class TrainingInput:
         which = stream(self.seed, "purifier", rows[0]).integers(len(self.purifiers), size=len(rows))
         positions = ((p, torch.from_numpy((which == k).nonzero()[0])) for k, p in enumerate(self.purifiers))
         return [(p, chosen.to(device)) for p, chosen in positions if len(chosen)]
+
+
+def consistency_loss(logits: Sequence[Tensor], labels: Tensor, weight: float) -> Tensor:
+    """Return the cross-entropy, regularized so that the noise changes outputs little.
+
+    To it are added the mean divergence of a draw's outputs from the mean outputs, times `weight`, and the entropy of
+    the mean outputs, times 0.5.
+
+    Args:
+        logits: (B, classes) of each draw of the noise.
+        labels: (B,) int64.
+        weight: Of the divergence (lambda of Jeong and Shin).
+    """
+    log_p = log_softmax(torch.stack(list(logits)), -1)
+    log_mean = log_p.logsumexp(0) - math.log(len(log_p))
+    divergence = (log_mean.exp() * (log_mean - log_p)).sum(-1).mean()
+    entropy = -(log_mean.exp() * log_mean).sum(-1).mean()
+    of_labels = cross_entropy(log_p.flatten(0, 1), labels.repeat(len(log_p)))
+    return of_labels + weight * divergence + ENTROPY_WEIGHT * entropy

@@ -14,7 +14,7 @@ from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, row_noise
 from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
-from advdiff_cli.training.adversarial import TrainingInput
+from advdiff_cli.training.adversarial import TrainingInput, consistency_loss
 from advdiff_cli.training.recipes import Adversary
 
 EPS = 2 / 255
@@ -107,6 +107,33 @@ def test_trades_is_clean_cross_entropy_and_the_divergence(model, batch):
     assert divergence > 0
 
 
+def test_the_consistency_loss(batch):
+    """With the weight of the entropy, divergence and entropy sum to the cross-entropy of the draws with their mean."""
+    _, labels = batch
+    logits = torch.randn(3, len(labels), 2, generator=torch.Generator().manual_seed(0))
+    mean = logits.softmax(-1).mean(0)
+    plain = torch.stack([cross_entropy(z, labels) for z in logits]).mean()
+    crossed = torch.stack([cross_entropy(z, mean) for z in logits]).mean()
+    torch.testing.assert_close(consistency_loss([*logits], labels, 0.5), plain + 0.5 * crossed)
+    divergence = crossed + (mean * mean.log()).sum(-1).mean()
+    torch.testing.assert_close(consistency_loss([*logits], labels, 5.0), plain + 0.5 * crossed + 4.5 * divergence)
+    same = consistency_loss([logits[0]] * 2, labels, 5.0)
+    torch.testing.assert_close(same, consistency_loss([logits[0]], labels, 0.0))
+
+
+def test_consistency_trains_each_patch_on_two_draws(model, batch):
+    images, labels = batch
+    inputs = TrainingInput((noise_purifier(),), Adversary(EPS, 2, "madry"), consistency=4.0)
+    adv = inputs.perturb(model, images, labels, ROWS)
+    draws = [inputs.purify(adv, ROWS, draw) for draw in (0, 1)]
+    assert (draws[0] != draws[1]).any(dim=(1, 2, 3)).all()
+    model.train()
+    start = buffers(model)
+    found = inputs.loss(model, model, images, labels, ROWS)
+    model.load_state_dict(start, strict=False)
+    torch.testing.assert_close(found, consistency_loss(model.train()(torch.cat(draws)).chunk(2), labels, 4.0))
+
+
 def test_an_adversary_goes_through_the_purifier(model, batch, ddpm):
     images, labels = batch
     purifier = DiffusionPurifier(load_ddpm(ddpm), 0.1, sampler_steps=1).requires_grad_(False).eval()
@@ -143,6 +170,8 @@ def test_training_under_a_inputs_end_to_end(advdiff, patches, ddpm, tmp_path):
     assert "made with other settings" in advdiff(*command, code=1).err
     plain = [*command[:5], tmp_path / "plain", *command[6:]]
     for wrong, says in (
+        (["--consistency", 5], "--consistency requires noise"),
+        (["--consistency", 5, "--augment", "noise:0.1", "--adversarial", "--loss", "trades"], "choose one"),
         (["--augment", "noise"], "give none, noise:T"),
         (["--augment", "noise:2"], "t* = 2 is not in"),
         (["--augment", "purify:"], "give none, noise:T"),
