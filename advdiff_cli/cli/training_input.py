@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from advdiff_cli.errors import AdvdiffError
@@ -42,7 +42,7 @@ class InputRequest:
             defenses = [request and find_defense(request) for request in self.augment]
             found["augment"] = [d and {**d[0].parameters(), "ddpm": d[1]} for d in defenses]
         if self.adversary is not None:
-            found["adversary"] = asdict(self.adversary)
+            found["adversary"] = self.adversary.parameters()
         return found | ({} if self.consistency is None else {"consistency": self.consistency})
 
     def build(

@@ -67,13 +67,17 @@ class InputOptions:
             "--adversarial", help="Train on patches attacked by PGD, through --augment.", rich_help_panel=_INPUT
         ),
     ] = False
+    norm: Annotated[
+        Literal["linf", "l2"] | None,
+        typer.Option(help="Norm of its ball.", show_default="linf", rich_help_panel=_INPUT),
+    ] = None
     eps: Annotated[
         float | None,
         typer.Option(
             parser=fraction,
             metavar="EPS",
-            help="Radius of its l-inf ball in [0, 1] pixels.",
-            show_default="2/255",
+            help="Radius of its ball in [0, 1] pixels; for l2, of the patch after --crop and --pool.",
+            show_default="2/255; l2: required",
             rich_help_panel=_INPUT,
         ),
     ] = None
@@ -121,15 +125,16 @@ class InputOptions:
         from advdiff_cli.training.recipes import Adversary
 
         if not self.adversarial:
-            if (self.eps, self.attack_steps, self.loss, self.beta) != (None,) * 4:
-                raise AdvdiffError("--eps, --attack-steps, --loss and --beta require --adversarial")
+            if (self.norm, self.eps, self.attack_steps, self.loss, self.beta) != (None,) * 5:
+                raise AdvdiffError("--norm, --eps, --attack-steps, --loss and --beta require --adversarial")
             return None
         if self.beta is not None and self.loss != "trades":
             raise AdvdiffError("--beta requires --loss trades")
         options.require_positive(eps=self.eps, beta=self.beta)
-        eps = 2 / 255 if self.eps is None else self.eps
+        norm = self.norm or "linf"
+        eps = options.attack_radius(norm, self.eps)
         beta = _BETA if self.beta is None else self.beta
-        return Adversary(eps, self.attack_steps or _ATTACK_STEPS, self.loss or "madry", beta)
+        return Adversary(eps, self.attack_steps or _ATTACK_STEPS, self.loss or "madry", beta, norm)
 
 
 @with_option_groups

@@ -1,7 +1,8 @@
 """What a classifier is trained on: patches as they are, purified by a defense, or attacked.
 
 Adversarial training: Madry et al. 2018, arXiv:1706.06083, eq. 2.1. TRADES: Zhang et al. 2019, arXiv:1901.08573, eq. 5.
-Consistency: Jeong and Shin 2020, arXiv:2006.04062.
+Through noise, with l2 attacks, it is SmoothAdv: Salman et al. 2019, arXiv:1906.04584. Consistency: Jeong and Shin 2020,
+arXiv:2006.04062.
 Perturbations are made in eval mode, so that the running statistics of batch normalization see no iterate of the attack
 (Pang et al. 2021, arXiv:2010.00467, section 3.6).
 """
@@ -105,8 +106,8 @@ class TrainingInput:
                 (logits,) = logits_of_draws(model, images, rows, seed=self.seed, purpose="train", draws=range(1))
                 labels = logits.softmax(1)
         objective = Objective(model, labels, rows, ObjectiveSpec(seed=self.seed))
-        ball = Ball(images, adversary.eps, "linf", adversary.step_size)
-        x = random_point(images, adversary.eps, "linf", RowStreams(self.seed, "attack-start", rows))
+        ball = Ball(images, adversary.eps, adversary.norm, adversary.step_size)
+        x = random_point(images, adversary.eps, adversary.norm, RowStreams(self.seed, "attack-start", rows))
         for step in range(adversary.steps):
             x = ball.step(x, objective.gradient(x, step)[1])
         return x

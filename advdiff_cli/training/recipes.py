@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from advdiff_cli.attacks.spec import Norm
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import NoiseKind
 from advdiff_cli.models.precision import Precision
@@ -72,21 +73,27 @@ def _parameters(fit: ClassifierRecipe | DdpmRecipe) -> JsonObject:
 
 @dataclass(frozen=True)
 class Adversary:
-    """The l-inf PGD attack of adversarial training, from a random start; its last iterate is trained on.
+    """The PGD attack of adversarial training, from a random start; its last iterate is trained on.
 
     The step size is 2.5 eps / steps (Madry et al. 2018), and at most 1.25 eps (Wong et al. 2020, arXiv:2001.03994).
 
     Args:
-        eps: Radius of the ball in [0, 1] pixels.
+        eps: Radius of the ball in [0, 1] pixels; for l2, of what is read of a patch.
         steps: Gradient steps.
         loss: `madry` or `trades`.
         beta: In TRADES, the weight of the divergence between clean and attacked outputs.
+        norm: Of the ball.
     """
 
     eps: float
     steps: int
     loss: Literal["madry", "trades"]
     beta: float = 6.0
+    norm: Norm = "linf"
+
+    def parameters(self) -> JsonObject:
+        """Return the parameters that enter a recipe."""
+        return {k: v for k, v in asdict(self).items() if k != "norm" or v != "linf"}
 
     @property
     def step_size(self) -> float:

@@ -72,6 +72,14 @@ def test_attacked_patches_are_the_last_iterate_of_pgd(model, batch):
     assert found.max() <= 1
 
 
+def test_an_l2_adversary_stays_in_its_ball(model, batch):
+    images, labels = batch
+    adv = TrainingInput(adversary=Adversary(0.5, 3, "madry", norm="l2")).perturb(model, images, labels, ROWS)
+    sizes = (adv - images).flatten(1).norm(dim=1)
+    assert (sizes <= 0.5 + 1e-5).all()
+    assert sizes.max() > 0.4
+
+
 def test_step_sizes():
     assert [Adversary(EPS, k, "madry").step_size / EPS for k in (1, 2, 10)] == pytest.approx([1.25, 1.25, 0.25])
 
@@ -179,6 +187,7 @@ def test_training_under_a_inputs_end_to_end(advdiff, patches, ddpm, tmp_path):
         (["--augment", f"purify:{ddpm}:0.05:0"], "at least one U-Net evaluation"),
         (["--augment", "purify:nowhere"], "no diffusion model is called nowhere"),
         (["--eps", "2/255"], "require --adversarial"),
+        (["--adversarial", "--norm", "l2"], "--eps"),
         (["--adversarial", "--beta", "3"], "--beta requires --loss trades"),
         (["--adversarial", "--eps", "0"], "--eps must be above 0"),
     ):
