@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make every table that uses pcam-ddpm or the classifier adapted to it: those of docs/results.md on real patches.
+# Make the tables of docs/results.md that use pcam-ddpm or the classifier adapted to it.
 #
 #   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]      # sections: blind choose ladder steps sampler paper; all by default
 #

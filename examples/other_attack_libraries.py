@@ -1,6 +1,6 @@
 """Attack a defended classifier, which is a torch module from images in [0, 1] to logits, with foolbox and pyautoattack.
 
-pip install foolbox 'advdiff[autoattack]'
+pip install foolbox pyautoattack
 python examples/other_attack_libraries.py PATCHES.safetensors CLASSIFIER DDPM
 
 foolbox attacks the random defense, where each call draws fresh noise. pyautoattack attacks it with fixed noise, since

@@ -32,7 +32,7 @@ def fab(
         ValueError: The model is random, or the images leave [0, 1].
     """
     if not fab_is_installed():
-        raise AdvdiffError("--method fab needs pyautoattack: pip install 'advdiff[autoattack]'")
+        raise AdvdiffError("--method fab needs pyautoattack: pip install pyautoattack")
     if isinstance(model, DefendedClassifier):
         raise ValueError("FAB is for deterministic models; fix the noise first")
     from pyautoattack.fab_pt import FABAttack_PT

@@ -43,7 +43,8 @@ class ComputeOptions:
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(
-            rich_help_panel=options.COMPUTE, help="Of U-Nets and of training; auto: bf16 where the device has it."
+            rich_help_panel=options.COMPUTE,
+            help="Of U-Nets and of training; auto: bf16 where the device has it, and fp32 for certify.",
         ),
     ] = "auto"
 

@@ -13,6 +13,7 @@ from advdiff_cli.cli.compute_options import ShardedComputeOptions
 from advdiff_cli.cli.defense_options import DefenseOptions
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import PlannedOutputOptions
+from advdiff_cli.cli.parsers import fraction
 from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.cli.suite_progress import SuiteProgress
 from advdiff_cli.cli.suite_tables import plan_text, suite_text
@@ -43,7 +44,12 @@ class SuiteOptions:
             "512 patches, judged on 5, 11 or 21 draws."
         ),
     ] = "standard"
-    eps: options.Eps = None
+    eps: Annotated[
+        float | None,
+        typer.Option(
+            parser=fraction, metavar="EPS", help="Radius of the l-inf ball in [0, 1] pixels.", show_default="2/255"
+        ),
+    ] = None
     only: Annotated[list[str] | None, typer.Option(help="This row only, named as by --dry-run; may be repeated.")] = (
         None
     )
@@ -62,8 +68,8 @@ def robustness(
 ) -> None:
     """Run the suite of attacks on a classifier or a defense, and check the attacks themselves.
 
-    The suite goes from random noise and attacks that do not know the defense to exact gradients through it. All are
-    judged on draws of its noise that no attack used. Sanity checks then look for signs of weak attacks: each passes,
+    The suite holds controls, l-inf attacks with exact gradients through the defense, and attacks that know less of it.
+    All are judged on draws of its noise that no attack used, except the one that knows its draw. Sanity checks then look for signs of weak attacks: each passes,
     warns or fails. Every row is a patch set in the folder --out, made once and resumed; robustness.json holds the
     result of the whole suite. Rows are a shuffled sample of the preset's size, or of --limit, unless --range names
     them. With --shard, attack and certify part of the patches; the command without it takes the parts over, once all
