@@ -69,11 +69,11 @@ def robustness(
     """Run the suite of attacks on a classifier or a defense, and check the attacks themselves.
 
     The suite holds controls, l-inf attacks with exact gradients through the defense, and attacks that know less of it.
-    All are judged on draws of its noise that no attack used, except the one that knows its draw. Sanity checks then look for signs of weak attacks: each passes,
-    warns or fails. Every row is a patch set in the folder --out, made once and resumed; robustness.json holds the
-    result of the whole suite. Rows are a shuffled sample of the preset's size, or of --limit, unless --range names
-    them. With --shard, attack and certify part of the patches; the command without it takes the parts over, once all
-    are there. With -q, print the worst-case accuracy.
+    All are judged on draws of its noise that no attack used, except the one that knows its draw. Sanity checks then
+    look for signs of weak attacks: each passes, warns or fails. Every row is a patch set in the folder --out, made once
+    and resumed; robustness.json holds the result of the whole suite. Rows are a shuffled sample of the preset's size,
+    or of --limit, unless --range names them. With --shard, attack and certify part of the patches; the command without
+    it takes the parts over, once all are there. With -q, print the worst-case accuracy.
 
     Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o suite/
     """

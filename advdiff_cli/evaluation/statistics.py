@@ -8,8 +8,9 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,11 @@ class Estimate:
     def as_dict(self) -> dict[str, float | None]:
         """Return the fields, with None for NaN, since JSON has no NaN."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, float | None]) -> Self:
+        """Return the estimate of `as_dict`."""
+        return cls(**{name: float("nan") if value is None else value for name, value in fields.items()})
 
 
 def wilson(successes: int, n: int) -> Estimate:

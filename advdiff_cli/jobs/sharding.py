@@ -172,8 +172,9 @@ class ShardedOutput:
         if self.output.overwrite or not out.exists():
             return False
         have = self.kind.recorded(out)
-        known = {} if have is None else resume.identity(have)
-        return resume.matches_recipe(out, known, {**self.output.recipe, "part": None})
+        if have is None:
+            raise AdvdiffError(f"{out} is damaged, or was not made by advdiff; remove it or give --overwrite")
+        return resume.matches_recipe(out, resume.identity(have), {**self.output.recipe, "part": None})
 
     def _merge_shards(self, group: ProcessGroup) -> bool:
         """Merge the shards beside the output; return False if there are none, or they are those of the group."""
@@ -183,6 +184,8 @@ class ShardedOutput:
             return False
         parts = [part_path(out, i, count) for i in range(count)]
         missing = [f"{i}/{count}" for i, part in enumerate(parts) if not self._is_shard(part)]
+        if len(missing) == count and self.output.overwrite:
+            return False  # they are of another recipe, which may be replaced
         if missing:
             raise AdvdiffError(
                 f"{out}: --shard {', '.join(missing)} not finished with these settings; finish, or remove "
@@ -197,7 +200,8 @@ class ShardedOutput:
 
     def _make_part(self, path: Path, shard: Shard | None) -> Status:
         rows = shard_rows(self.n, self.batch_size, shard)
-        return self.kind.make(replace(self.output, path=path), rows)
+        overwrite = self.output.overwrite and (shard is None or not self._is_shard(path))
+        return self.kind.make(replace(self.output, path=path, overwrite=overwrite), rows)
 
     def _shards_of(self, group: ProcessGroup) -> int:
         """Return the number of processes of a group that have a batch to make."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import bdtr, bdtrc
+from torch import Tensor
 
 from advdiff_cli.certification.certificate_file import CertifiedSet
 from advdiff_cli.certification.smoothing import SmoothedClassifier
@@ -18,7 +19,7 @@ from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.certify import CertifyJob
-from advdiff_cli.jobs.recipes import CertifySettings, default_batch_size
+from advdiff_cli.jobs.recipes import CertifySettings
 from advdiff_cli.models.device import to_device
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import EvaluatedModel
@@ -34,7 +35,6 @@ VOTES = 1000
 """Fresh draws of the vote on an attacked patch that seems to break its certificate."""
 
 _FIRST_VOTE = 1_000_000  # their first draw, beyond those of any certificate
-_BATCH = 16
 _LEVEL = 1e-4  # of the test that a vote has changed, over all votes
 _CHANCE = 0.01  # more broken certificates than alpha explains, with this probability
 
@@ -82,7 +82,14 @@ class CertifiedRung:
 
 
 def certify_job(
-    model: EvaluatedModel, patches: PatchSet, eps: float, draws: int, seed: int, device: torch.device
+    model: EvaluatedModel,
+    patches: PatchSet,
+    eps: float,
+    draws: int,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
 ) -> CertifyJob:
     """Return the job that certifies patches against l-inf attacks of radius `eps`, in fp32.
 
@@ -92,6 +99,7 @@ def certify_job(
         eps: In [0, 1] pixels.
         draws: That bound the vote of a patch, at most.
         seed: Of the draws.
+        batch_size: Draws computed together.
         device: Where to compute.
 
     Raises:
@@ -101,16 +109,16 @@ def certify_job(
     smoothed = SmoothedClassifier(protected, patches.require_shape(), seed)
     smoothed.check_independence(patches.read([0])[0].to(device))
     settings = CertifySettings(CHOOSING_DRAWS, draws, ALPHA, (eps,))
-    spec, size = replace(model.spec, precision="fp32"), default_batch_size(device.type, graph=False)
-    return CertifyJob(smoothed, spec, patches, settings, size, device)
+    spec = replace(model.spec, precision="fp32")
+    return CertifyJob(smoothed, spec, patches, settings, batch_size, device)
 
 
-def votes_for(smoothed: SmoothedClassifier, patches: PatchSet, row: int, decision: int, device: torch.device) -> int:
-    """Return how many of `VOTES` fresh draws on a patch are for a class."""
-    image, name, count = to_device(patches.read([row]), device)[0], int(patches.index[row]), 0
-    for start in range(0, VOTES, _BATCH):
-        draws = range(_FIRST_VOTE + start, _FIRST_VOTE + start + _BATCH)
-        votes = smoothed.votes(image, name, draws).cpu().numpy()[: VOTES - start]
+def votes_for(job: CertifyJob, image: Tensor, name: int, decision: int) -> int:
+    """Return how many of `VOTES` fresh draws on an image (3, H, W), of the patch called `name`, are for a class."""
+    image, count = to_device(image, job.device), 0
+    for start in range(0, VOTES, job.batch_size):
+        draws = range(_FIRST_VOTE + start, _FIRST_VOTE + start + job.batch_size)
+        votes = job.smoothed.votes(image, name, draws).cpu().numpy()[: VOTES - start]
         count += int((votes == (decision == 1)).sum())
     return count
 

@@ -1,7 +1,7 @@
 """Checks of a model's gradients: whether they are zero, whether draws agree, and whether outputs are logits."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -33,14 +33,16 @@ class GradientFindings:
     probabilities: bool
 
     def as_dict(self) -> JsonObject:
-        """Return the fields."""
-        return asdict(self)
+        """Return the fields, with None for NaN."""
+        cosine = None if self.cosine is None else self.cosine.as_dict()
+        return {"zero": self.zero.as_dict(), "cosine": cosine, "probabilities": self.probabilities}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Return the findings of `as_dict`."""
         cosine = fields["cosine"]
-        return cls(Estimate(**fields["zero"]), cosine and Estimate(**cosine), fields["probabilities"])
+        zero = Estimate.from_dict(fields["zero"])
+        return cls(zero, cosine and Estimate.from_dict(cosine), fields["probabilities"])
 
 
 def check_gradients(

@@ -92,12 +92,15 @@ class SuiteRunner:
     def _earlier(self, row: SuiteRow) -> EarlierAttack:
         """Return the attack that a row goes on from; what it broke is left alone, and what is proved at its eps."""
         before = next(r for r in self.suite if r.name == row.after)
-        proof = None if self.certificates is None else self.certificates.recipe
-        made_by = {"judged": self.judging_recipe(before), "certified": proof}
-        return EarlierAttack(made_by, row.starts_there, lambda: self._examples(before, row.eps))
+        proof = self.certificates if row.spares_certified else None
+        made_by = {"judged": self.judging_recipe(before), "certified": proof and proof.recipe}
+        return EarlierAttack(made_by, row.starts_there, lambda: self._examples(before, row.eps, proof))
 
-    def _examples(self, row: SuiteRow, eps: float) -> Examples:
-        """Return the examples of a row, and which patches to leave alone in a later attack of radius `eps`."""
+    def _examples(self, row: SuiteRow, eps: float, job: CertifyJob | None) -> Examples:
+        """Return the examples of a row, and which patches a later attack of radius `eps` leaves alone.
+
+        These are the ones that it broke, and those that a job certifies.
+        """
         examples = self.patches_of(row)
         own = shard_rows(len(self.patches), self.batch_size, self.shard)
 
@@ -106,7 +109,7 @@ class SuiteRunner:
 
         kept = np.zeros(len(self.patches), np.bool_)
         found = [self.judge(row, lambda count: None).share == 0]
-        if (job := self.certificates) is not None:
+        if job is not None:
             found.append(self.certify(job, lambda count: None).proved_at(Radius.linf(eps, job.smoothed.dimension)))
         for done in found:  # of all patches, or of this shard
             kept[first(len(done)) : first(len(done)) + len(done)] |= done
@@ -114,7 +117,10 @@ class SuiteRunner:
 
     def patches_of(self, row: SuiteRow) -> PatchSet:
         """Return the attacked patches of a row: all, or those of this shard."""
-        return self.patches if row.attack is None else open_patches(self._own(self.out / f"{row.name}.safetensors"))
+        if row.attack is None:
+            return self.patches
+        whole = self._patch_set(row)
+        return open_patches(self._own(whole, is_whole=is_complete(whole, self._job(row, row.attack).recipe)))
 
     def _attacked_model(self, row: SuiteRow) -> EvaluatedModel:
         """Return the model that a row's attack is made against."""
@@ -131,7 +137,7 @@ class SuiteRunner:
         """Make the patch set of a row, or this process's part of it."""
         if row.attack is None:
             return
-        job, out = self._job(row, row.attack), self.out / f"{row.name}.safetensors"
+        job, out = self._job(row, row.attack), self._patch_set(row)
 
         def work(writer: PatchWriter) -> None:
             advance(int(writer.finished.sum()))
@@ -144,6 +150,9 @@ class SuiteRunner:
         made = ShardedOutput(output, len(self.patches), self.batch_size, PatchSetOutput(self.patches, work))
         if made.make_beside(self.shard, self.group) == "up to date":
             advance(self.own_patches)
+        elif self.group.is_main:  # what was computed from an earlier file of this name no longer holds
+            for stale in (self._predictions(row), self.out / "certified.json"):
+                stale.unlink(missing_ok=True)
 
     def _output(self, path: Path, made_by: Provenance, *, is_current: bool) -> OutputSpec:
         """Return an output of the suite; what is current is not made again, even if others may be replaced."""
@@ -181,7 +190,7 @@ class SuiteRunner:
         return self._judged[key]
 
     def _judge(self, row: SuiteRow, made_by: Provenance, advance: Advance) -> Predictions:
-        path, patches = self.out / f"{self.label}{row.name}.predictions.safetensors", self.patches_of(row)
+        path, patches = self._predictions(row), self.patches_of(row)
         is_whole = len(patches) == len(self.patches)
         if is_whole and (found := cached_predictions(path, made_by, overwrite=self.overwrite)):
             advance(len(found.labels))
@@ -209,7 +218,8 @@ class SuiteRunner:
 
     def certify_job(self, eps: float) -> CertifyJob:
         """Return a job that certifies the patches against l-inf attacks of radius `eps`; see `certify_job`."""
-        return certify_job(self.model, self.patches, eps, self.budget.certify_draws, self.seed, self.device)
+        draws, size = self.budget.certify_draws, self.batch_size
+        return certify_job(self.model, self.patches, eps, draws, seed=self.seed, batch_size=size, device=self.device)
 
     def certify(self, job: CertifyJob, advance: Advance) -> CertifiedRung:
         """Make the certificates of a job, or those of this process's part of the patches, and return them."""
@@ -232,15 +242,22 @@ class SuiteRunner:
         made = ShardedOutput(output, n, self.batch_size, kind)  # whose shards hold the rows of those of attacks
         made.make_beside(self.shard, self.group)
         radius = Radius.linf(job.settings.eps[0], job.smoothed.dimension)
-        return CertifiedRung(read_certificates(self._own(out)), radius, ALPHA, job.smoothed.sigma)
+        own = self._own(out, is_whole=is_complete_table(out, job.recipe, RowRange(0, n, n)))
+        return CertifiedRung(read_certificates(own), radius, ALPHA, job.smoothed.sigma)
 
     @property
     def _certified(self) -> Path:
         return self.out / f"{self.label}certified.csv"
 
-    def _own(self, path: Path) -> Path:
-        """Return where the whole output is, or this process's shard of it, if that is all."""
-        return path if self.shard is None or path.exists() else part_path(path, *self.shard)
+    def _patch_set(self, row: SuiteRow) -> Path:
+        return self.out / f"{row.name}.safetensors"
+
+    def _predictions(self, row: SuiteRow) -> Path:
+        return self.out / f"{self.label}{row.name}.predictions.safetensors"
+
+    def _own(self, whole: Path, *, is_whole: bool) -> Path:
+        """Return where an output is: the whole of it, or this process's shard."""
+        return whole if self.shard is None or is_whole else part_path(whole, *self.shard)
 
     def seconds(self, row: SuiteRow) -> float:
         """Return how long a row took to make and to judge, over all runs."""

@@ -54,8 +54,7 @@ class SuiteRow:
         against: What the attack is made against: the defense; `noise`, NoiseDefense, whose examples are transferred;
             or `nothing`, the classifier alone, which gives the same examples for every defense.
         judged_on: All judging draws, or the first one, which the attack knows.
-        after: An earlier row. Patches that it broke under every judging draw keep its example and are not attacked, and
-            neither are those that are certified at this eps.
+        after: An earlier row. Patches that it broke under every judging draw keep its example and are not attacked.
         starts_there: Whether the attack starts at the examples of that row, and not at a point of its own.
     """
 
@@ -71,6 +70,15 @@ class SuiteRow:
     def eps(self) -> float:
         """The radius of the attack's ball in [0, 1] pixels; 0 without an attack."""
         return 0.0 if self.attack is None else self.attack.eps
+
+    @property
+    def spares_certified(self) -> bool:
+        """Whether patches that are certified at this eps keep the example of the earlier row too.
+
+        Not in the curve, where the earlier row may have a much smaller eps: their vote is proved, but the mean over
+        draws is not.
+        """
+        return self.after is not None and self.kind != "curve"
 
 
 CLEAN = SuiteRow("clean", "control")

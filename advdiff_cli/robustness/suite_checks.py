@@ -31,19 +31,24 @@ class SuiteChecks:
         """Return the certificates that attacks break, on fresh draws of the vote."""
         runner = self.runner
         rows = [r for r in runner.suite if r.name in judged]
-        suspects = rung.suspects(rows, judged)
 
         def check() -> JsonObject:
-            broken, opened = set(), {r.name: runner.patches_of(r) for r in rows if r.name in {n for n, _ in suspects}}
+            suspects = rung.suspects(rows, judged)
+            opened = {r.name: runner.patches_of(r) for r in rows if r.name in {name for name, _ in suspects}}
+            images = {}  # by patch and content, since later rows keep examples of earlier ones
             for name, i in suspects:
-                votes = votes_for(job.smoothed, opened[name], i, int(rung.found.decision[i]), runner.device)
-                if is_changed(votes, len(suspects)):
+                image = opened[name].read([i])[0]
+                images[i, image.numpy().tobytes()] = image
+            broken = set()
+            for (i, _), image in images.items():
+                votes = votes_for(job, image, int(runner.patches.index[i]), int(rung.found.decision[i]))
+                if is_changed(votes, len(images)):
                     broken.add(i)
-            return {"broken": len(broken)}
+            return {"suspects": len(images), "broken": len(broken)}
 
         recipes = [canonical_json(runner.judging_recipe(r)).encode() for r in rows]
         found = self._cached("certified", {"certificates": job.recipe, "attacks": digest(recipes)}, check)
-        return BrokenCertificates(len(rung.found), int(rung.proved.sum()), len(suspects), int(found["broken"]))
+        return BrokenCertificates(len(rung.found), int(rung.proved.sum()), found["suspects"], found["broken"])
 
     def gradients(self, advance: Advance) -> GradientFindings:
         """Return findings about the gradients at the first clean patches."""

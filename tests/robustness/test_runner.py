@@ -1,17 +1,21 @@
 """Which patches a later attack of a suite leaves alone: those that are broken, and those that are certified."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
 from advdiff_cli.robustness.runner import SuiteRunner
 from advdiff_cli.robustness.suite import Budget, build_suite
+from advdiff_cli.robustness.suite_checks import SuiteChecks
 
 CPU, EPS, N = torch.device("cpu"), 2 / 255, 8
 BUDGET = Budget(N, 2, 1, 2, 3, 700)
@@ -47,7 +51,7 @@ def test_broken_and_certified_patches_are_left_alone(runner, monkeypatch):
     assert proved[far].all()
 
     for eps, at_eps in ((EPS, True), (4 / 255, False)):
-        kept = runner._examples(rows["pgd"], eps).kept
+        kept = runner._examples(rows["pgd"], eps, runner.certificates).kept
         assert kept.tolist() == ((judged.share == 0) | (proved & at_eps)).tolist()
     attacked = []
     real = AttackJob._attack
@@ -58,3 +62,70 @@ def test_broken_and_certified_patches_are_left_alone(runner, monkeypatch):
     assert not set(np.concatenate([np.empty(0, int), *attacked]).tolist()) & set(np.flatnonzero(proved).tolist())
     pgd, after = (open_patches(runner.out / f"{name}.safetensors").read(range(N)) for name in ("pgd", "apgd-ce"))
     assert torch.equal(after[proved], pgd[proved])
+
+
+def test_a_curve_attacks_certified_patches(runner):
+    """Their vote is proved, but the mean over draws may be worse at a larger eps than at the one before."""
+    rows = {row.name: row for row in runner.suite}
+    assert rows["apgd-ce"].spares_certified
+    assert rows["eps-1"].after == "eps-0.5"
+    assert not rows["eps-1"].spares_certified
+    runner.attack(rows["eps-0.5"], lambda count: None)
+    kept = runner._earlier(rows["eps-1"]).load().kept
+    broken = runner.judge(rows["eps-0.5"], lambda count: None).share == 0
+    assert kept.tolist() == broken.tolist()
+    assert not broken.all()
+
+
+def test_a_new_patch_set_is_judged_anew(runner):
+    """Predictions are of a file, not of its recipe alone: another machine may have made a slightly different one."""
+    row = next(row for row in runner.suite if row.name == "fgsm")
+    runner.attack(row, lambda count: None)
+    runner.judge(row, lambda count: None)
+    (runner.out / "fgsm.safetensors").unlink()
+    runner.attack(row, lambda count: None)
+    assert not (runner.out / "fgsm.predictions.safetensors").exists()
+
+
+def test_shards_do_not_read_what_they_overwrite(runner):
+    """A whole file of another recipe is not the earlier attack that a shard goes on from."""
+    runner = replace(runner, budget=replace(BUDGET, certify_draws=30))
+    rows = {row.name: row for row in runner.suite}
+    for name in ("pgd", "apgd-ce"):
+        runner.attack(rows[name], lambda count: None)
+    reseeded = replace(runner, seed=1, overwrite=True)
+    for i in (0, 1):
+        shard = replace(reseeded, shard=(i, 2))
+        for name in ("pgd", "apgd-ce"):
+            shard.attack(rows[name], lambda count: None)
+        assert len(shard.patches_of(rows["pgd"])) == N // 2
+        part = shard.out / f"pgd.{i}of2.safetensors"
+        written = part.stat().st_mtime_ns
+        replace(shard).attack(rows["pgd"], lambda count: None)
+        assert part.stat().st_mtime_ns == written  # finished, and not made again
+    for name in ("pgd", "apgd-ce"):
+        reseeded.attack(rows[name], lambda count: None)
+    (runner.out.parent / "fresh").mkdir()
+    fresh = replace(reseeded, out=runner.out.parent / "fresh", overwrite=False)
+    for name in ("pgd", "apgd-ce"):
+        fresh.attack(rows[name], lambda count: None)
+        one, other = (open_patches(r.out / f"{name}.safetensors").read(range(N)) for r in (reseeded, fresh))
+        assert torch.equal(one, other)
+
+
+def test_a_suite_of_one_patch_ends(runner):
+    one = replace(runner, patches=runner.patches.first(1))
+    found = SuiteChecks(one).gradients(lambda count: None)
+    assert found.cosine.value <= 1
+    assert np.isnan(found.cosine.low)
+    again = SuiteChecks(one).gradients(lambda count: None)  # from its file
+    assert again.cosine.value == found.cosine.value
+    assert np.isnan(again.cosine.low)
+
+
+def test_a_damaged_file_is_named(runner):
+    path = runner.out / "fgsm.safetensors"
+    path.write_bytes(b"not a patch set")
+    row = next(row for row in runner.suite if row.name == "fgsm")
+    with pytest.raises(AdvdiffError, match="is damaged, or was not made by advdiff"):
+        runner.attack(row, lambda count: None)
