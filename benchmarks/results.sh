@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Make the tables of docs/results.md that use pcam-ddpm or the classifier adapted to it.
 #
-#   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]      # sections: blind choose ladder steps sampler paper; all by default
+#   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]
 #
-# PCAM_DIR holds pcam/camelyonpatch_level_2_split_*_x.h5 and may hold images/lossless_valid. Results stay in OUT_DIR; after an
+# Sections are blind choose ladder certificates steps sampler paper, and all are made by default. PCAM_DIR holds
+# pcam/camelyonpatch_level_2_split_*_x.h5, and may hold images/lossless_{train,valid}. Results stay in OUT_DIR; after an
 # interruption, the same command resumes. Sections can run in parallel with one thread each (OMP_NUM_THREADS=1), except for
 # `blind` and `steps`, which write the same files. A step writes its figures to OUT_DIR/NAME.json; a sweep and an attack suite
 # write a folder.
@@ -12,7 +13,8 @@ shopt -s inherit_errexit
 PCAM=$1 OUT=$2
 shift 2
 mkdir -p "$OUT"
-TEST=$PCAM/pcam/camelyonpatch_level_2_split_test_x.h5 VALID=$PCAM/pcam/camelyonpatch_level_2_split_valid_x.h5
+split=$PCAM/pcam/camelyonpatch_level_2_split
+TRAIN=${split}_train_x.h5 VALID=${split}_valid_x.h5 TEST=${split}_test_x.h5
 LOSSLESS=$PCAM/images/lossless_valid
 frozen=(-c pcam-resnet18 -m pcam-ddpm) adapted=(-c pcam-resnet18-adapted -m pcam-ddpm)
 
@@ -52,6 +54,24 @@ ladder() {
     advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 96 -o "$OUT/ladder"
     advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 1581 --only clean --only random --only blind -o "$OUT/ladder-all"
     advdiff robustness "$TEST" "${frozen[@]}" --t-star 0.25 --limit 96 -o "$OUT/ladder-frozen"
+}
+
+certificates() { # of the bundled pairs, of the centre of each patch, and of NoiseDefense with a classifier trained on its noise
+    local sizes=(--eps 2/255 --eps 1/255 --eps 0.5/255 --radius 0 --radius 0.25 --radius 0.5 --radius 1)
+    local weights centre=$OUT/centre64
+    weights=$(python -c 'import advdiff_cli; print(advdiff_cli.__path__[0])')/weights/pcam-resnet18-adapted
+    if [ ! -d "$centre" ]; then
+        cp -r "$weights" "$centre.part"
+        sed 's/{/{"crop": 64, /' "$weights/config.json" >"$centre.part/config.json"
+        mv "$centre.part" "$centre"
+    fi
+    advdiff train-classifier "$TRAIN" "$PCAM"/images/lossless_train{,} --valid "$VALID" --init pcam-resnet18 --epochs 4 \
+        --learning-rate 5e-4 --augment noise:0.25 --crop 64 -o "$OUT/noise64" -q
+    advdiff certify "$TEST" "${adapted[@]}" --t-star 0.3 "${sizes[@]}" --n 1000 -o "$OUT/certified-adapted.csv" -q
+    advdiff certify "$TEST" "${frozen[@]}" --t-star 0.3 "${sizes[@]}" --n 500 -o "$OUT/certified-frozen.csv" -q
+    advdiff certify "$TEST" -c "$centre" -m pcam-ddpm --t-star 0.3 "${sizes[@]}" --n 500 -o "$OUT/certified-centre64.csv" -q
+    advdiff certify "$TEST" -c "$OUT/noise64" --defense noise --t-star 0.25 "${sizes[@]}" --n 500 -o "$OUT/certified-noise64.csv" -q
+    advdiff compare "$OUT"/certified-{noise64,centre64,adapted,frozen}.csv --eps 2/255 --json >"$OUT/certified.json"
 }
 
 steps() { # of the same t*; then 40 of diffusers' scheduler at the t* that is best for them on valid
@@ -100,7 +120,7 @@ paper() { # the paper's experiment with the bundled models; the other classifier
         OTHER_ARCHS="googlenet shufflenet_v2_x1_0" "$(dirname "$0")/../examples/reproduce_paper.sh" "$PCAM" "$OUT/paper"
 }
 
-[ $# -gt 0 ] || set -- blind choose ladder steps sampler paper
+[ $# -gt 0 ] || set -- blind choose ladder certificates steps sampler paper
 for section; do
     declare -F "$section" >/dev/null || { echo "$0: no section called $section" >&2 && exit 2; }
 done
