@@ -153,6 +153,7 @@ class SuiteRunner:
         elif self.group.is_main:  # what was computed from an earlier file of this name no longer holds
             for stale in (self._predictions(row), self.out / "certified.json"):
                 stale.unlink(missing_ok=True)
+        self.group.wait()  # before another process looks for them
 
     def _output(self, path: Path, made_by: Provenance, *, is_current: bool) -> OutputSpec:
         """Return an output of the suite; what is current is not made again, even if others may be replaced."""

@@ -187,7 +187,7 @@ def test_training_under_a_inputs_end_to_end(advdiff, patches, ddpm, tmp_path):
         (["--augment", f"purify:{ddpm}:0.05:0"], "at least one U-Net evaluation"),
         (["--augment", "purify:nowhere"], "no diffusion model is called nowhere"),
         (["--eps", "2/255"], "require --adversarial"),
-        (["--adversarial", "--norm", "l2"], "--eps"),
+        (["--adversarial", "--norm", "l2"], "--norm l2 needs --eps"),
         (["--adversarial", "--beta", "3"], "--beta requires --loss trades"),
         (["--adversarial", "--eps", "0"], "--eps must be above 0"),
     ):
