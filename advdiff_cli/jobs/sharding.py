@@ -108,6 +108,11 @@ def part_path(out: Path, i: int, count: int) -> Path:
     return out.with_name(f"{out.stem}.{i}of{count}{out.suffix}")
 
 
+def own_path(whole: Path, shard: Shard | None, *, is_whole: bool) -> Path:
+    """Return where the rows of a shard are: in the whole output, if that is there, or beside it."""
+    return whole if shard is None or is_whole else part_path(whole, *shard)
+
+
 def begun_shards(out: Path) -> list[Path]:
     """Return where shards of an output are that were begun beside it, finished or not."""
     shard = re.compile(rf"({re.escape(out.stem)}\.\d+of\d+{re.escape(out.suffix)})(\.part)?")

@@ -3,7 +3,7 @@
 The true robust accuracy of the vote over infinitely many draws lies between what is proved and what attacks leave.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from scipy.special import bdtr, bdtrc
 from torch import Tensor
 
-from advdiff_cli.certification.certificate_file import CertifiedSet
+from advdiff_cli.certification.certificate_file import HEADER, CertifiedSet, read_certificates
 from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.certification.summary import Radius, summarize
+from advdiff_cli.data.distributed import ProcessGroup
+from advdiff_cli.data.output_spec import OutputSpec, RowRange
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.data.table_writer import TableWriter, is_complete_table
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.recipes import CertifySettings
+from advdiff_cli.jobs.sharding import Shard, ShardedOutput, TableOutput, own_path
 from advdiff_cli.models.device import to_device
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import EvaluatedModel
@@ -111,6 +115,31 @@ def certify_job(
     settings = CertifySettings(CHOOSING_DRAWS, draws, ALPHA, (eps,))
     spec = replace(model.spec, precision="fp32")
     return CertifyJob(smoothed, spec, patches, settings, batch_size, device)
+
+
+def make_rung(
+    job: CertifyJob, output: OutputSpec, shard: Shard | None, group: ProcessGroup, advance: Callable[[int], None]
+) -> CertifiedRung:
+    """Make the certificates of a job, or those of this process's part of the patches, and return them.
+
+    Args:
+        job: Certifies patches against attacks of one size; its shards hold the rows of those of attacks.
+        output: The table.
+        shard: The part of the patches; None for all.
+        group: Processes that share the work.
+        advance: Called with the number of patches done.
+    """
+    n = len(job.patches)
+
+    def work(writer: TableWriter) -> None:
+        advance(int(writer.finished.sum()))
+        for count in job.run(writer):
+            advance(count)
+
+    ShardedOutput(output, n, job.batch_size, TableOutput(job.patches, HEADER, work)).make_beside(shard, group)
+    is_whole = is_complete_table(output.path, job.recipe, RowRange(0, n, n))
+    found = read_certificates(own_path(output.path, shard, is_whole=is_whole))
+    return CertifiedRung(found, Radius.linf(job.settings.eps[0], job.smoothed.dimension), ALPHA, job.smoothed.sigma)
 
 
 def votes_for(job: CertifyJob, image: Tensor, name: int, decision: int) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from advdiff_cli.attacks.spec import AttackSpec
-from advdiff_cli.certification.certificate_file import HEADER, read_certificates
 from advdiff_cli.certification.summary import Radius
 from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
@@ -18,19 +17,19 @@ from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import PatchSet, open_patches
 from advdiff_cli.data.provenance import Provenance, canonical_json, recipe
 from advdiff_cli.data.resume import is_complete
-from advdiff_cli.data.table_writer import TableWriter, is_complete_table
+from advdiff_cli.data.table_writer import is_complete_table
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.jobs.attack import AttackJob, EarlierAttack, Examples
 from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.predict import ALONE, predict
 from advdiff_cli.jobs.result_cache import cached_predictions, store_predictions
-from advdiff_cli.jobs.sharding import PatchSetOutput, Shard, ShardedOutput, TableOutput, part_path
+from advdiff_cli.jobs.sharding import PatchSetOutput, Shard, ShardedOutput, own_path
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.robustness.certified_rung import ALPHA, CertifiedRung, certify_job
+from advdiff_cli.robustness.certified_rung import CertifiedRung, certify_job, make_rung
 from advdiff_cli.robustness.suite import Budget, SuiteRow
 from advdiff_cli.robustness.timing_log import TimingLog, journal_path, recorded_seconds
 
@@ -120,7 +119,7 @@ class SuiteRunner:
         if row.attack is None:
             return self.patches
         whole = self._patch_set(row)
-        return open_patches(self._own(whole, is_whole=is_complete(whole, self._job(row, row.attack).recipe)))
+        return open_patches(own_path(whole, self.shard, is_whole=is_complete(whole, self._job(row, row.attack).recipe)))
 
     def _attacked_model(self, row: SuiteRow) -> EvaluatedModel:
         """Return the model that a row's attack is made against."""
@@ -230,35 +229,15 @@ class SuiteRunner:
         return self._proved[key]
 
     def _certify(self, job: CertifyJob, advance: Advance) -> CertifiedRung:
-        out, n = self._certified, len(self.patches)
+        out, n = self.out / f"{self.label}certified.csv", len(self.patches)
         is_current = is_complete_table(out, job.recipe, RowRange(0, n, n))
-
-        def work(writer: TableWriter) -> None:
-            advance(int(writer.finished.sum()))
-            for count in job.run(writer):
-                advance(count)
-
-        output = self._output(out, job.recipe, is_current=is_current)
-        kind = TableOutput(self.patches, HEADER, work)
-        made = ShardedOutput(output, n, self.batch_size, kind)  # whose shards hold the rows of those of attacks
-        made.make_beside(self.shard, self.group)
-        radius = Radius.linf(job.settings.eps[0], job.smoothed.dimension)
-        own = self._own(out, is_whole=is_complete_table(out, job.recipe, RowRange(0, n, n)))
-        return CertifiedRung(read_certificates(own), radius, ALPHA, job.smoothed.sigma)
-
-    @property
-    def _certified(self) -> Path:
-        return self.out / f"{self.label}certified.csv"
+        return make_rung(job, self._output(out, job.recipe, is_current=is_current), self.shard, self.group, advance)
 
     def _patch_set(self, row: SuiteRow) -> Path:
         return self.out / f"{row.name}.safetensors"
 
     def _predictions(self, row: SuiteRow) -> Path:
         return self.out / f"{self.label}{row.name}.predictions.safetensors"
-
-    def _own(self, whole: Path, *, is_whole: bool) -> Path:
-        """Return where an output is: the whole of it, or this process's shard."""
-        return whole if self.shard is None or is_whole else part_path(whole, *self.shard)
 
     def seconds(self, row: SuiteRow) -> float:
         """Return how long a row took to make and to judge, over all runs."""
