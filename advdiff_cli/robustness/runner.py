@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,8 @@ class SuiteRunner:
         if made.make_beside(self.shard, self.group) == "up to date":
             advance(self.own_patches)
         elif self.group.is_main:  # what was computed from an earlier file of this name no longer holds
-            for stale in (self._predictions(row), self.out / "certified.json"):
+            of_all_models = self.out.glob(f"*{escape(row.name)}.predictions.safetensors")
+            for stale in (*of_all_models, self.out / "certified.json"):
                 stale.unlink(missing_ok=True)
         self.group.wait()  # before another process looks for them
 

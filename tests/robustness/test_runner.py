@@ -81,10 +81,12 @@ def test_a_new_patch_set_is_judged_anew(runner):
     """Predictions are of a file, not of its recipe alone: another machine may have made a slightly different one."""
     row = next(row for row in runner.suite if row.name == "fgsm")
     runner.attack(row, lambda count: None)
-    runner.judge(row, lambda count: None)
+    for label in ("", "other-"):  # as models of a sweep share a set
+        replace(runner, label=label).judge(row, lambda count: None)
+    assert len(list(runner.out.glob("*.predictions.safetensors"))) == 2
     (runner.out / "fgsm.safetensors").unlink()
     runner.attack(row, lambda count: None)
-    assert not (runner.out / "fgsm.predictions.safetensors").exists()
+    assert not list(runner.out.glob("*.predictions.safetensors"))
 
 
 def test_shards_do_not_read_what_they_overwrite(runner):
