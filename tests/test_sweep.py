@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.models.ddpm import Ddpm, load_ddpm, save_ddpm
-from advdiff_cli.robustness.sweep import JudgedPoint, choose
+from advdiff_cli.robustness.sweep import Criterion, JudgedPoint
 
 N = 16
 
@@ -28,10 +28,20 @@ def judged(clean, robust, n=400):
 
 def test_rules():
     points = [judged(0.9, 0.4), judged(0.88, 0.7), judged(0.8, 0.76), judged(0.7, 0.77)]
-    assert choose(points, "mean") == 1
-    assert choose(points, "robust") == 2  # 0.76 is 4 patches of 400 from the best, 0.70 is 28
-    assert choose([judged(0.9, 0.5), judged(0.9, 0.5)], "mean") == 0
-    assert choose([judged(0.9, 0.5), judged(0.9, 0.5)], "robust") == 0
+    undefended = judged(0.9, 0.1).clean
+    assert Criterion("mean").choose(points, undefended) == 1
+    assert Criterion("robust").choose(points, undefended) == 2  # 0.76 is 4 patches of 400 from the best, 0.70 is 28
+    assert Criterion("mean").choose([judged(0.9, 0.5), judged(0.9, 0.5)], undefended) == 0
+    assert Criterion("robust").choose([judged(0.9, 0.5), judged(0.9, 0.5)], undefended) == 0
+
+
+def test_a_point_that_costs_too_much_is_not_chosen():
+    points = [judged(0.6, 0.6), judged(0.88, 0.7), judged(0.8, 0.76), judged(0.7, 0.77)]
+    undefended = judged(0.9, 0.1).clean
+    assert Criterion("robust", 0.1).choose(points, undefended) == 2  # at the limit
+    assert Criterion("robust", 0.09).choose(points, undefended) == 1
+    assert Criterion("mean", 0.01).choose(points, undefended) is None
+    assert "drops by 3 points or less" in Criterion("robust", 0.03).describe()
 
 
 def test_a_point_is_what_the_other_commands_make_of_it(advdiff, common, test_x, classifier, ddpm, tmp_path):
@@ -143,6 +153,7 @@ def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
         (["--over", "sampler-steps", "--values", "1.5"], "1.5 is not a valid sampler-steps"),
         (["--values", "nan"], "nan is not a valid t-star"),
         (["--eot", 4], "--eot needs an attack through the defense"),
+        (["--over", "eps", "--max-drop", "3"], "leave out --max-drop"),
         (["--over", "eps", "--eps", "1/255"], "takes its values from --values; leave out --eps"),
         (["--t-star", "0.1"], "takes its values from --values; leave out --t-star"),
     ):

@@ -14,6 +14,7 @@ from advdiff_cli.cli.defense_options import PurifierOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
+    from advdiff_cli.robustness.sweep import Criterion
     from advdiff_cli.robustness.sweep_points import SweepRequest
 
 
@@ -38,6 +39,16 @@ class SweepOptions:
             "best certified accuracy, which is then also told (l-inf, at most 2000 draws a patch)."
         ),
     ] = "mean"
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            metavar="POINTS",
+            help="Choose among the values that lower standard accuracy by at most this many percentage points.",
+            show_default="no limit",
+        ),
+    ] = None
     method: Annotated[Literal["pgd", "fgsm", "apgd", "square", "paper"], typer.Option(help="Attack.")] = "pgd"
     norm: options.Norm = "linf"
     eps: options.Eps = None
@@ -50,6 +61,13 @@ class SweepOptions:
     eot: Annotated[int | None, typer.Option(min=1, help="Draws that each gradient averages.", show_default="8")] = None
     draws: options.Draws = None
     batch_size: options.FixedBatch = None
+
+    @property
+    def criterion(self) -> Criterion:
+        """How a value is chosen."""
+        from advdiff_cli.robustness.sweep import Criterion
+
+        return Criterion(self.rule, None if self.max_drop is None else self.max_drop / 100)
 
     def request(
         self, purifier: PurifierOptions, compute: SeededComputeOptions, resume: Mapping[str, object]
@@ -79,6 +97,8 @@ class SweepOptions:
         if fixed[over] is not None:
             flag = "-m" if over == "ddpm" else f"--{over}"
             raise AdvdiffError(f"--over {over} takes its values from --values; leave out {flag}")
+        if over == "eps" and self.max_drop is not None:
+            raise AdvdiffError("--over eps chooses nothing, since eps is the attacker's; leave out --max-drop")
         if self.rule == "certified" and (over in ("eps",) or self.norm == "l2"):
             raise AdvdiffError(
                 "--rule certified is about l-inf attacks of one size; leave out --over eps and --norm l2"

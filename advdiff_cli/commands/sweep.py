@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from advdiff_cli.robustness.certified_rung import CertifiedRung
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import SuiteRow
-    from advdiff_cli.robustness.sweep import Rule, SweepPoint
+    from advdiff_cli.robustness.sweep import Criterion, SweepPoint
     from advdiff_cli.robustness.sweep_points import SweepRequest
 
 
@@ -90,7 +90,7 @@ def sweep(
         return
     check_summary(out / _RECORD, [out / name for name in _FILES], overwrite=output.overwrite)
     out.mkdir(parents=True, exist_ok=True)
-    result = _run(points, undefended, request, settings.rule, quiet=output.quiet)
+    result = _run(points, undefended, request, settings.criterion, quiet=output.quiet)
     _write(result, out)
     output.emit(result, _text(result), result["chosen_told"] or "")
 
@@ -111,12 +111,17 @@ def _resume_params(out: Path) -> dict[str, Any]:
 
 
 def _run(
-    points: "Sequence[SweepPoint]", undefended: "SuiteRunner", request: "SweepRequest", rule: "Rule", *, quiet: bool
+    points: "Sequence[SweepPoint]",
+    undefended: "SuiteRunner",
+    request: "SweepRequest",
+    criterion: "Criterion",
+    *,
+    quiet: bool,
 ) -> "JsonObject":
     """Make and judge every point, and return the content of sweep.json."""
     from advdiff_cli.evaluation.statistics import mean_share
     from advdiff_cli.robustness.suite import CLEAN
-    from advdiff_cli.robustness.sweep import JudgedPoint, choose, summarize_point
+    from advdiff_cli.robustness.sweep import JudgedPoint, summarize_point
     from advdiff_cli.robustness.sweep_result import sweep_settings
 
     plain = replace(undefended, label="undefended-")
@@ -125,7 +130,7 @@ def _run(
         label = f"{point.name}: attack"
         with console.progress(len(point.runner.patches), label, quiet=quiet) as advance:
             point.runner.attack(point.attack, advance)
-        proved = _certify(point, request.eps, quiet=quiet) if rule == "certified" else None
+        proved = _certify(point, request.eps, quiet=quiet) if criterion.rule == "certified" else None
         on_clean, on_attacked = (_judge(point.runner, row, quiet=quiet) for row in (CLEAN, point.attack))
         one = JudgedPoint(on_clean, on_attacked, proved)
         attacked = _judge(plain, point.attack, quiet=quiet) if request.blind else None
@@ -134,9 +139,9 @@ def _run(
         standard, robust = (100 * p.share.mean() for p in (one.clean, one.attacked))
         told = "" if proved is None else f", certified {100 * proved.summary()['value']:.1f} %"
         console.log(f"{point.name}: standard {standard:.1f} %, robust {robust:.1f} %{told}")
-    best = None if request.over == "eps" else choose(judged, rule)  # the defender does not choose eps
+    best = None if request.over == "eps" else criterion.choose(judged, clean)  # the defender does not choose eps
     chosen = None if best is None else points[best]
-    return sweep_settings(points, undefended, request, rule, chosen) | {
+    return sweep_settings(points, undefended, request, criterion, chosen) | {
         "n": len(clean.labels),
         "draws": judged[0].clean.draws,
         "undefended": mean_share(clean.share).as_dict(),
@@ -181,7 +186,7 @@ def _text(result: "JsonObject") -> str:
         rows.append((f"{r['value']:g}{mark}", r["unet_evaluations"], *figures))
     columns = ("U-Net evaluations", "standard % [95 %]", "robust % [95 %]", "standard minus undefended")
     extra = ["certified % [95 %]"] if certified else []
-    chosen = f"chosen {result['chosen_told']} ({result['rule']})\n" if result["chosen"] else ""
+    chosen = f"chosen {result['chosen_told']} ({result['rule']})\n" if result["chosen"] else "chosen none\n"
     return (
         f"n = {result['n']}, {result['draws']} draws, attack {result['attack_told']}\n"
         f"undefended standard {cell(result['undefended'])} %\n"

@@ -66,11 +66,47 @@ class JudgedPoint:
     certified: CertifiedRung | None = None
 
 
-def choose(judged: Sequence[JudgedPoint], rule: Rule) -> int | None:
-    """Return which point the rule chooses, the first of equal ones; points are in ascending order of value.
+@dataclass(frozen=True)
+class Criterion:
+    """How a point is chosen.
 
-    None if nothing is certified at any point, and the rule is about that.
+    Args:
+        rule: A name in `RULES`.
+        max_drop: The share of standard accuracy that a chosen point may cost at most; None for no limit.
     """
+
+    rule: Rule = "mean"
+    max_drop: float | None = None
+
+    def parameters(self) -> JsonObject:
+        """Return what enters a recipe."""
+        return {"rule": self.rule, **({} if self.max_drop is None else {"max_drop": self.max_drop})}
+
+    def describe(self) -> str:
+        """Describe the criterion."""
+        limit = (
+            ""
+            if self.max_drop is None
+            else f", where standard accuracy drops by {100 * self.max_drop:g} points or less"
+        )
+        return f"{self.rule}: {RULES[self.rule]}{limit}"
+
+    def choose(self, judged: Sequence[JudgedPoint], undefended: Predictions) -> int | None:
+        """Return which point is chosen, the first of equal ones; points are in ascending order of value.
+
+        None if every point costs too much, or if the rule is about certificates and nothing is certified.
+
+        Args:
+            judged: The points.
+            undefended: On clean patches.
+        """
+        least = -np.inf if self.max_drop is None else undefended.share.mean() - self.max_drop
+        allowed = [i for i, j in enumerate(judged) if j.clean.share.mean() >= least - 1e-9]
+        chosen = _choose([judged[i] for i in allowed], self.rule) if allowed else None
+        return None if chosen is None else allowed[chosen]
+
+
+def _choose(judged: Sequence[JudgedPoint], rule: Rule) -> int | None:
     if rule == "mean":
         return int(np.argmax([j.clean.share.mean() + j.attacked.share.mean() for j in judged]))
     if rule == "certified":

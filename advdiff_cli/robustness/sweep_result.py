@@ -8,7 +8,7 @@ from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.provenance import JsonObject, recipe
 from advdiff_cli.robustness.runner import SuiteRunner
-from advdiff_cli.robustness.sweep import RULES, Rule, SweepPoint
+from advdiff_cli.robustness.sweep import Criterion, SweepPoint
 from advdiff_cli.robustness.sweep_points import SweepRequest
 
 
@@ -16,7 +16,7 @@ def sweep_settings(
     points: Sequence[SweepPoint],
     undefended: SuiteRunner,
     request: SweepRequest,
-    rule: Rule,
+    criterion: Criterion,
     chosen: SweepPoint | None,
 ) -> JsonObject:
     """Return the settings of a sweep and the chosen value."""
@@ -26,7 +26,7 @@ def sweep_settings(
     attack = {**spec.parameters(), "gradient": request.attack.gradient}
     settings = {
         "over": request.over,
-        "rule": rule,
+        **criterion.parameters(),
         "seed": undefended.seed,
         "batch_size": undefended.batch_size,
         "draws": undefended.budget.draws,
@@ -47,7 +47,7 @@ def sweep_settings(
         "attack": attack,
         "attack_told": _describe_attack(attack, request.over),
         "defense": model.parameters,
-        "rule": f"{rule}: {RULES[rule]}",
+        "rule": criterion.describe(),
         "chosen": chosen and chosen.name,
         "chosen_value": chosen and chosen.value,
         "chosen_told": chosen and chosen.flag_value,
