@@ -84,12 +84,10 @@ class Criterion:
 
     def describe(self) -> str:
         """Describe the criterion."""
-        limit = (
-            ""
-            if self.max_drop is None
-            else f", where standard accuracy drops by {100 * self.max_drop:g} points or less"
-        )
-        return f"{self.rule}: {RULES[self.rule]}{limit}"
+        rule = f"{self.rule}: {RULES[self.rule]}"
+        if self.max_drop is None:
+            return rule
+        return f"{rule}, where standard accuracy drops by {100 * self.max_drop:g} points or less"
 
     def choose(self, judged: Sequence[JudgedPoint], undefended: Predictions) -> int | None:
         """Return which point is chosen, the first of equal ones; points are in ascending order of value.
