@@ -148,10 +148,11 @@ def train_classifier(
 ) -> None:
     """Train a classifier on labelled patches, with flips, rotations by 90 degrees and stain variation.
 
-    The weights of the epoch with the best accuracy on --valid are kept, and their log-odds are calibrated there (Platt
-    scaling). --augment trains a classifier to stand behind a defense; --adversarial trains it against an attack on it
-    and on the defense. Validation patches are then purified in the same way, and accuracy on attacked patches chooses
-    the epoch. A stopped training resumes to the same weights when the command is run again.
+    The weights of the epoch with the best accuracy on --valid are kept, and their log-odds are calibrated there
+    (Platt scaling). --augment trains a classifier to stand behind a defense; --adversarial trains it against an
+    attack on it and on the defense. Validation patches are then purified in the same way, and accuracy on attacked
+    patches chooses the epoch, or with --consistency the share of patches that are right under each of several draws.
+    A stopped training resumes to the same weights when the command is run again.
 
     Example: advdiff train-classifier train.h5 --valid valid.h5 -o classifier
     """
@@ -233,6 +234,8 @@ def _print(settings: ClassifierOptions, log: "list[JsonObject]", output: OutputO
         text += f"n = {published['n']}"
         if "valid_robust_accuracy" in published:
             text += f", attacked as in training {cell(published['valid_robust_accuracy'])} %"
+        if "valid_consistent_accuracy" in published:
+            text += f", right under each of several draws {cell(published['valid_consistent_accuracy'])} %"
     output.emit({"out": str(output.out), "published": published, "log": log}, text, output.out)
 
 
@@ -242,10 +245,5 @@ def _published(validation: "Validation", work: "WorkFolder") -> "JsonObject":
     from advdiff_cli.training.fit_classifier import BEST
 
     kept, n = work.load(BEST), len(validation.rows)
-
-    def accuracy(*, attacked: bool) -> dict[str, float | None]:
-        logits, labels = validation.logits(attacked=attacked)
-        return wilson(int((logits.argmax(1) == labels).sum()), n).as_dict()
-
-    robust = {"valid_robust_accuracy": accuracy(attacked=True)} if validation.inputs.adversary else {}
-    return {"epoch": kept and kept[1]["epoch"], "n": n, "valid_accuracy": accuracy(attacked=False), **robust}
+    accuracies = {name: wilson(int(right.sum()), n).as_dict() for name, right in validation.judge()[1].items()}
+    return {"epoch": kept and kept[1]["epoch"], "n": n, **accuracies}

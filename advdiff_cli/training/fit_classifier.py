@@ -43,6 +43,8 @@ Channels = tuple[float, float, float]
 _log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
+JUDGING_DRAWS = 4
+"""Draws of the noise that must all be right for a validation row to count as consistent."""
 CLEAN = TrainingInput()
 
 
@@ -56,30 +58,37 @@ class Validation:
     inputs: TrainingInput
     device: torch.device
 
-    def logits(self, *, attacked: bool = False) -> tuple[Tensor, Tensor]:
-        """Return logits (N, 2) and labels (N,)."""
+    def logits(self, *, attacked: bool = False, draw: int = 0) -> tuple[Tensor, Tensor]:
+        """Return logits (N, 2), under a draw of the noise, and labels (N,)."""
         self.model.eval()
         batches = row_batches(len(self.rows), self.batch_size)
-        logits = torch.cat([self._batch(rows, attacked=attacked) for rows in batches])
+        logits = torch.cat([self._batch(rows, attacked, draw) for rows in batches])
         return logits, torch.from_numpy(self.rows.require_labels())
 
-    def _batch(self, rows: Rows, *, attacked: bool) -> Tensor:
+    def _batch(self, rows: Rows, attacked: bool, draw: int) -> Tensor:
         names = [f"valid {i}" for i in rows]
         batch = self.rows.batch(rows, self.device)
         images = _channels_last(batch.images)
         if attacked:
             images = self.inputs.perturb(self.model, images, batch.labels, names)
         with torch.inference_mode():
-            logits: Tensor = self.model(_channels_last(self.inputs.purify(images, names)))
+            logits: Tensor = self.model(_channels_last(self.inputs.purify(images, names, draw)))
         return logits.float().cpu()
 
-    def metrics(self) -> dict[str, float]:
-        """Return loss and accuracy on validation rows, and accuracy on attacked ones if training has an adversary."""
+    def judge(self) -> tuple[float, dict[str, Tensor]]:
+        """Return the loss, and which rows (N,) are right, by the name of the accuracy; the last one chooses the epoch.
+
+        The first is that under one draw of the noise, as is the loss. The accuracy on attacked rows is added if
+        training has an adversary, and that under each of `JUDGING_DRAWS` draws if it has consistency regularization.
+        """
         logits, labels = self.logits()
-        found = {"valid_loss": cross_entropy(logits, labels).item(), "valid_accuracy": _accuracy(logits, labels)}
+        found = {"valid_accuracy": _right(logits, labels)}
         if self.inputs.adversary is not None:
-            found["valid_robust_accuracy"] = _accuracy(*self.logits(attacked=True))
-        return found
+            found["valid_robust_accuracy"] = _right(*self.logits(attacked=True))
+        if self.inputs.consistency:
+            others = [_right(*self.logits(draw=draw)) for draw in range(1, JUDGING_DRAWS)]
+            found["valid_consistent_accuracy"] = torch.stack([found["valid_accuracy"], *others]).all(0)
+        return cross_entropy(logits, labels).item(), found
 
 
 def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Channels, Channels]:
@@ -125,8 +134,8 @@ class ClassifierFit:
         At the end the model of the main process has the weights of the best epoch, is calibrated, and is in eval mode.
 
         Yields:
-            {"step", "of", "loss"} after each step. The record of an epoch adds "epoch" and the validation metrics. With
-            an adversary these include the accuracy on attacked patches, which then chooses the epoch.
+            {"step", "of", "loss"} after each step. The record of an epoch adds "epoch" and the validation metrics, of
+            which the last chooses the epoch.
         """
         s, model = self.settings, self.model
         accelerator = build_accelerator(s.precision, self.device)
@@ -175,9 +184,10 @@ class ClassifierFit:
         """Validate, store the weights if they are the best so far, and log the record."""
         validation = self._validation(accelerator)
         if validation is not None:
-            record |= validation.metrics()
-            chooses = "valid_robust_accuracy" if self.inputs.adversary else "valid_accuracy"
-            accuracy = float(record[chooses])
+            loss, right = validation.judge()
+            accuracies = {name: rows.float().mean().item() for name, rows in right.items()}
+            record |= {"valid_loss": loss, **accuracies}
+            accuracy = list(accuracies.values())[-1]
             if accuracy > self._best:
                 self.work.save(self.model.state_dict(), {"epoch": record["epoch"]}, BEST)
             self._best = max(self._best, accuracy)
@@ -220,8 +230,8 @@ def _augment(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:
     return vary_stain(turned, stain, rng) if stain else turned
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(1) == labels).float().mean().item()
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(1) == labels
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -174,6 +174,10 @@ def test_training_under_a_inputs_end_to_end(advdiff, patches, ddpm, tmp_path):
     assert told["adversary"] == {"eps": EPS, "steps": 1, "loss": "madry", "beta": 6.0}
     assert [a and a["t_star"] for a in told["augment"]] == [None, 0.05, 0.1]
     assert told["augment"][1]["sampler_steps"] == 2
+    consistent = ["train-classifier", train, "--valid", valid, *command[6:], "-o", tmp_path / "consistent"]
+    published = advdiff(*consistent, "--augment", "noise:0.3", "--consistency", 5, "--json").json["published"]
+    assert set(published) == {"epoch", "n", "valid_accuracy", "valid_consistent_accuracy"}
+    assert published["valid_consistent_accuracy"]["value"] <= published["valid_accuracy"]["value"]
     assert "up to date" in advdiff(*command, *inputs, "--attack-steps", 1).err
     assert "made with other settings" in advdiff(*command, code=1).err
     plain = [*command[:5], tmp_path / "plain", *command[6:]]
