@@ -65,7 +65,8 @@ class GroupConv(nn.Module):
     def _expand(self) -> Tensor:
         if self.lifting:
             return torch.cat([transform(self.weight, h) for h in range(ORIENTATIONS)])
-        weight = self.weight.unflatten(1, (ORIENTATIONS, -1))
+        outputs, fan_in, kernel, _ = self.weight.shape
+        weight = self.weight.reshape(outputs, ORIENTATIONS, fan_in // ORIENTATIONS, kernel, kernel)
         return torch.cat([transform(weight[:, q].flatten(1, 2), h) for h, q in enumerate(_QUOTIENTS)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,6 +130,6 @@ class P4mResNet(nn.Module):
         x = relu(self.bn2(self.conv(avg_pool2d(x, 2))))
         for stage in self.stages:
             x = stage(avg_pool2d(x, 2))
-        pooled = x.mean((2, 3)).unflatten(1, (ORIENTATIONS, -1)).mean(1)
+        pooled = x.mean((2, 3)).view(len(x), ORIENTATIONS, -1).mean(1)
         logits: Tensor = self.fc(pooled)
         return logits
