@@ -13,6 +13,7 @@ import pytest
 
 from advdiff_cli.attacks.spec import AttackRequest, resolve
 from advdiff_cli.data.atomic_files import atomic_write
+from advdiff_cli.evaluation.predictions_csv import read_predictions
 from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.jobs.result_cache import cached_result
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
@@ -58,6 +59,13 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     json.dumps(result, allow_nan=False)
     assert [r["name"] for r in result["rungs"]] == names
     assert json.loads((out / "robustness.json").read_text()) == result
+    clean, worst = read_predictions(out / "predictions.csv")
+    assert [clean.predictions.share.mean(), worst.predictions.share.mean()] == pytest.approx(
+        [result["rungs"][0]["accuracy"]["value"], result["worst"]["accuracy"]["value"]]
+    )
+    again = shutil.copy(out / "predictions.csv", tmp_path / "again.csv")
+    compared = advdiff("compare", out / "predictions.csv", again, "--json")
+    assert [c["difference"]["value"] for c in compared.json["comparisons"]] == [0, 0]
     for r in result["rungs"]:
         assert r["clean"]["value"] == pytest.approx(result["rungs"][0]["accuracy"]["value"]) or r["draws"] == 1
         if r["name"] in result["worst"]["of"]:

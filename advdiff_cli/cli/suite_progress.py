@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from advdiff_cli import console
@@ -76,6 +77,20 @@ class SuiteProgress:
         defense = None if runner.model.defense is None else runner.model.defense.spec.parameters()
         made_by = {"recipe": self._recipe(), "eps": self.eps, "defense": defense}
         return {"out": str(runner.out), **made_by, **summary}
+
+    def write_predictions(self, path: Path) -> None:
+        """Write the predictions on clean patches, and under each patch's worst attack, as `evaluate` writes them."""
+        from advdiff_cli.data.atomic_files import atomic_write
+        from advdiff_cli.evaluation.comparison import EvaluatedSet
+        from advdiff_cli.evaluation.predictions_csv import write_predictions
+        from advdiff_cli.robustness.worst_case import worst_case
+
+        patches = self.runner.patches
+        judged = {row.name: self.runner.judge(row, lambda count: None) for row in self.suite}
+        cases = {"clean": judged["clean"], "worst": worst_case(self.suite, judged, self.eps)[1]}
+        sets = [EvaluatedSet(name, patches.origin(), patches.index, found) for name, found in cases.items()]
+        with atomic_write(path) as temporary:
+            write_predictions(temporary, [(one, patches.keys) for one in sets])
 
     def _recipe(self) -> Provenance:
         from advdiff_cli.data.provenance import recipe

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from advdiff_cli.robustness.suite import Budget, SuiteRow
 
 
+_RECORD = "robustness.advdiff"
 _LONG = 3600.0  # seconds of a suite that shorter ones are named for
 
 
@@ -68,12 +69,13 @@ def robustness(
 ) -> None:
     """Run the suite of attacks on a classifier or a defense, and check the attacks themselves.
 
-    The suite holds controls, l-inf attacks with exact gradients through the defense, and attacks that know less of it.
-    All are judged on draws of its noise that no attack used, except the one that knows its draw. Sanity checks then
-    look for signs of weak attacks: each passes, warns or fails. Every row is a patch set in the folder --out, made once
-    and resumed; robustness.json holds the result of the whole suite. Rows are a shuffled sample of the preset's size,
-    or of --limit, unless --range names them. With --shard, attack and certify part of the patches; the command without
-    it takes the parts over, once all are there. With -q, print the worst-case accuracy.
+    The suite holds controls, l-inf attacks with exact gradients through the defense, and attacks that know less of
+    it. All are judged on draws of its noise that no attack used, except the one that knows its draw. Sanity checks
+    then look for signs of weak attacks: each passes, warns or fails. Every row is a patch set in the folder --out,
+    made once and resumed; robustness.json holds the result of the whole suite, and predictions.csv what `compare`
+    reads: clean patches, and the worst attack on each. Rows are a shuffled sample of the preset's size, or of
+    --limit, unless --range names them. With --shard, attack and certify part of the patches; the command without it
+    takes the parts over, once all are there. With -q, print the worst-case accuracy.
 
     Example: advdiff robustness test.h5 -c pcam-resnet18 -m pcam-ddpm --preset quick -o suite/
     """
@@ -125,8 +127,8 @@ def _plan_and_run(
         status = {"out": str(output.out), "status": "would run", "n": len(runner.patches)}
         output.emit({**status, "rungs": [c.as_dict() for c in plan]}, f"{title}\n{plan_text(plan)}", output.out)
         return
-    summary, record = output.out / "robustness.json", output.out / "robustness.advdiff"
-    check_summary(record, [summary], overwrite=output.overwrite)
+    record, summary, predictions = (output.out / name for name in (_RECORD, "robustness.json", "predictions.csv"))
+    check_summary(record, [summary, predictions], overwrite=output.overwrite)
     _log_plan(title, plan, quiet=output.quiet)
     output.out.mkdir(parents=True, exist_ok=True)
     suite = SuiteProgress(runner, chosen, {c.name: c for c in plan}, eps, output.quiet)
@@ -140,7 +142,8 @@ def _plan_and_run(
     if whole:
         record.unlink(missing_ok=True)  # without it, robustness.json tells whose it is
         write_json(summary, result)
-        record_files(OutputSpec(record, result["recipe"], runner.device.type), [summary])
+        suite.write_predictions(predictions)
+        record_files(OutputSpec(record, result["recipe"], runner.device.type), [summary, predictions])
     output.emit(result, f"{title}\n{suite_text(result)}", result["worst"]["accuracy"]["value"])
 
 
