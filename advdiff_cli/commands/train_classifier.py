@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from advdiff_cli.data.rng import NoiseKind
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.training.checkpoints import WorkFolder
-    from advdiff_cli.training.fit_classifier import Validation
     from advdiff_cli.training.recipes import Adversary
+    from advdiff_cli.training.validation import Validation
 
 _INPUT = "Purified and attacked patches"
 _ATTACK_STEPS = 7
@@ -46,6 +46,12 @@ class ClassifierOptions:
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 1e-3
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.05
     stain: Annotated[float, typer.Option(min=0.0, help="Strength of stain variation; 0 for none.")] = 0.2
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Publish a moving average of the weights, with this decay.", show_default="none"
+        ),
+    ] = None
     batch_size: options.FixedBatch = 64
 
 
@@ -172,7 +178,7 @@ def train_classifier(
 
     def planned(precision: "Precision", noise: "NoiseKind") -> "tuple[ClassifierRecipe, Provenance]":
         fit_settings = ClassifierRecipe(
-            s.epochs, batch_size, s.learning_rate, s.weight_decay, s.stain, compute.seed, precision, noise
+            s.epochs, batch_size, s.learning_rate, s.weight_decay, s.stain, compute.seed, precision, noise, s.ema
         )
         return fit_settings, recipe(
             "train-classifier",
@@ -192,9 +198,10 @@ def train_classifier(
         return
 
     from advdiff_cli.models.classifiers import save_classifier
-    from advdiff_cli.training.fit_classifier import ClassifierFit, Validation, channel_statistics
+    from advdiff_cli.training.fit_classifier import ClassifierFit, channel_statistics
     from advdiff_cli.training.initialization import initial_classifier
     from advdiff_cli.training.loader import TrainingRows
+    from advdiff_cli.training.validation import Validation
 
     device = compute.resolve_device()
     precision = training_precision(compute, out, recorded, device)

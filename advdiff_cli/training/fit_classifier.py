@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import stream, torch_seeded
-from advdiff_cli.data.selection import row_batches
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.adversarial import TrainingInput
@@ -37,58 +35,14 @@ from advdiff_cli.training.optim import (
 )
 from advdiff_cli.training.platt import fit_platt
 from advdiff_cli.training.recipes import ClassifierRecipe
+from advdiff_cli.training.validation import Validation
 
 Channels = tuple[float, float, float]
 
 _log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
-JUDGING_DRAWS = 4
-"""Draws of the noise that must all be right for a validation row to count as consistent."""
 CLEAN = TrainingInput()
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Evaluates a classifier on validation rows, which are purified and attacked as in training."""
-
-    model: Classifier
-    rows: PatchSet
-    batch_size: int
-    inputs: TrainingInput
-    device: torch.device
-
-    def logits(self, *, attacked: bool = False, draw: int = 0) -> tuple[Tensor, Tensor]:
-        """Return logits (N, 2), under a draw of the noise, and labels (N,)."""
-        self.model.eval()
-        batches = row_batches(len(self.rows), self.batch_size)
-        logits = torch.cat([self._batch(rows, attacked, draw) for rows in batches])
-        return logits, torch.from_numpy(self.rows.require_labels())
-
-    def _batch(self, rows: Rows, attacked: bool, draw: int) -> Tensor:
-        names = [f"valid {i}" for i in rows]
-        batch = self.rows.batch(rows, self.device)
-        images = _channels_last(batch.images)
-        if attacked:
-            images = self.inputs.perturb(self.model, images, batch.labels, names)
-        with torch.inference_mode():
-            logits: Tensor = self.model(_channels_last(self.inputs.purify(images, names, draw)))
-        return logits.float().cpu()
-
-    def judge(self) -> tuple[float, dict[str, Tensor]]:
-        """Return the loss, and which rows (N,) are right, by the name of the accuracy; the last one chooses the epoch.
-
-        The first is that under one draw of the noise, as is the loss. The accuracy on attacked rows is added if
-        training has an adversary, and that under each of `JUDGING_DRAWS` draws if it has consistency regularization.
-        """
-        logits, labels = self.logits()
-        found = {"valid_accuracy": _right(logits, labels)}
-        if self.inputs.adversary is not None:
-            found["valid_robust_accuracy"] = _right(*self.logits(attacked=True))
-        if self.inputs.consistency:
-            others = [_right(*self.logits(draw=draw)) for draw in range(1, JUDGING_DRAWS)]
-            found["valid_consistent_accuracy"] = torch.stack([found["valid_accuracy"], *others]).all(0)
-        return cross_entropy(logits, labels).item(), found
 
 
 def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Channels, Channels]:
@@ -127,6 +81,7 @@ class ClassifierFit:
     inputs: TrainingInput = CLEAN
     checkpoint_seconds: float = field(default_factory=lambda: checkpoints.CHECKPOINT_SECONDS)
     _best: float = field(default=-1.0, init=False)
+    _average: AveragedModel | None = field(default=None, init=False)
 
     def run(self) -> Iterator[JsonObject]:
         """Train, yielding a record after each step.
@@ -144,6 +99,9 @@ class ClassifierFit:
             purifier.to(accelerator.device)
         per_epoch = self.train.steps(s.batch_size)
         model.to(memory_format=torch.channels_last)
+        if s.ema is not None:
+            average = get_ema_multi_avg_fn(s.ema)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(model.to(accelerator.device), multi_avg_fn=average, use_buffers=True)
         step, earlier = self._resume(optimizer, accelerator)
         total, losses = s.epochs * per_epoch, deque(earlier, per_epoch)
         network, optimizer = accelerator.prepare(model, optimizer)
@@ -159,6 +117,8 @@ class ClassifierFit:
                 truth = labels.to(accelerator.device)
                 loss = self.inputs.loss(network, model, _channels_last(augmented), truth, names)
             losses.append(optimizer_step(accelerator, optimizer, loss, cosine(step, total, s.learning_rate)))
+            if self._average is not None:
+                self._average.update_parameters(model)
             step += 1
             record: JsonObject = {"step": step, "of": total, "loss": losses[-1]}
             if step % per_epoch == 0 and accelerator.is_main_process:
@@ -175,10 +135,17 @@ class ClassifierFit:
         accelerator.wait_for_everyone()
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # removes mixed precision
 
+    @property
+    def _trained(self) -> Classifier:
+        """The model that is validated and kept."""
+        found = self.model if self._average is None else self._average.module
+        assert isinstance(found, Classifier)
+        return found
+
     def _validation(self, accelerator: Accelerator) -> Validation | None:
         if self.valid is None:
             return None
-        return Validation(self.model, self.valid, self.settings.batch_size, self.inputs, accelerator.device)
+        return Validation(self._trained, self.valid, self.settings.batch_size, self.inputs, accelerator.device)
 
     def _end_epoch(self, record: JsonObject, accelerator: Accelerator) -> None:
         """Validate, store the weights if they are the best so far, and log the record."""
@@ -189,13 +156,15 @@ class ClassifierFit:
             record |= {"valid_loss": loss, **accuracies}
             accuracy = list(accuracies.values())[-1]
             if accuracy > self._best:
-                self.work.save(self.model.state_dict(), {"epoch": record["epoch"]}, BEST)
+                self.work.save(self._trained.state_dict(), {"epoch": record["epoch"]}, BEST)
             self._best = max(self._best, accuracy)
         self.work.log(record)
 
     def _save(self, optimizer: torch.optim.Optimizer, step: int, losses: list[float], accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             weights = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+            if self._average is not None:
+                weights |= {f"average.{k}": v for k, v in self._average.state_dict().items()}
             state = {"step": step, "best": self._best, "losses": losses, "scaler": scaler_state(accelerator)}
             self.work.save(weights | optimizer_tensors(optimizer), state)
 
@@ -208,6 +177,8 @@ class ClassifierFit:
         tensors, state = begun or ({}, {"step": 0, "best": -1.0})
         if tensors:
             self.model.load_state_dict(with_prefix(tensors, "model"))
+            if self._average is not None:
+                self._average.load_state_dict(with_prefix(tensors, "average"))
             load_optimizer(optimizer, tensors)
             restore_scaler(accelerator, state.get("scaler", {}))
         self.work.truncate_log(state["step"])
@@ -215,9 +186,10 @@ class ClassifierFit:
         return state["step"], state.get("losses", [])
 
     def _keep_and_calibrate_best(self, accelerator: Accelerator) -> None:
-        """Restore the weights of the best epoch, and calibrate the log-odds on validation rows."""
-        if (kept := self.work.load(BEST)) is not None:
-            self.model.load_state_dict(kept[0])
+        """Restore the weights of the best epoch, or else of the average; calibrate the log-odds on validation rows."""
+        kept = self.work.load(BEST)
+        self.model.load_state_dict(self._trained.state_dict() if kept is None else kept[0])
+        self._average = None
         validation = self._validation(accelerator)
         if validation is not None:
             self.model.config = replace(self.model.config, slope=1.0, bias=0.0)
@@ -228,10 +200,6 @@ class ClassifierFit:
 def _augment(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:
     turned = random_symmetry(images, rng)
     return vary_stain(turned, stain, rng) if stain else turned
-
-
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(1) == labels
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class ClassifierRecipe:
         seed: Of weights, order and augmentation.
         precision: fp32, bf16 or fp16.
         noise: What draws the noise of the fit.
+        ema: Decay of the moving average of the weights, which is published; None to publish the weights themselves.
     """
 
     epochs: int
@@ -32,6 +33,7 @@ class ClassifierRecipe:
     seed: int
     precision: Precision
     noise: NoiseKind = "numpy"
+    ema: float | None = None
 
     def parameters(self) -> JsonObject:
         """Return the parameters that enter a recipe."""
@@ -68,7 +70,7 @@ class DdpmRecipe:
 
 
 def _parameters(fit: ClassifierRecipe | DdpmRecipe) -> JsonObject:
-    return {k: v for k, v in asdict(fit).items() if k != "noise" or v != "numpy"}
+    return {k: v for k, v in asdict(fit).items() if v is not None and (k != "noise" or v != "numpy")}
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,11 @@ def work(folder, name="m"):
     return WorkFolder(OutputSpec(folder / name, recipe("test", {})), None)
 
 
-def classifier_fit(rows, valid, folder, steps=None, name="m", inputs=CLEAN, arch="shufflenet_v2_x0_5"):
+def classifier_fit(rows, valid, folder, steps=None, name="m", inputs=CLEAN, arch="shufflenet_v2_x0_5", ema=None):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Classifier(ClassifierConfig(arch, (0.7, 0.5, 0.7), (0.2, 0.2, 0.2)))
-    plan = ClassifierRecipe(2, 8, 1e-3, 0.01, 0.05, 0, "fp32")
+    plan = ClassifierRecipe(2, 8, 1e-3, 0.01, 0.05, 0, "fp32", ema=ema)
     fit = ClassifierFit(model, rows, valid, plan, work(folder, name), CPU, inputs, checkpoint_seconds=0)
     made = list(itertools.islice(fit.run(), steps))
     return model, made
@@ -54,6 +54,10 @@ def classifier_fit(rows, valid, folder, steps=None, name="m", inputs=CLEAN, arch
 
 def dropout_fit(*args, **named):
     return classifier_fit(*args, **named, arch="mobilenet_v3_small")
+
+
+def averaged_fit(*args, **named):
+    return classifier_fit(*args, **named, ema=0.9)
 
 
 def adversarial_fit(*args, **named):
@@ -78,7 +82,9 @@ def valid(test_x):
     return open_patches(test_x, selection=Selection(limit=8, shuffle_seed=0))
 
 
-@pytest.mark.parametrize("fit", [classifier_fit, dropout_fit, adversarial_fit, ddpm_fit, ddpm_fit_on_a_device])
+@pytest.mark.parametrize(
+    "fit", [classifier_fit, dropout_fit, averaged_fit, adversarial_fit, ddpm_fit, ddpm_fit_on_a_device]
+)
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path):
     whole, records = fit(rows, valid, tmp_path, name="whole")
@@ -90,6 +96,19 @@ def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path
         assert torch.equal(a, b), name
     logs = [(tmp_path / f"{n}.part" / "training.jsonl").read_text() for n in ("whole", "m")]
     assert logs[0] == logs[1]
+
+
+def test_the_average_of_the_weights_is_published(test_x, tmp_path):
+    few = TrainingRows([open_patches(test_x, selection=Selection(limit=16))], labelled=True)
+    published, records = classifier_fit(few, None, tmp_path, name="averaged", ema=0.75)
+    steps = range(1, len(records) + 1)
+    first, *others = (classifier_fit(few, None, tmp_path, steps=k, name=f"k{k}")[0].state_dict() for k in steps)
+    for name, found in published.state_dict().items():
+        if found.is_floating_point():
+            expected = first[name]
+            for state in others:
+                expected = 0.75 * expected + 0.25 * state[name]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_only_noise_of_a_device_enters_the_recipe():
