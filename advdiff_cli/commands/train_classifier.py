@@ -40,7 +40,7 @@ _BETA = 6.0
 class ClassifierOptions:
     """The classifier, and how it is trained."""
 
-    arch: Annotated[str, typer.Option(help="p4m_resnet15, or an architecture of torchvision.")] = "resnet18"
+    arch: Annotated[str, typer.Option(help="Any torchvision classification architecture.")] = "resnet18"
     init: Annotated[str | None, typer.Option(help="Start from the weights of this classifier.")] = None
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 12
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 1e-3

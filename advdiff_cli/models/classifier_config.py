@@ -14,7 +14,7 @@ class ClassifierConfig:
     """The architecture, normalization and calibration of a classifier.
 
     Args:
-        arch: A torchvision architecture, p4m_resnet15, or `tiatoolbox:` and the backbone of a TIAToolbox architecture.
+        arch: A torchvision architecture, or `tiatoolbox:` and the backbone of a TIAToolbox architecture.
         mean: Of each channel, for images in [0, 1].
         std: Standard deviation of each channel.
         slope: Factor of the network's log-odds of class 1 (Platt 1999).

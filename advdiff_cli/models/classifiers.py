@@ -17,11 +17,10 @@ from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_j
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS, ClassifierConfig
 from advdiff_cli.models.external import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
-from advdiff_cli.models.p4m_resnet import P4M_RESNET15, P4mResNet
 
 
 class Classifier(nn.Module):
-    """A network of torchvision or `p4m_resnet` that takes images in [0, 1] and returns logits."""
+    """A torchvision network that takes images in [0, 1] and returns logits."""
 
     mean: Tensor
     std: Tensor
@@ -30,7 +29,7 @@ class Classifier(nn.Module):
         """Build the architecture with random weights.
 
         Raises:
-            AdvdiffError: There is no such architecture.
+            AdvdiffError: torchvision has no such architecture.
         """
         super().__init__()
         self.config = config
@@ -51,15 +50,13 @@ class Classifier(nn.Module):
 def _backbone(arch: str) -> nn.Module:
     from torchvision.models import get_model, list_models
 
-    if arch == P4M_RESNET15:
-        return P4mResNet()
     if arch.startswith(TIATOOLBOX):
         name = arch.removeprefix(TIATOOLBOX)
         return PooledCNN(_backbone(name), name)
     names = list_models(module=__import__("torchvision").models)
     if arch not in names:
         raise AdvdiffError(
-            f"there is no classification architecture {arch}; give {P4M_RESNET15} or one of torchvision, as resnet18"
+            f"torchvision has no classification architecture {arch}; for example resnet18, googlenet, densenet121"
         )
     extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     network: nn.Module = get_model(arch, weights=None, num_classes=2, **extra)

@@ -112,7 +112,7 @@ def test_what_is_recommended_is_not_part_of_the_model(ddpm, tmp_path):
     assert folder_fingerprint(tmp_path / "m") == folder_fingerprint(ddpm)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v3_small", "p4m_resnet15"])
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v3_small"])
 def test_any_architecture_gives_two_logits(tmp_path, arch):
     model = Classifier(ClassifierConfig(arch, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))).eval()
     save_classifier(model, tmp_path / "c", {})
