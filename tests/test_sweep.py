@@ -91,6 +91,10 @@ def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
     assert advdiff(*run, "-q").out == first == "0.1\n"
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("*.safetensors")} == stamps
     assert all((tmp_path / "s" / name).read_bytes() == content for name, content in made.items())
+    limited = advdiff(*run, "--max-drop", 0, "--json").json
+    costs = limited["rows"][0]["standard"]["value"] < limited["undefended"]["value"]
+    assert limited["chosen_told"] == (None if costs else "0.1")
+    assert f"chosen {'none' if costs else '0.1'} (mean: " in advdiff(*run, "--max-drop", 0).out
     more = advdiff(*run, "--values", "0.05,0.1", "--json").json  # another point costs that point alone
     assert len(more["rows"]) == 2
     assert (tmp_path / "s" / "adv.safetensors").stat().st_mtime_ns == stamps["adv.safetensors"]

@@ -186,7 +186,8 @@ def _text(result: "JsonObject") -> str:
         rows.append((f"{r['value']:g}{mark}", r["unet_evaluations"], *figures))
     columns = ("U-Net evaluations", "standard % [95 %]", "robust % [95 %]", "standard minus undefended")
     extra = ["certified % [95 %]"] if certified else []
-    chosen = f"chosen {result['chosen_told']} ({result['rule']})\n" if result["chosen"] else "chosen none\n"
+    told = result["chosen_told"] or "none"
+    chosen = "" if result["over"] == "eps" else f"chosen {told} ({result['rule']})\n"
     return (
         f"n = {result['n']}, {result['draws']} draws, attack {result['attack_told']}\n"
         f"undefended standard {cell(result['undefended'])} %\n"

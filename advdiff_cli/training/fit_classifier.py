@@ -35,7 +35,7 @@ from advdiff_cli.training.optim import (
 )
 from advdiff_cli.training.platt import fit_platt
 from advdiff_cli.training.recipes import ClassifierRecipe
-from advdiff_cli.training.validation import Validation
+from advdiff_cli.training.validation import Validation, channels_last
 
 Channels = tuple[float, float, float]
 
@@ -100,7 +100,7 @@ class ClassifierFit:
         per_epoch = self.train.steps(s.batch_size)
         model.to(memory_format=torch.channels_last)
         if s.ema is not None:
-            average = get_ema_multi_avg_fn(s.ema)  # type: ignore[no-untyped-call]
+            average = get_ema_multi_avg_fn(s.ema)  # type: ignore[no-untyped-call]  # torch's own, without types
             self._average = AveragedModel(model.to(accelerator.device), multi_avg_fn=average, use_buffers=True)
         step, earlier = self._resume(optimizer, accelerator)
         total, losses = s.epochs * per_epoch, deque(earlier, per_epoch)
@@ -115,7 +115,7 @@ class ClassifierFit:
             names = range(first, first + len(images))
             with torch_seeded(accelerator.device, s.seed, "dropout", step, part[0]):
                 truth = labels.to(accelerator.device)
-                loss = self.inputs.loss(network, model, _channels_last(augmented), truth, names)
+                loss = self.inputs.loss(network, model, channels_last(augmented), truth, names)
             losses.append(optimizer_step(accelerator, optimizer, loss, cosine(step, total, s.learning_rate)))
             if self._average is not None:
                 self._average.update_parameters(model)
@@ -200,7 +200,3 @@ class ClassifierFit:
 def _augment(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:
     turned = random_symmetry(images, rng)
     return vary_stain(turned, stain, rng) if stain else turned
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)

@@ -36,12 +36,11 @@ class Validation:
     def _batch(self, rows: Rows, attacked: bool, draw: int) -> Tensor:
         names = [f"valid {i}" for i in rows]
         batch = self.rows.batch(rows, self.device)
-        images = batch.images.contiguous(memory_format=torch.channels_last)
+        images = channels_last(batch.images)
         if attacked:
             images = self.inputs.perturb(self.model, images, batch.labels, names)
         with torch.inference_mode():
-            purified = self.inputs.purify(images, names, draw)
-            logits: Tensor = self.model(purified.contiguous(memory_format=torch.channels_last))
+            logits: Tensor = self.model(channels_last(self.inputs.purify(images, names, draw)))
         return logits.float().cpu()
 
     def judge(self) -> tuple[float, dict[str, Tensor]]:
@@ -58,6 +57,11 @@ class Validation:
             others = [_right(*self.logits(draw=draw)) for draw in range(1, JUDGING_DRAWS)]
             found["valid_consistent_accuracy"] = torch.stack([found["valid_accuracy"], *others]).all(0)
         return cross_entropy(logits, labels).item(), found
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) with the channels of a pixel together in memory, as in the trained networks."""
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
