@@ -60,6 +60,7 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     assert [r["name"] for r in result["rungs"]] == names
     assert json.loads((out / "robustness.json").read_text()) == result
     clean, worst = read_predictions(out / "predictions.csv")
+    assert worst.name == "worst linf 2/255"
     assert [clean.predictions.share.mean(), worst.predictions.share.mean()] == pytest.approx(
         [result["rungs"][0]["accuracy"]["value"], result["worst"]["accuracy"]["value"]]
     )
@@ -74,7 +75,6 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
 
     proved = result["certified"]
     assert (proved["norm"], proved["eps"], proved["n"]) == ("linf", 2 / 255, N)
-    assert proved["value"] <= result["worst"]["accuracy"]["value"]
     assert "no attack breaks a certificate" in [a["name"] for a in result["alarms"]]
     again = advdiff(*command, "-o", out, "--overwrite", "--json").json
     assert again == result  # the seconds too: nothing was done again

@@ -87,7 +87,8 @@ class SuiteProgress:
 
         patches = self.runner.patches
         judged = {row.name: self.runner.judge(row, lambda count: None) for row in self.suite}
-        cases = {"clean": judged["clean"], "worst": worst_case(self.suite, judged, self.eps)[1]}
+        worst = f"worst linf {self.eps * 255:g}/255"
+        cases = {"clean": judged["clean"], worst: worst_case(self.suite, judged, self.eps)[1]}
         sets = [EvaluatedSet(name, patches.origin(), patches.index, found) for name, found in cases.items()]
         with atomic_write(path) as temporary:
             write_predictions(temporary, [(one, patches.keys) for one in sets])
@@ -118,7 +119,7 @@ class SuiteProgress:
         return found
 
     def _certify(self) -> CertifiedRung | None:
-        """Certify the patches, since attacks that go on from others leave certified ones alone."""
+        """Certify the patches, as part of a whole suite."""
         job = self.runner.certificates
         if "certified" not in self.plan or job is None:
             return None

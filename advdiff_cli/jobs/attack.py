@@ -29,7 +29,7 @@ class Examples:
     Args:
         patches: The examples, of the rows of the attacked set from position `first` on.
         first: See `patches`.
-        kept: (N,) which rows of the attacked set are not attacked again: broken ones, or proved ones.
+        kept: (N,) which rows of the attacked set are not attacked again, since they are broken.
     """
 
     patches: PatchSet

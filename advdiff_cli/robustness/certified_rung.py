@@ -62,11 +62,7 @@ class CertifiedRung:
     @property
     def proved(self) -> NDArray[np.bool_]:
         """Whether each decision, right or wrong, is certified (N,)."""
-        return self.proved_at(self.radius)
-
-    def proved_at(self, radius: Radius) -> NDArray[np.bool_]:
-        """Return whether each decision is certified against attacks of a size (N,)."""
-        proved: NDArray[np.bool_] = ~self.found.abstain & (self.found.radius >= radius.l2)
+        proved: NDArray[np.bool_] = ~self.found.abstain & (self.found.radius >= self.radius.l2)
         return proved
 
     def suspects(self, rows: Sequence[SuiteRow], judged: Mapping[str, Predictions]) -> list[tuple[str, int]]:

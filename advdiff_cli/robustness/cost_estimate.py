@@ -52,7 +52,7 @@ class _PassSeconds:
 
 
 def estimate_costs(runner: SuiteRunner, rows: Sequence[SuiteRow], tested: AttackSpec | None = None) -> list[RowCost]:
-    """Return the cost of making and judging each row and, with an attack to be `tested`, of both checks.
+    """Return the cost of making and judging each row and, with an attack to be `tested`, of certificates and checks.
 
     Seconds are those of one of the processes that share the work.
     """
@@ -65,12 +65,11 @@ def estimate_costs(runner: SuiteRunner, rows: Sequence[SuiteRow], tested: Attack
         making, judging = _row_passes(runner, row)
         seconds = shared * (measured.of(making) * made + measured.of(judging) * judged)
         found.append(_row_cost(runner, row.name, n, making + judging, seconds))
-    needed = tested is not None or any(row.after is not None for row in rows)
-    if needed and (certifying := _certifying_draws(runner)) is not None:
-        cost = Cost(forward=certifying)
-        found.append(_row_cost(runner, "certified", n, cost, shared * measured.of(cost) * n))
     if tested is None:
         return found
+    if (certifying := _certifying_draws(runner)) is not None:
+        cost = Cost(forward=certifying)
+        found.append(_row_cost(runner, "certified", n, cost, shared * measured.of(cost) * n))
     few, half = min(CHECKED_PATCHES, n), max(runner.budget.eot // 2, 1)
     checks = {
         "gradients": Cost(forward=1, gradient=2 * half + 1 if defended else 2),

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from advdiff_cli.attacks.spec import AttackSpec
-from advdiff_cli.certification.summary import Radius
 from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
 from advdiff_cli.data.patch_writer import PatchWriter
@@ -90,29 +89,21 @@ class SuiteRunner:
         return AttackJob(model, attack, self.patches, self.seed, self.batch_size, self.device, earlier)
 
     def _earlier(self, row: SuiteRow) -> EarlierAttack:
-        """Return the attack that a row goes on from; what it broke is left alone, and what is proved at its eps."""
+        """Return the attack that a row goes on from."""
         before = next(r for r in self.suite if r.name == row.after)
-        proof = self.certificates if row.spares_certified else None
-        made_by = {"judged": self.judging_recipe(before), "certified": proof and proof.recipe}
-        return EarlierAttack(made_by, row.starts_there, lambda: self._examples(before, row.eps, proof))
+        return EarlierAttack(self.judging_recipe(before), row.starts_there, lambda: self._examples(before))
 
-    def _examples(self, row: SuiteRow, eps: float, job: CertifyJob | None) -> Examples:
-        """Return the examples of a row, and which patches a later attack of radius `eps` leaves alone.
-
-        These are the ones that it broke, and those that a job certifies.
-        """
-        examples = self.patches_of(row)
+    def _examples(self, row: SuiteRow) -> Examples:
+        """Return the examples of a row, and which patches it broke under every judging draw."""
+        examples, broken = self.patches_of(row), self.judge(row, lambda count: None).share == 0
         own = shard_rows(len(self.patches), self.batch_size, self.shard)
 
         def first(n: int) -> int:
             return 0 if n == len(self.patches) else own.start
 
         kept = np.zeros(len(self.patches), np.bool_)
-        found = [self.judge(row, lambda count: None).share == 0]
-        if job is not None:
-            found.append(self.certify(job, lambda count: None).proved_at(Radius.linf(eps, job.smoothed.dimension)))
-        for done in found:  # of all patches, or of this shard
-            kept[first(len(done)) : first(len(done)) + len(done)] |= done
+        start = first(len(broken))  # of all patches, or of this shard
+        kept[start : start + len(broken)] = broken
         return Examples(examples, first(len(examples)), kept)
 
     def patches_of(self, row: SuiteRow) -> PatchSet:

@@ -54,7 +54,8 @@ class SuiteRow:
         against: What the attack is made against: the defense; `noise`, NoiseDefense, whose examples are transferred;
             or `nothing`, the classifier alone, which gives the same examples for every defense.
         judged_on: All judging draws, or the first one, which the attack knows.
-        after: An earlier row. Patches that it broke under every judging draw keep its example and are not attacked.
+        after: The row that an attack goes on from. Patches that it broke under every judging draw keep its example and
+            are not attacked.
         starts_there: Whether the attack starts at the examples of that row, and not at a point of its own.
     """
 
@@ -71,15 +72,6 @@ class SuiteRow:
         """The radius of the attack's ball in [0, 1] pixels; 0 without an attack."""
         return 0.0 if self.attack is None else self.attack.eps
 
-    @property
-    def spares_certified(self) -> bool:
-        """Whether patches that are certified at this eps keep the example of the earlier row too.
-
-        Not in the curve, where the earlier row may have a much smaller eps: their vote is proved, but the mean over
-        draws is not.
-        """
-        return self.after is not None and self.kind != "curve"
-
 
 CLEAN = SuiteRow("clean", "control")
 
@@ -95,8 +87,7 @@ def build_suite(budget: Budget, eps: float, *, defended: bool, transfer: bool = 
     """
     attacks = _Attacks(budget, defended)
     rows = [CLEAN, SuiteRow("random", "control", attacks.resolve("random", eps)), *attacks.white_box(eps)]
-    rows += attacks.others(eps, after=rows[-1].name, transfer=transfer)
-    return rows + attacks.curve(eps, after="apgd-margin")
+    return [*rows, *attacks.others(eps, transfer=transfer), *attacks.curve(eps)]
 
 
 @dataclass(frozen=True)
@@ -139,38 +130,33 @@ class _Attacks:
             SuiteRow("apgd-margin", "white-box", margin, after="apgd-ce", starts_there=self.defended),
         ]
 
-    def others(self, eps: float, *, after: str, transfer: bool) -> list[SuiteRow]:
-        """Return attacks that know less, on what exact gradients left, and those that check these gradients."""
+    def others(self, eps: float, *, transfer: bool) -> list[SuiteRow]:
+        """Return attacks that know less, and those that check exact gradients; none goes on from another one."""
         b = self.budget
         if not self.defended:
             square = self.resolve("square", eps, AttackRequest(queries=4 * b.queries))
-            rows = [SuiteRow("square", "black-box", square, after=after)]
+            rows = [SuiteRow("square", "black-box", square)]
             if fab_is_installed():
-                fab = self.resolve("fab", eps, AttackRequest(steps=b.steps))
-                rows.append(SuiteRow("fab", "white-box", fab, after=after))
+                rows.append(SuiteRow("fab", "white-box", self.resolve("fab", eps, AttackRequest(steps=b.steps))))
             return rows
         blind = self.resolve("pgd", eps, AttackRequest(steps=max(b.steps, 40), gradient="blind"))
         bpda = self.resolve("pgd", eps, AttackRequest(steps=self.refined, gradient="bpda", eot=b.eot))
         square = self.resolve("square", eps, AttackRequest(queries=b.queries, eot=1))
         fixed = self.resolve("pgd", eps, AttackRequest(steps=self.refined, gradient="full", fixed_draw=True))
-        rows = [SuiteRow("blind", "black-box", blind), SuiteRow("bpda", "white-box", bpda, after=after)]
+        rows = [SuiteRow("blind", "black-box", blind), SuiteRow("bpda", "white-box", bpda)]
         if transfer:
             apgd = self._exact("apgd", eps, self.refined, b.eot)
-            rows.append(SuiteRow("transfer", "black-box", apgd, against="noise", after=after))
+            rows.append(SuiteRow("transfer", "black-box", apgd, against="noise"))
         return [
             *rows,
-            SuiteRow("square", "black-box", square, after=after),
+            SuiteRow("square", "black-box", square),
             SuiteRow("pgd-one-draw", "check", self._pgd(eps, self.short, 1)),
             SuiteRow("fixed-noise", "check", fixed, judged_on="first"),
         ]
 
-    def curve(self, eps: float, *, after: str) -> list[SuiteRow]:
-        """Return attacks of other sizes; an example of one size is one of every larger size."""
-        found: list[SuiteRow] = []
+    def curve(self, eps: float) -> list[SuiteRow]:
+        """Return attacks of other sizes."""
         sizes = {m: m / 255 for m in EPS_CURVE if abs(m / 255 - eps) > 1e-9}
-        for m, size in sizes.items():
-            before = found[-1].name if found else None
-            if size > eps and (not found or found[-1].eps < eps):
-                before = after
-            found.append(SuiteRow(f"eps-{m:g}", "curve", self._pgd(size, self.short, self.budget.eot), after=before))
-        return found
+        return [
+            SuiteRow(f"eps-{m:g}", "curve", self._pgd(size, self.short, self.budget.eot)) for m, size in sizes.items()
+        ]

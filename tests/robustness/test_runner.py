@@ -1,4 +1,4 @@
-"""Which patches a later attack of a suite leaves alone: those that are broken, and those that are certified."""
+"""The rows of a suite: which patches a later attack leaves alone, what is made anew, and certificates under attack."""
 
 from dataclasses import replace
 
@@ -40,41 +40,51 @@ def runner(test_x, tmp_path):
     return SuiteRunner(model, open_patches(test_x).first(N), BUDGET, tmp_path / "suite", 0, 4, CPU, suite=rows)
 
 
-def test_broken_and_certified_patches_are_left_alone(runner, monkeypatch):
+def test_broken_patches_are_left_alone_and_certified_ones_are_not(runner, monkeypatch):
+    """A certificate is of the vote; the mean over draws of a certified patch can still fall."""
     rows = {row.name: row for row in runner.suite}
     runner.attack(rows["pgd"], lambda count: None)
     judged = runner.judge(rows["pgd"], lambda count: None)
     bright = runner.patches.read(range(N)).mean((1, 2, 3)).numpy()
     far = np.abs(bright - 0.5) > 0.05  # too far for an attack of 2/255
-    assert ((judged.share == 0) == ((bright > 0.5) != (runner.patches.labels == 1)))[far].all()
+    broken = judged.share == 0
+    assert (broken == ((bright > 0.5) != (runner.patches.labels == 1)))[far].all()
     proved = runner.certify(runner.certificates, lambda count: None).proved
     assert proved[far].all()
-
-    for eps, at_eps in ((EPS, True), (4 / 255, False)):
-        kept = runner._examples(rows["pgd"], eps, runner.certificates).kept
-        assert kept.tolist() == ((judged.share == 0) | (proved & at_eps)).tolist()
+    assert (proved & ~broken).any()
     attacked = []
     real = AttackJob._attack
     monkeypatch.setattr(
         AttackJob, "_attack", lambda job, packs, earlier=None: attacked.extend(packs) or real(job, packs, earlier)
     )
     runner.attack(rows["apgd-ce"], lambda count: None)
-    assert not set(np.concatenate([np.empty(0, int), *attacked]).tolist()) & set(np.flatnonzero(proved).tolist())
+    assert set(np.concatenate(attacked).tolist()) == set(np.flatnonzero(~broken).tolist())
     pgd, after = (open_patches(runner.out / f"{name}.safetensors").read(range(N)) for name in ("pgd", "apgd-ce"))
-    assert torch.equal(after[proved], pgd[proved])
+    assert torch.equal(after[broken], pgd[broken])
 
 
-def test_a_curve_attacks_certified_patches(runner):
-    """Their vote is proved, but the mean over draws may be worse at a larger eps than at the one before."""
-    rows = {row.name: row for row in runner.suite}
-    assert rows["apgd-ce"].spares_certified
-    assert rows["eps-1"].after == "eps-0.5"
-    assert not rows["eps-1"].spares_certified
-    runner.attack(rows["eps-0.5"], lambda count: None)
-    kept = runner._earlier(rows["eps-1"]).load().kept
-    broken = runner.judge(rows["eps-0.5"], lambda count: None).share == 0
-    assert kept.tolist() == broken.tolist()
-    assert not broken.all()
+@pytest.mark.parametrize("defended", [True, False])
+def test_only_apgd_goes_on_from_another_attack(defended):
+    """Any other row would hide that it is weaker than the attack with which it is compared."""
+    rows = build_suite(BUDGET, EPS, defended=defended)
+    assert {row.name: row.after for row in rows if row.after} == {"apgd-ce": "pgd", "apgd-margin": "apgd-ce"}
+
+
+def test_a_wrong_certificate_is_found(runner):
+    rows = [row for row in runner.suite if row.name in ("clean", "pgd")]
+    runner.attack(rows[1], lambda count: None)
+    judged = {row.name: runner.judge(row, lambda count: None) for row in rows}
+    job, checks = runner.certificates, SuiteChecks(runner)
+    rung = runner.certify(job, lambda count: None)
+    assert rung.proved.any()
+    right = checks.certificates(job, rung, judged)
+    assert (right.certified, right.broken) == (rung.proved.sum(), 0)
+    (runner.out / "certified.json").unlink()
+    decision = rung.found.decision.copy()
+    wrong = np.flatnonzero(rung.proved)[-1]
+    decision[wrong] = 1 - decision[wrong]
+    found = checks.certificates(job, replace(rung, found=replace(rung.found, decision=decision)), judged)
+    assert (found.suspects, found.broken) == (1, 1)
 
 
 def test_a_new_patch_set_is_judged_anew(runner):
