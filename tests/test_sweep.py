@@ -1,12 +1,16 @@
 """Sweeps: a point is what the other commands make of the same setting, and the rule is the one declared."""
 
 import csv
+import json
+import shutil
 
 import numpy as np
 import pytest
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
+from advdiff_cli.attacks.spec import DEFAULTS, AttackRequest
+from advdiff_cli.cli.compute_options import ComputeOptions
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.models.ddpm import Ddpm, load_ddpm, save_ddpm
@@ -132,10 +136,15 @@ def test_over_eps_steps_and_adaptive(advdiff, common, tmp_path):
     assert advdiff(*noise, "--json").json["rows"][0]["unet_evaluations"] == 0
 
 
-def test_square_through_a_defense_and_steps_that_low_levels_have_not(advdiff, common, tmp_path):
+def test_square_through_a_defense_and_steps_that_low_levels_have_not(advdiff, common, tmp_path, monkeypatch):
     square = ["--method", "square", "--gradient", "full", "--eot", 1, "--sampler-steps", 3, "--values", "0.002,0.05"]
     dry = advdiff(*common, *square, "-o", tmp_path / "q", "--dry-run", "--json").json
     assert dry["points"] == ["t-star-0.002", "t-star-0.05"]
+    monkeypatch.setitem(DEFAULTS, "square", AttackRequest(loss="margin", queries=2, restarts=1))
+    run = [*common, *square[:-1], "0.05", "--limit", 2, "--draws", 1, "-o", tmp_path / "s", "--json"]
+    found = advdiff(*run).json
+    assert "gradient" not in found["attack_told"]
+    assert "eot 1" in found["attack_told"]
 
 
 def test_a_sweep_goes_on_at_its_own_precision_and_batch_size(advdiff, common, tmp_path):
@@ -145,6 +154,33 @@ def test_a_sweep_goes_on_at_its_own_precision_and_batch_size(advdiff, common, tm
     assert (told["batch_size"], told["precision"]) == (8, "fp32")
     auto = [a for a in run if a not in ("--precision", "fp32")]
     assert advdiff(*auto, "--json").json["recipe"]["parameters"]["precision"] == "fp32"
+
+
+def test_an_adaptive_sweep_goes_on_with_its_own_noise_and_overwrite_begins_anew(advdiff, common, tmp_path, monkeypatch):
+    run = [*common, *"--limit 4 --values 0.1 --steps 1 --sampler-steps 1 --gradient full --eot 1".split()]
+    run += ["-o", tmp_path / "s", "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ComputeOptions, "noise_kind", lambda *_: "philox")  # as on a GPU
+        advdiff(*run, "--draws", 1)
+    for path in tmp_path.glob("s/*"):
+        if not path.name.startswith("adv-"):
+            path.unlink()  # it was stopped before anything was judged
+    (made,) = tmp_path.glob("s/*")
+    stamp = made.stat().st_mtime_ns
+    assert advdiff(*run, "--draws", 1).json["defense"]["noise"] == "philox"
+    assert made.stat().st_mtime_ns == stamp
+    assert advdiff(*run).json["draws"] == 1
+    anew = advdiff(*run, "--overwrite").json
+    assert anew["draws"] == 11
+    assert "noise" not in anew["defense"]
+
+
+def test_a_purifier_of_another_view_is_refused(advdiff, common, classifier, tmp_path):
+    folder = shutil.copytree(classifier, tmp_path / "pooled")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pool": 2}))
+    words = [*common, "-c", folder, "--values", "0.1", "-o", tmp_path / "s"]
+    assert "cannot purify" in advdiff(*words, "--dry-run", code=1).err
 
 
 def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
@@ -157,6 +193,7 @@ def test_values_that_make_no_sense(advdiff, common, ddpm, tmp_path):
         (["--over", "sampler-steps", "--values", "1.5"], "1.5 is not a valid sampler-steps"),
         (["--values", "nan"], "nan is not a valid t-star"),
         (["--eot", 4], "--eot needs an attack through the defense"),
+        (["--method", "square", "--gradient", "bpda"], "--method square takes no gradient"),
         (["--over", "eps", "--max-drop", "3"], "leave out --max-drop"),
         (["--over", "eps", "--eps", "1/255"], "takes its values from --values; leave out --eps"),
         (["--t-star", "0.1"], "takes its values from --values; leave out --t-star"),

@@ -103,6 +103,8 @@ class SweepOptions:
             raise AdvdiffError(
                 "--rule certified is about l-inf attacks of one size; leave out --over eps and --norm l2"
             )
+        if self.method == "square" and self.gradient == "bpda":
+            raise AdvdiffError("--method square takes no gradient; with --gradient full it attacks through the defense")
         if self.gradient == "blind" and self.eot is not None:
             raise AdvdiffError("--eot needs an attack through the defense: give --gradient full or bpda")
         radius = options.attack_radius("linf" if over == "eps" else self.norm, self.eps)

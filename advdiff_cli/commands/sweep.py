@@ -57,8 +57,8 @@ def sweep(
 
     out = output.out
     output.require_folder("a sweep goes to")
-    resume = _resume_params(out)
-    request = settings.request(purifier, compute, resume)
+    resume = {} if output.overwrite else _resume_params(out)
+    request = settings.request(purifier, compute, resume if "t_star" in resume else {})
     device = compute.resolve_device()
     patches = rows.sample().open(data)
     patches.require_labels()
@@ -96,18 +96,19 @@ def sweep(
 
 
 def _resume_params(out: Path) -> dict[str, Any]:
-    """Return the batch size, the precision, the draws and the kind of noise of the results in a sweep's folder."""
+    """Return the parameters of the results in a sweep's folder that the sweep goes on with.
+
+    Without `t_star`, none of them is of a defense.
+    """
     from advdiff_cli.data.resume import resume_params
     from advdiff_cli.jobs.result_cache import recorded_recipe
 
-    found: dict[str, Any] = {}
-    for path in sorted(out.glob("adv*.safetensors*")):
-        made = resume_params(path.with_name(path.name.removesuffix(".rows").removesuffix(".part")))
-        found |= {"batch_size": made["batch_size"]} if "batch_size" in made else {}
-    for path in sorted(out.glob("*-clean.predictions.safetensors")):
-        made = recorded_recipe(path).get("parameters", {})
-        found |= {k: made[k] for k in ("precision", "draws", "noise") if made.get(k)}
-    return found
+    attacks = [p for p in sorted(out.glob("adv*.safetensors*")) if not p.name.endswith(".rows")]
+    made = [resume_params(path.with_name(path.name.removesuffix(".part"))) for path in attacks]
+    judged = sorted(out.glob("*-clean.predictions.safetensors"))
+    made += [recorded_recipe(path).get("parameters", {}) for path in judged]
+    wanted = ("batch_size", "precision", "draws", "noise", "t_star")
+    return {key: value for one in made for key in wanted if (value := one.get(key)) is not None}
 
 
 def _run(

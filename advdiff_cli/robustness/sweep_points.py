@@ -105,8 +105,7 @@ def _point(
     shared = request.blind and over != "eps"
     against: Against = "nothing" if request.blind else "defense"
     row = SuiteRow("adv" if shared else f"adv-{name}", "white-box", spec, against)
-    defense.purifier.to(undefended.device)
-    model = replace(undefended.model, defense=defense, precision=precision)
+    model = undefended.model.behind(defense, undefended.device, precision)
     flag_value = f"{value:g}/255" if request.unit == 255 else text if over == "ddpm" else f"{value:g}"
     return SweepPoint(value, name, flag_value, replace(undefended, model=model, label=f"{name}-"), row)
 

@@ -23,7 +23,7 @@ def sweep_settings(
     typical = chosen or points[-1]
     model, spec = typical.runner.model, typical.attack.attack
     assert spec is not None
-    attack = {**spec.parameters(), "gradient": request.attack.gradient}
+    attack = {**spec.parameters(), **({"gradient": "blind"} if request.blind else {})}
     settings = {
         "over": request.over,
         **criterion.parameters(),
