@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from advdiff_cli.certification.certificate_file import certificate_provenance, read_certificates
@@ -131,13 +132,19 @@ class EvaluateJob:
         if table.exists() and not overwrite:
             advance(self.n)
             found = zip(read_predictions(table), self.sets, strict=True)
-            return [replace(one, history=history(patches.provenance)) for one, (_, patches) in found]
+            return [self._checked(table, one, patches) for one, (_, patches) in found]
         evaluated = self._evaluate(group, advance)
         if group.is_main:
             with recorded_write(output, table, made) as temporary:
                 keys = (self.part(patches).keys for _, patches in self.sets)
                 write_predictions(temporary, list(zip(evaluated, keys, strict=True)))
         return evaluated
+
+    def _checked(self, table: Path, found: EvaluatedSet, patches: PatchSet) -> EvaluatedSet:
+        """Return stored predictions on a set, which must be of all rows that this evaluation is about."""
+        if not np.array_equal(found.index, self.part(patches).index):
+            raise AdvdiffError(f"{table}: the patches of {found.name} are incomplete; merge all shards I/N of one N")
+        return replace(found, history=history(patches.provenance))
 
     def _evaluate(self, group: ProcessGroup, advance: Callable[[int], None]) -> list[EvaluatedSet]:
         return [

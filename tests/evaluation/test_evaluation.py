@@ -218,5 +218,18 @@ def test_shards_of_predictions_merge_and_are_read(advdiff, test_x, classifier, t
     assert (other["defense"]["seed"], alone["defense"]["seed"]) == (1, 0)
 
 
+def test_merged_shards_of_other_numbers_are_not_taken_for_the_whole(advdiff, test_x, classifier, tmp_path):
+    """The first sets join without a gap and the second ones do not, since they have another length."""
+    few, more = tmp_path / "few.h5", tmp_path / "more.h5"
+    for n, out in ((32, few), (60, more)):
+        advdiff("attack", test_x, "-c", classifier, "--steps", 1, "--limit", n, "-o", out)
+    evaluate = ["evaluate", few, more, "-c", classifier, "--defense", "noise", "--draws", 1, "--predictions"]
+    for shard in ("0/2", "2/3"):
+        advdiff(*evaluate, tmp_path / f"{shard[0]}.csv", "--shard", shard)
+    merged = advdiff("merge", tmp_path / "0.csv", tmp_path / "2.csv", "-o", tmp_path / "all.csv", "--json").json
+    assert merged["patches"] < 32 + 60
+    assert f"the patches of {more} are incomplete" in advdiff(*evaluate, tmp_path / "all.csv", code=1).err
+
+
 def test_the_point_of_the_normal_distribution():
     assert ndtri(0.975) == statistics._Z
