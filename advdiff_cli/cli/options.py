@@ -89,6 +89,17 @@ def attack_radius(norm: str, eps: float | None) -> float:
     return radius
 
 
+def require_decay(**values: float | None) -> None:
+    """Check that each named value is at least zero and below one, or None.
+
+    Raises:
+        AdvdiffError: One is not.
+    """
+    for name, value in values.items():
+        if value is not None and not 0 <= value < 1:
+            raise AdvdiffError(f"--{name} must be at least 0 and below 1, not {value:g}")
+
+
 def require_positive(**values: float | None) -> None:
     """Check that each named value is above zero and finite, or None.
 

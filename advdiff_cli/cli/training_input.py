@@ -31,7 +31,7 @@ class InputRequest:
     @property
     def draws_noise(self) -> bool:
         """Whether patches pass a purifier."""
-        return self.augment != [None]
+        return any(self.augment)
 
     def parameters(self) -> JsonObject:
         """Return the parameters that enter the recipe; empty for training on clean patches."""

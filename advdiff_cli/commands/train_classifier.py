@@ -48,9 +48,7 @@ class ClassifierOptions:
     stain: Annotated[float, typer.Option(min=0.0, help="Strength of stain variation; 0 for none.")] = 0.2
     ema: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, max=1.0, help="Publish a moving average of the weights, with this decay.", show_default="none"
-        ),
+        typer.Option(help="Publish a moving average of the weights, with this decay.", show_default="none"),
     ] = None
     batch_size: options.FixedBatch = 64
 
@@ -121,7 +119,7 @@ class InputOptions:
         adversary = self._adversary()
         augment = [parse_augmentation(text, allow_pickle=allow_pickle) for text in self.augment or ["none"]]
         options.require_positive(consistency=self.consistency)
-        if self.consistency is not None and augment == [None]:
+        if self.consistency is not None and not any(augment):
             raise AdvdiffError("--consistency requires noise: give --augment purify:MODEL or noise:T")
         if self.consistency is not None and self.loss == "trades":
             raise AdvdiffError("--consistency and --loss trades: choose one")
@@ -170,6 +168,7 @@ def train_classifier(
 
     s, out = settings, output.out
     options.require_positive(learning_rate=s.learning_rate)
+    options.require_decay(ema=s.ema)
     recorded = registry.recorded_recipe(out)
     opened = sets.open(data)
     if opened.valid is not None:

@@ -49,7 +49,7 @@ class DdpmOptions:
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak of the cosine cycle.", show_default="1e-3 for tiny, else 3e-4")
     ] = None
-    ema: Annotated[float, typer.Option(min=0.0, max=1.0, help="Decay of the moving average of the weights.")] = 0.999
+    ema: Annotated[float, typer.Option(help="Decay of the moving average of the weights.")] = 0.999
     batch_size: options.FixedBatch = 32
     compiled: options.Compile = False
 
@@ -96,6 +96,7 @@ def train_ddpm(
 
     s, out = settings, output.out
     options.require_positive(learning_rate=s.peak_rate)
+    options.require_decay(ema=s.ema)
     recorded = registry.recorded_recipe(out)
     opened = sets.open(data)
     batch_size = s.batch_size or 32

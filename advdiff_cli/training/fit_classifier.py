@@ -192,9 +192,9 @@ class ClassifierFit:
         self._average = None
         validation = self._validation(accelerator)
         if validation is not None:
-            self.model.config = replace(self.model.config, slope=1.0, bias=0.0)
             slope, bias = fit_platt(*validation.logits())
-            self.model.config = replace(self.model.config, slope=slope, bias=bias)
+            was = self.model.config  # calibrated already, if training started from a calibrated classifier
+            self.model.config = replace(was, slope=round(slope * was.slope, 6), bias=round(slope * was.bias + bias, 6))
 
 
 def _augment(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:

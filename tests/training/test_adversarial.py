@@ -183,6 +183,8 @@ def test_training_under_a_inputs_end_to_end(advdiff, patches, ddpm, tmp_path):
     plain = [*command[:5], tmp_path / "plain", *command[6:]]
     for wrong, says in (
         (["--consistency", 5], "--consistency requires noise"),
+        (["--consistency", 5, "--augment", "none", "--augment", "none"], "--consistency requires noise"),
+        (["--ema", "1"], "--ema must be at least 0 and below 1, not 1"),
         (["--consistency", 5, "--augment", "noise:0.1", "--adversarial", "--loss", "trades"], "choose one"),
         (["--augment", "noise"], "give none, noise:T"),
         (["--augment", "noise:2"], "t* = 2 is not in"),

@@ -42,10 +42,12 @@ def work(folder, name="m"):
     return WorkFolder(OutputSpec(folder / name, recipe("test", {})), None)
 
 
-def classifier_fit(rows, valid, folder, steps=None, name="m", inputs=CLEAN, arch="shufflenet_v2_x0_5", ema=None):
+def classifier_fit(
+    rows, valid, folder, steps=None, name="m", inputs=CLEAN, arch="shufflenet_v2_x0_5", ema=None, line=(1.0, 0.0)
+):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Classifier(ClassifierConfig(arch, (0.7, 0.5, 0.7), (0.2, 0.2, 0.2)))
+        model = Classifier(ClassifierConfig(arch, (0.7, 0.5, 0.7), (0.2, 0.2, 0.2), *line))
     plan = ClassifierRecipe(2, 8, 1e-3, 0.01, 0.05, 0, "fp32", ema=ema)
     fit = ClassifierFit(model, rows, valid, plan, work(folder, name), CPU, inputs, checkpoint_seconds=0)
     made = list(itertools.islice(fit.run(), steps))
@@ -284,6 +286,15 @@ def test_calibration_recovers_a_known_line():
     slope, bias = fit_platt(torch.stack([torch.zeros_like(odds), odds], 1), labels)
     assert slope == pytest.approx(0.5, abs=0.02)
     assert bias == pytest.approx(1, abs=0.04)
+
+
+def test_a_calibrated_start_keeps_its_line_where_nothing_can_be_calibrated(test_x, valid, tmp_path, monkeypatch):
+    """The weights are trained under it, so that without it every decision would move."""
+    few, line = TrainingRows([open_patches(test_x, selection=Selection(limit=16))], labelled=True), (0.5, 0.8)
+    for found, expected in (((1.0, 0.0), line), ((2.0, -1.0), (1.0, 0.6))):
+        monkeypatch.setattr("advdiff_cli.training.fit_classifier.fit_platt", lambda *_, found=found: found)
+        model, _ = classifier_fit(few, valid, tmp_path, name=str(found), line=line)
+        assert (model.config.slope, model.config.bias) == expected
 
 
 def test_calibration_leaves_alone_what_cannot_be_calibrated():
