@@ -160,6 +160,9 @@ def test_what_an_evaluation_does_not_show_is_told(advdiff, test_x, classifier, d
     assert "another model" not in sound.err
     assert "(pgd linf 2/255, steps 1, loss ce, gradient full, eot 1) through (defense ddpm, t_star 0.03" in sound.out
     assert "another model (t_star): a transferred attack is weaker" in told(adv, of=[*defense, "--t-star", "0.04"]).err
+    for steps, judged in ((10, 1), (None, 1)):
+        through, judge = (DefenseSpec("ddpm", 0.25, "ddpm", n) for n in (steps, judged))
+        assert through.differences(judge) == judge.differences(through) == ["sampler_steps"]
     assert "another model (defense, t_star, diffusion model)" in told(adv, of=["--defense", "noise"]).err
     assert "is judged without it" in told(adv, of=[]).err
     assert "on a draw of --seed 3, which is none of these draws" in told(fixed).err

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advdiff_cli.evaluation.statistics import Estimate, auroc_interval, mean_of_two, mean_share, wilson
+from advdiff_cli.evaluation.votes import Votes
 
 VOTES = (1, 5, 11, 21)
 """Numbers of draws in a majority vote; odd, since there are two classes."""
@@ -50,14 +51,15 @@ class Predictions:
 
     @property
     def largest_vote(self) -> NDArray[np.bool_]:
-        """Whether the majority of all draws is correct (N,); an even number of draws loses its last one."""
-        return self.vote(self.draws - 1 + self.draws % 2)
+        """Whether the decision is correct (N,)."""
+        correct: NDArray[np.bool_] = np.equal(self.decision, self.labels == 1)
+        return correct
 
     @property
     def decision(self) -> NDArray[np.bool_]:
-        """Whether the majority of all draws is for class 1 (N,); an even number of draws loses its last one."""
-        decision: NDArray[np.bool_] = np.equal(self.largest_vote, self.labels == 1)
-        return decision
+        """Whether the decision of all draws is class 1 (N,), as `Votes` tells it."""
+        ones: NDArray[np.bool_] = np.equal(Votes(self.p1).decision, 1)
+        return ones
 
     def take(self, rows: NDArray[np.int64]) -> "Predictions":
         """Return the predictions of some rows."""

@@ -1,7 +1,7 @@
 """The settings of a defense and of a model behind it: what their results depend on, known without loading a model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from advdiff_cli.data.provenance import JsonObject
@@ -60,9 +60,9 @@ class DefenseSpec:
         return f"t* {self.t_star:g}, sampler {self.sampler}, steps {self.sampler_steps or 'every noise level'}"
 
     def differences(self, other: "DefenseSpec") -> list[str]:
-        """Return the names of the settings that both defenses have, with different values."""
-        mine, theirs = asdict(self), asdict(replace(other, noise=self.noise))  # any noise is as good
-        return [k for k in mine if None not in (mine[k], theirs[k]) and mine[k] != theirs[k]]
+        """Return the names of the settings that both kinds of defense have, with different values."""
+        mine, theirs = self.parameters(), replace(other, noise=self.noise).parameters()  # any noise is as good
+        return [k for k in mine if k in theirs and mine[k] != theirs[k]]
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,13 @@ def test_of_an_even_number_of_draws_the_mean_decides_ties():
 
 
 @given(st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_an_odd_vote_is_that_of_evaluate(half, seed):
-    p1 = np.random.default_rng(seed).random((20, 2 * half + 1))
-    assert (Votes(p1).decision == Predictions(np.ones(20, np.int64), p1).decision).all()
+def test_evaluate_counts_the_same_decisions(half, seed):
+    for draws in (2 * half, 2 * half + 1):
+        p1 = np.random.default_rng(seed).random((20, draws))
+        found = Predictions(np.ones(20, np.int64), p1)
+        assert (Votes(p1).decision == found.decision).all()
+        assert (found.largest_vote == found.decision).all()
+    assert (found.largest_vote == found.vote(draws)).all()
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.05, 0.01, 0.001, 1e-9])
