@@ -133,6 +133,10 @@ def test_a_bad_file_does_not_stop_the_rest(advdiff, folder, ddpm, tmp_path):
     (folder / "b.png").write_bytes(good)
     again = purify(advdiff, folder, out, ddpm, code=3).json
     assert (again["purified"], again["kept"], again["failed"]) == (1, 5, 3)
+    (folder / "b.png").write_bytes(good[: len(good) // 3])
+    purify(advdiff, folder, out, ddpm, code=3)
+    assert not (out / "b.png").exists()  # what is left of other content would be taken for it
+    assert (out / "a.png").exists()
 
 
 def test_rows_do_not_depend_on_the_company(advdiff, folder, ddpm, tmp_path):

@@ -215,9 +215,10 @@ class FolderWriter:
             journal.write("".join(line.as_text() for line in lines))
 
     def _sweep(self) -> None:
-        """Remove temporary files of killed processes, and outputs whose input was purified to another name since.
+        """Remove temporary files of killed processes, and outputs that no longer belong to their input.
 
-        Nothing is removed while a shard is at work.
+        Such an input was purified to another name since, or has other content, which could not be purified. Nothing
+        is removed while a shard is at work.
         """
         with ExitStack() as stack:
             try:
@@ -225,7 +226,8 @@ class FolderWriter:
                     stack.enter_context(OutputLock(journal))
             except AdvdiffError:
                 return
-            done = {file: line.out for file, line in self._lines.items() if line.status == "ok"}
+            read = ("ok", "failed")  # an input that could not even be read has no sha256, and may come back
+            done = [file for file, line in self._lines.items() if line.status in read and line.sha256]
             current = {line.out for line in self._lines.values()}
             for out in {out for file in done for out in self._written.get(file, ())} - current:
                 self._remove_output(out)

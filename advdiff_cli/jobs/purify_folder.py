@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advdiff_cli.data.prefetch import prefetch
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.folder_images import THREADS, FolderImage, FolderImages, Outcome, decode, group_by_size
 from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map
@@ -74,7 +75,11 @@ class FolderPurifier:
         return self._purify_batch(found) if isinstance(found, _Batch) else [found]
 
     def _purify_batch(self, batch: _Batch) -> list[_Purified]:
-        purified = self.job.purify(batch.images, batch.noise)
+        try:
+            purified = self.job.purify(batch.images, batch.noise)
+        except torch.OutOfMemoryError:
+            size = len(batch.images)
+            raise AdvdiffError(f"{size} images do not fit into memory together; give --batch-size auto") from None
         sizes = [one.size for one in batch.group]
         cropped = [image[:, :h, :w] for image, (h, w) in zip(purified, sizes, strict=False)]  # without the padding
         return [(one, (image * 255).round().byte().numpy()) for one, image in zip(batch.group, cropped, strict=True)]

@@ -30,8 +30,8 @@ def purify_large_image(
         purifier: On `device`.
         pixels: (3, H, W) uint8 RGB.
         generator: Of the noise, which is drawn in the order of `noise_shape`.
-        device: Where windows are denoised.
-        folder: Where the files lie; it needs up to 40 bytes a pixel.
+        device: Where windows are denoised, and noise is added.
+        folder: Where the files lie; it needs up to 28 bytes a pixel.
 
     Raises:
         FloatingPointError: The result is not finite.
@@ -41,17 +41,20 @@ def purify_large_image(
     padding = ((0, 0), (0, padded_height - height), (0, padded_width - width))
     padded = np.pad(pixels, padding, mode="reflect") if (padded_height, padded_width) != (height, width) else pixels
     if isinstance(purifier, NoisePurifier):
-        found = _add_noise(purifier, padded, generator)
+        found = _add_noise(purifier, padded, generator, device)
     else:
         found = _denoise(purifier, padded, generator, device, folder)
     return found[:, :height, :width]
 
 
-def _add_noise(purifier: NoisePurifier, pixels: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
+def _add_noise(
+    purifier: NoisePurifier, pixels: NDArray[np.uint8], generator: np.random.Generator, device: torch.device
+) -> NDArray[np.uint8]:
     out = np.empty_like(pixels)
     for part in _chunks(pixels.shape):
         images = _as_float(pixels[part])
-        out[part] = _as_bytes(purifier(images[None], _normal(generator, images)[None, None])[0])
+        noise = _normal(generator, images)[None, None]
+        out[part] = _as_bytes(purifier(images[None].to(device), noise.to(device))[0].cpu())
     return out
 
 

@@ -54,6 +54,19 @@ def test_the_result_is_that_of_the_whole_image(tmp_path, monkeypatch, kind, size
     assert not list(tmp_path.iterdir())
 
 
+def test_noise_is_added_on_the_device_of_the_purifier(tmp_path, monkeypatch):
+    purifier, seen = purifiers()["noise"], set()
+
+    def forward(images, noise):
+        seen.update((images.device.type, noise.device.type))
+        return torch.zeros(images.shape)
+
+    monkeypatch.setattr(purifier, "forward", forward)
+    pixels, meta = np.zeros((3, 8, 8), np.uint8), torch.device("meta")
+    purify_large_image(purifier, pixels, row_stream(0, "purify", "a.png"), meta, tmp_path)
+    assert seen == {"meta"}
+
+
 def test_an_overflow_is_an_error(tmp_path):
     purifier = DiffusionPurifier(build_ddpm("tiny", 96, 0.3, 0).eval(), 0.25, "ddpm", 1)
     with torch.no_grad():
