@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,6 +50,16 @@ class RowOptions:
         from advdiff_cli.data.patches import open_patches
 
         return open_patches(data, split=self.split, labels=self.labels, selection=self.selection)
+
+    def open_sets(self, data: Sequence[str]) -> list[PatchSet]:
+        """Open several patch sets with these rows selected, some of which may hold their own labels.
+
+        Raises:
+            AdvdiffError: There is no such set, or no such row.
+        """
+        from advdiff_cli.data.patches import open_sets
+
+        return open_sets(data, split=self.split, labels=self.labels, selection=self.selection)
 
     @property
     def selection(self) -> Selection:

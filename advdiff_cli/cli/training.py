@@ -63,10 +63,11 @@ class TrainingDataOptions:
         Raises:
             AdvdiffError: A set is missing, the validation set has several sizes, or patches do not fit the view.
         """
-        from advdiff_cli.data.patches import open_patches
+        from advdiff_cli.data.patches import open_patches, open_sets
 
-        view, valid_split = self.view, None if self.split is None else "valid"
-        sets = [open_patches(path, split=self.split).viewed(view) for path in data]
+        view = self.view
+        valid_split = None if self.split is None or self.valid is None or Path(self.valid).is_file() else "valid"
+        sets = [patches.viewed(view) for patches in open_sets(data, split=self.split)]
         valid = None if self.valid is None else open_patches(self.valid, split=valid_split).viewed(view)
         if valid is not None:
             valid.require_shape()

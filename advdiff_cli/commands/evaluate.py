@@ -57,14 +57,14 @@ def evaluate(
 
     A defense is judged on draws of its noise that no attack used: the mean over draws, majority votes, and all draws
     correct. Name the clean set beside an attacked one, as its control. Sets with the same rows are compared in pairs,
-    and the row options select rows of each set. Patches of one slide resemble each other, so intervals are too narrow
-    where slides are not known. Predictions that --predictions wrote before are read, not made again. With -q, print
+    and the row options select rows of each set. Patches of one slide resemble each other, so intervals are too
+    narrow. Predictions that --predictions wrote before are read, not made again. With -q, print
     the accuracy of each set.
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
     _check_predictions_path(settings.predictions, data, sharded=compute.shard is not None)
-    sets = [rows.open(path) for path in data]
+    sets = rows.open_sets(data)
     for patches in sets:
         if patches.labels is None:
             raise AdvdiffError(

@@ -148,7 +148,7 @@ def _gallery(
     device = compute.resolve_device()
     defense, precision = purifier.build(compute), compute.resolve_precision(device)
     model = compute.load_classifier(gallery.classifier, device).behind(defense, device, precision)
-    pairs = PairedSets.match(rows.open(gallery.clean), rows.open(gallery.attacked))
+    pairs = PairedSets.match(*rows.open_sets([gallery.clean, gallery.attacked]))
     if not len(pairs):
         raise AdvdiffError(f"{gallery.attacked} was not made from rows of {gallery.clean}")
     eps = amplification_eps(pairs.attacked)

@@ -232,6 +232,33 @@ def open_patches(
     return patches
 
 
+def open_sets(
+    paths: Sequence[str], *, split: str | None = None, labels: Path | None = None, selection: Selection = ALL
+) -> list[PatchSet]:
+    """Open several patch sets, such as one and what was made from it.
+
+    Args:
+        paths: As for `open_patches`.
+        split: For the folders among them.
+        labels: For those that do not hold their own labels.
+        selection: Which rows to use, of each set.
+
+    Raises:
+        AdvdiffError: As for `open_patches`, or no set takes `split` or `labels`.
+    """
+    folders = [path for path in paths if not Path(path).is_file()] or paths
+    unlabelled = [path for path in paths if Path(path).suffix not in PATCH_FILES] or paths
+    return [
+        open_patches(
+            path,
+            split=split if path in folders else None,
+            labels=labels if path in unlabelled else None,
+            selection=selection,
+        )
+        for path in paths
+    ]
+
+
 def _warn_of_one_class(patches: PatchSet) -> None:
     """Warn where --limit or --range leaves one class of two, as in sets that are sorted by class or slide."""
     labels, everything = patches.labels, patches.source.labels

@@ -1,5 +1,6 @@
 """The four forms hold the same rows; selection, labels and keys."""
 
+import shutil
 import struct
 import zlib
 
@@ -155,3 +156,23 @@ def test_pillow_s_warnings_are_not_shown(advdiff, ddpm, tmp_path, monkeypatch):
         read_image(tmp_path / "in" / "a.png")
     purify = ["purify", tmp_path / "in", "-m", ddpm, "--t-star", "0.02", "--sampler-steps", 1, "-o", tmp_path / "out"]
     assert "Warning" not in advdiff(*purify).err
+
+
+def test_sets_made_from_others_are_opened_beside_them(advdiff, patches, classifier, tmp_path):
+    """The options that a folder needs are not about the files that were made from it."""
+    found = sorted(p for p in (patches / "images" / "test").rglob("*") if p.is_file())[:6]
+    flat, labels, adv, split = (tmp_path / name for name in ("flat", "labels.csv", "adv.h5", "split.h5"))
+    flat.mkdir()
+    for i, image in enumerate(found):
+        shutil.copy(image, flat / f"{i}{image.suffix}")
+    lines = [f"{i}{image.suffix},{i % 2}" for i, image in enumerate(found)]
+    labels.write_text("\n".join(["file,label", *lines]))
+    model = ["-c", classifier, "--json"]
+    advdiff("attack", flat, "--labels", labels, *model, "--steps", 1, "-o", adv)
+    both = advdiff("evaluate", flat, adv, "--labels", labels, *model).json["sets"]
+    assert [s["n"] for s in both] == [6, 6]
+    assert "holds its own labels" in advdiff("evaluate", adv, "--labels", labels, *model, code=1).err
+    advdiff("attack", patches, "--split", "test", *model, "--steps", 1, "-o", split)
+    both = advdiff("evaluate", patches, split, "--split", "test", *model).json["sets"]
+    assert both[0]["n"] == both[1]["n"]
+    assert "is a file; --split chooses" in advdiff("evaluate", split, "--split", "test", *model, code=1).err
