@@ -167,6 +167,11 @@ def test_other_files_are_kept(advdiff, command, tmp_path):
     assert "was not made by this command" in advdiff(*command, *out, "--tsv", tmp_path / "mine.tsv", code=1).err
     assert (tmp_path / "mine.tsv").read_text() == "mine"
     advdiff(*command, *out, "--tsv", tmp_path / "c.tsv")
+    other = [*command, "--limit", 1, "--seed", 1, "-o", tmp_path / "d.csv", "--tsv", tmp_path / "c.tsv"]
+    assert "was made with other settings (seed" in advdiff(*other, code=1).err
+    assert not (tmp_path / "d.csv").exists()
+    assert "merge the shards" in advdiff(*other, "--shard", "0/2", code=1).err
+    assert "must use the same batch size" in advdiff(*other[:-2], "--shard", "0/2", "--batch-size", "auto", code=1).err
     (tmp_path / "c.csv").write_text("mine")
     assert "was not made by this command" in advdiff(*command, *out, code=1).err
 

@@ -78,7 +78,12 @@ def test_shards_and_a_killed_run_give_the_same_file(advdiff, test_x, classifier,
     advdiff("merge", *parts[::-1], "-o", tmp_path / "merged.csv")
     assert (tmp_path / "merged.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert "up to date" in advdiff(*command, "-o", tmp_path / "merged.csv").err
-    assert "other settings" in advdiff(*command, "-o", parts[0], "--shard", "1/3", code=1).err
+    advdiff(*command, "-o", tmp_path / "p.csv", "--shard", "0/3")
+    assert "other settings" in advdiff(*command, "-o", tmp_path / "p.csv", "--shard", "1/3", code=1).err
+    for shard in ("1/3", "1/3"):  # of another shard, and of the same one, which is made again
+        told = advdiff(*command, "-o", tmp_path / "p.csv", "--shard", shard, "--overwrite", "--json")
+        assert told.json["status"] == "done"
+    assert "other settings" in advdiff(*command, "-o", tmp_path / "merged.csv", "--shard", "1/3", code=1).err
     assert "other settings (alpha" in advdiff(*command, "-o", tmp_path / "whole.csv", "--alpha", "0.1", code=1).err
 
 

@@ -50,8 +50,9 @@ def certify(
         raise AdvdiffError(f"--out {out}: certificates are written as .csv")
     patches = rows.open(data)
     shape = patches.require_shape()
+    compute.refuse_auto_for_parts()
     if certificate.tsv is not None:
-        _check_tsv(certificate.tsv, output, patches)
+        _check_tsv(certificate.tsv, output, patches, sharded=compute.shard is not None)
     resume = {} if output.overwrite else table_resume_params(out)
     if resume and not output.dry_run and _is_finished(classifier, settings, defense, compute, patches, resume, out):
         console.log(f"{out} is up to date")
@@ -81,6 +82,8 @@ def certify(
         plan = {"out": str(out), "status": "would certify", "patches": n, "most_draws": most, "sigma": smoothed.sigma}
         output.emit(plan, f"{out}: would certify {n} patches, at most {most:,} draws each", out)
         return
+    if certificate.tsv is not None:
+        _tsv_output(output, certificate.tsv, job.recipe)  # refused now rather than after all draws
     made = OutputSpec(out, job.recipe, device.type, output.overwrite)
     work = follow_rows(job.run, "certify", quiet=output.quiet)
     inputs = [Path(data), *filter(None, [rows.labels])]
@@ -93,14 +96,17 @@ def certify(
         _emit(output, certificate, status)
 
 
-def _check_tsv(tsv: Path, output: PlannedOutputOptions, patches: "PatchSet") -> None:
+def _check_tsv(tsv: Path, output: PlannedOutputOptions, patches: "PatchSet", *, sharded: bool) -> None:
     """Check that the table of other tools can be written, before anything is computed.
 
     Raises:
-        AdvdiffError: There are no labels, or no folder, or it is the output itself, or someone else's file.
+        AdvdiffError: It would hold a shard, there are no labels, or no folder, or it is the output itself, or someone
+            else's file.
     """
     from advdiff_cli.data.recorded_files import is_recorded, record_of
 
+    if sharded:
+        raise AdvdiffError(f"--tsv {tsv} is of all patches: merge the shards, then run certify without --shard")
     if patches.labels is None:
         raise AdvdiffError(f"--tsv {tsv}: the table of other tools needs labels; give --labels FILE.csv")
     if not tsv.parent.is_dir():

@@ -143,7 +143,7 @@ class ShardedOutput:
             AdvdiffError: As the writer, or a shard is asked for under torchrun.
         """
         if group.size == 1:
-            return self._make_part(self.output.path, shard)
+            return self.kind.make(self.output, shard_rows(self.n, self.batch_size, shard))
         if shard is not None:
             raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
         return self._make_together(group)
@@ -165,7 +165,7 @@ class ShardedOutput:
             return "done" if merged else self.make(None, group)
         if group.size > 1:
             raise AdvdiffError(NO_SHARD_UNDER_TORCHRUN)
-        return self._make_part(part_path(self.output.path, *shard), shard)
+        return self._make_beside(shard)
 
     def _is_made(self) -> bool:
         """Return whether the whole output is there.
@@ -203,9 +203,11 @@ class ShardedOutput:
         have = self.kind.recorded(part) if part.is_file() else None
         return have is not None and same_recipe(have["recipe"], self.output.recipe)
 
-    def _make_part(self, path: Path, shard: Shard | None) -> Status:
+    def _make_beside(self, shard: Shard) -> Status:
+        """Make a shard beside the output; one that is finished is not made again."""
+        path = part_path(self.output.path, *shard)
+        overwrite = self.output.overwrite and not self._is_shard(path)
         rows = shard_rows(self.n, self.batch_size, shard)
-        overwrite = self.output.overwrite and (shard is None or not self._is_shard(path))
         return self.kind.make(replace(self.output, path=path, overwrite=overwrite), rows)
 
     def _shards_of(self, group: ProcessGroup) -> int:
@@ -219,12 +221,12 @@ class ShardedOutput:
         shards = self._shards_of(group)
         if shards == 1:
             if group.is_main:
-                self._make_part(out, None)
+                self.kind.make(output, shard_rows(self.n, self.batch_size, None))
             group.wait()
             return "done"
         parts = [part_path(out, i, shards) for i in range(shards)]
         if group.rank < shards:
-            self._make_part(parts[group.rank], (group.rank, shards))
+            self._make_beside((group.rank, shards))
         group.wait()
         if group.is_main:
             self.kind.merge(parts, output)
