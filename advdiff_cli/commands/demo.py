@@ -63,12 +63,14 @@ def demo(
     model = compute.load_classifier(CLASSIFIER, device)
     flags = f" --seed {compute.seed}" if compute.seed else ""
     flags += f" --precision {compute.precision}" if compute.precision != "auto" else ""
+    flags += f" --device {compute.device}" if compute.device != "auto" else ""
     pipeline = _Pipeline(model, compute.seed, compute.resolve_precision(device), device, flags, output)
     adv = pipeline.attack(clean)
-    ddpm = build_defense(DefenseRequest("ddpm", DDPM))
+    noise = compute.noise_kind({})
+    ddpm = build_defense(DefenseRequest("ddpm", DDPM, noise=noise))
     sets = {"undefended": (clean, adv)}
     for name, defense in (
-        ("NoiseDefense", build_defense(DefenseRequest("noise"))),
+        ("NoiseDefense", build_defense(DefenseRequest("noise", noise=noise))),
         ("DDPM", ddpm),
     ):
         sets[name] = (
@@ -124,11 +126,13 @@ class _Pipeline:
         from advdiff_cli.data.output_spec import OutputSpec
         from advdiff_cli.data.patches import open_patches
         from advdiff_cli.jobs.attack import AttackJob
+        from advdiff_cli.jobs.recipes import default_batch_size
         from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
         out = self.output.out / "adv.safetensors"
         self._log(f"attack {clean.path} -c {CLASSIFIER} --eps {EPS_TEXT} -o {out}")
-        job = AttackJob(self.model, resolve("pgd", "linf", EPS, defended=False), clean, self.seed, 32, self.device)
+        size = default_batch_size(self.device.type, graph=True)
+        job = AttackJob(self.model, resolve("pgd", "linf", EPS, defended=False), clean, self.seed, size, self.device)
         spec = OutputSpec(out, job.recipe, self.device.type, self.output.overwrite)
         work = follow_rows(job.run, "attack", quiet=self.output.quiet)
         ShardedOutput(spec, len(clean), job.batch_size, PatchSetOutput(clean, work)).make(None, ProcessGroup())
@@ -139,6 +143,7 @@ class _Pipeline:
         from advdiff_cli.data.output_spec import OutputSpec
         from advdiff_cli.data.patches import open_patches
         from advdiff_cli.jobs.purify_rows import PurifyJob, purify_rows
+        from advdiff_cli.jobs.recipes import default_batch_size
         from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
         out = self.output.out / f"{name}.safetensors"
@@ -146,7 +151,8 @@ class _Pipeline:
         options = noise if defense.spec.defense == "noise" else f"-m {DDPM}"
         self._log(f"purify {patches.path} {options} -o {out}")
         defense.purifier.to(self.device)
-        job = PurifyJob(defense, self.seed, 16, self.precision, self.device)
+        size = default_batch_size(self.device.type, graph=False)
+        job = PurifyJob(defense, self.seed, size, self.precision, self.device)
         spec = OutputSpec(out, job.recipe(patches), self.device.type, self.output.overwrite)
         work = follow_rows(partial(purify_rows, job, patches), "purify", quiet=self.output.quiet)
         ShardedOutput(spec, len(patches), job.batch_size, PatchSetOutput(patches, work)).make(None, ProcessGroup())
