@@ -1,13 +1,14 @@
 """The benchmark: what it counts is right, and it measures what it says."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from advdiff_cli.benchmark.timing import Timing, Workload, measure, ratios
 from advdiff_cli.benchmark.workloads import count_flops
-from advdiff_cli.models.card import PurificationSettings, recommend
+from advdiff_cli.models.card import PurificationSettings, load_card, save_card
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def test_figures_and_ratios():
 @pytest.mark.slow
 def test_bench_end_to_end(advdiff, ddpm, classifier, tmp_path):
     shutil.copytree(ddpm, tmp_path / "m")
-    recommend(tmp_path / "m", PurificationSettings(0.04, "ddpm", 1))
+    save_card(replace(load_card(ddpm), recommended=PurificationSettings(0.04, "ddpm", 1)), tmp_path / "m")
     found = advdiff(
         "bench", "-m", tmp_path / "m", "-c", classifier, "-n", 16, "--rounds", 1, "--no-paper", "--json"
     ).json

@@ -1,7 +1,7 @@
 """The card of a diffusion model, advdiff.json: what its weights expect, and the settings recommended for it."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -123,8 +123,3 @@ def read_timesteps(folder: Path) -> int:
     if type(levels) is not int or not 1 <= levels <= _MAX_TIMESTEPS:
         raise AdvdiffError(f"{path}: num_train_timesteps is {str(levels)[:40]}; 1 to {_MAX_TIMESTEPS} is needed")
     return levels
-
-
-def recommend(folder: Path, settings: PurificationSettings) -> None:
-    """Store `settings` as the recommended settings of the model in `folder`."""
-    save_card(replace(load_card(folder), recommended=settings), folder)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
-from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, PurificationSettings, load_card, recommend
+from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, PurificationSettings, load_card, save_card
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier, load_classifier, save_classifier
 from advdiff_cli.models.ddpm import PRESETS, build_ddpm, load_ddpm
@@ -68,7 +69,7 @@ def test_weights_of_a_seed_are_the_same_and_leave_the_global_stream_alone():
 def test_recommendation_is_kept_in_the_card(ddpm, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(ddpm, folder)
-    recommend(folder, PurificationSettings(0.15, "ddim", 2))
+    save_card(replace(load_card(folder), recommended=PurificationSettings(0.15, "ddim", 2)), folder)
     assert load_card(folder).recommended == PurificationSettings(0.15, "ddim", 2)
     assert load_card(folder).max_t == 0.3
 
@@ -108,7 +109,7 @@ def test_models_that_do_not_predict_noise_are_refused(ddpm, tmp_path):
 
 def test_what_is_recommended_is_not_part_of_the_model(ddpm, tmp_path):
     shutil.copytree(ddpm, tmp_path / "m")
-    recommend(tmp_path / "m", PurificationSettings(0.2, "ddim", 3))
+    save_card(replace(load_card(tmp_path / "m"), recommended=PurificationSettings(0.2, "ddim", 3)), tmp_path / "m")
     assert folder_fingerprint(tmp_path / "m") == folder_fingerprint(ddpm)
 
 
