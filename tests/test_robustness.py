@@ -86,6 +86,8 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     bf16 = advdiff(*command, "-o", out, "--precision", "bf16", code=1).err
     assert "clean.predictions.safetensors was made with other settings (precision" in bf16
     text = advdiff(*command, "-o", out).out
+    assert "keep its example" in text
+    assert "accuracy" not in advdiff(*command, "-o", out, "-q").err
     assert "worst" in text
     assert "all draws correct" in text
     assert "lies between" in text

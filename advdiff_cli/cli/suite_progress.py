@@ -107,7 +107,7 @@ class SuiteProgress:
         )
 
     def _attack(self, row: SuiteRow) -> None:
-        console.log(f"{row.name}: {cost_text(self.plan[row.name])}")
+        self._log(f"{row.name}: {cost_text(self.plan[row.name])}")
         if row.attack:
             with console.progress(self.runner.own_patches, f"{row.name}: attack", quiet=self.quiet) as advance:
                 self.runner.attack(row, advance)
@@ -115,7 +115,7 @@ class SuiteProgress:
     def _judge(self, row: SuiteRow) -> Predictions:
         with console.progress(self.runner.own_patches, f"{row.name}: judge", quiet=self.quiet) as advance:
             found = self.runner.judge(row, advance)
-        console.log(f"{row.name}: accuracy {100 * found.share.mean():.1f} %, {duration(self.runner.seconds(row))}")
+        self._log(f"{row.name}: accuracy {100 * found.share.mean():.1f} %, {duration(self.runner.seconds(row))}")
         return found
 
     def _certify(self) -> CertifiedRung | None:
@@ -124,12 +124,16 @@ class SuiteProgress:
         if "certified" not in self.plan or job is None:
             return None
         rung = self._follow("certified", lambda advance: self.runner.certify(job, advance))
-        console.log(f"certified: {100 * rung.summary()['value']:.1f} % proved, {duration(rung.summary()['seconds'])}")
+        self._log(f"certified: {100 * rung.summary()['value']:.1f} % proved, {duration(rung.summary()['seconds'])}")
         return rung
+
+    def _log(self, text: str) -> None:
+        if not self.quiet:
+            console.log(text)
 
     def _follow(self, name: str, work: Callable[[Callable[[int], None]], Result]) -> Result:
         """Do planned work, and show its cost and its progress."""
-        console.log(f"{name}: {cost_text(self.plan[name])}")
+        self._log(f"{name}: {cost_text(self.plan[name])}")
         with console.progress(self.plan[name].n, name, quiet=self.quiet) as advance:
             return work(advance)
 
