@@ -49,7 +49,7 @@ def certify(
     if out.suffix.lower() != ".csv":
         raise AdvdiffError(f"--out {out}: certificates are written as .csv")
     patches = rows.open(data)
-    shape = patches.require_shape()
+    patches.require_shape()
     compute.refuse_auto_for_parts()
     if certificate.tsv is not None:
         _check_tsv(certificate.tsv, output, patches, sharded=compute.shard is not None)
@@ -60,40 +60,59 @@ def certify(
         return
 
     from advdiff_cli.certification.certificate_file import HEADER
-    from advdiff_cli.certification.smoothing import SmoothedClassifier
-    from advdiff_cli.cli.batch_size import resolve_batch_size
     from advdiff_cli.cli.progress import follow_rows
     from advdiff_cli.data.distributed import process_group
     from advdiff_cli.data.output_spec import OutputSpec, shard_rows
-    from advdiff_cli.jobs.certify import CertifyJob
     from advdiff_cli.jobs.sharding import ShardedOutput, TableOutput
 
-    device = compute.resolve_device()
-    precision = _precision(compute, settings)
-    undefended = compute.load_classifier(classifier, device)
-    model = undefended.behind(defense.build(compute, resume), device, precision)
-    smoothed = SmoothedClassifier(model.protected, shape, compute.seed, settings.sound)
-    size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=False)
-    job = CertifyJob(smoothed, model.spec, patches, settings, size, device)
+    job = _job(classifier, settings, defense, compute, patches, resume)
     _warn_of_unreachable_sizes(job)
     n = len(shard_rows(len(patches), 1, compute.shard_pair))
     if output.dry_run:
         most = settings.n0 + settings.n
-        plan = {"out": str(out), "status": "would certify", "patches": n, "most_draws": most, "sigma": smoothed.sigma}
+        plan = {
+            "out": str(out),
+            "status": "would certify",
+            "patches": n,
+            "most_draws": most,
+            "sigma": job.smoothed.sigma,
+        }
         output.emit(plan, f"{out}: would certify {n} patches, at most {most:,} draws each", out)
         return
     if certificate.tsv is not None:
         _tsv_output(output, certificate.tsv, job.recipe)  # refused now rather than after all draws
-    made = OutputSpec(out, job.recipe, device.type, output.overwrite)
+    made = OutputSpec(out, job.recipe, job.device.type, output.overwrite)
     work = follow_rows(job.run, "certify", quiet=output.quiet)
     inputs = [Path(data), *filter(None, [rows.labels])]
     sharded = ShardedOutput(made, len(patches), 1, TableOutput(patches, HEADER, work, inputs))
-    with process_group(device) as group:
+    with process_group(job.device) as group:
         status = sharded.make(compute.shard_pair, group)
     if status == "up to date":
         console.log(f"{out} is up to date")
     if group.is_main:
         _emit(output, certificate, status)
+
+
+def _job(
+    classifier: str,
+    settings: "CertifySettings",
+    defense: PurifierOptions,
+    compute: ShardedComputeOptions,
+    patches: "PatchSet",
+    resume: Mapping[str, object],
+) -> "CertifyJob":
+    """Return the job, with the models loaded."""
+    from advdiff_cli.certification.smoothing import SmoothedClassifier
+    from advdiff_cli.cli.batch_size import resolve_batch_size
+    from advdiff_cli.jobs.certify import CertifyJob
+
+    device, shape = compute.resolve_device(), patches.require_shape()
+    precision = _precision(compute, settings)
+    undefended = compute.load_classifier(classifier, device)
+    model = undefended.behind(defense.build(compute, resume), device, precision)
+    smoothed = SmoothedClassifier(model.protected, shape, compute.seed, settings.sound)
+    size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=False)
+    return CertifyJob(smoothed, model.spec, patches, settings, size, device)
 
 
 def _check_tsv(tsv: Path, output: PlannedOutputOptions, patches: "PatchSet", *, sharded: bool) -> None:
