@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from advdiff_cli import pgd
-from advdiff_cli.data.patches import PatchSet, open_patches
+from advdiff_cli.data.patch_set import PatchSet
+from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.statistics import Estimate, wilson
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.registry import find_classifier

@@ -11,7 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from advdiff_cli.benchmark.timing import Workload, count_flops
 from advdiff_cli.certification.smoothing import SmoothedClassifier
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.recipes import CertifySettings
 from advdiff_cli.models.classifiers import Classifier

@@ -13,7 +13,7 @@ from advdiff_cli.cli.output_options import PlannedOutputOptions
 
 if TYPE_CHECKING:
     from advdiff_cli.data.output_spec import OutputSpec
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.provenance import Provenance
     from advdiff_cli.jobs.purify_rows import PurifyJob
 

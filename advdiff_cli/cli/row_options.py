@@ -13,7 +13,7 @@ from advdiff_cli.cli import options
 from advdiff_cli.cli.parsers import RowBounds
 
 if TYPE_CHECKING:
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.selection import Selection
 
 

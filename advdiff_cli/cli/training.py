@@ -20,7 +20,7 @@ from advdiff_cli.errors import AdvdiffError
 if TYPE_CHECKING:
     import torch
 
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.data.rng import NoiseKind
     from advdiff_cli.data.view import View

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from advdiff_cli.attacks.spec import AttackSpec
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.jobs.attack import AttackJob
     from advdiff_cli.purification.defense import EvaluatedModel

@@ -16,7 +16,7 @@ from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from advdiff_cli.data.output_spec import OutputSpec
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.jobs.certify import CertifyJob
     from advdiff_cli.jobs.recipes import CertifySettings

@@ -19,7 +19,7 @@ from advdiff_cli.cli.progress import follow_rows
 if TYPE_CHECKING:
     import torch
 
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.purification.defense import Defense, EvaluatedModel

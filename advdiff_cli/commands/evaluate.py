@@ -17,7 +17,7 @@ from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.evaluation.comparison import EvaluatedSet
 

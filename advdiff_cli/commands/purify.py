@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from advdiff_cli.data.distributed import ProcessGroup
     from advdiff_cli.data.folder_writer import FolderWriter
     from advdiff_cli.data.output_spec import OutputSpec
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.jobs.folder_images import Outcome
 

@@ -22,7 +22,7 @@ from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     from advdiff_cli.data.distributed import ProcessGroup
-    from advdiff_cli.data.patches import PatchSet
+    from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.jobs.sharding import Shard
     from advdiff_cli.purification.defense import EvaluatedModel
     from advdiff_cli.robustness.cost_estimate import RowCost

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from advdiff_cli.data.output_spec import OutputSpec, RowRange
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import Images, Rows
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import PatchSet, open_patches
+from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import Provenance, canonical_json, recipe
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.table_writer import TableWriter, read_csv, recorded_table

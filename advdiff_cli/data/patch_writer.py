@@ -16,8 +16,8 @@ from advdiff_cli.data.hdf5_file import Hdf5Target
 from advdiff_cli.data.journal import drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import Batch, FileLayout, OutputSpec, RowRange, unfinished_batches
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import Images
-from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance, provenance
 from advdiff_cli.data.resume import identity, matches_recipe, part_of, recorded
 from advdiff_cli.data.row_journal import (

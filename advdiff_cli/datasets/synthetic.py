@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from advdiff_cli.data.output_spec import OutputSpec, RowRange
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import Images, Rows
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance, canonical_json, digest, recipe
 from advdiff_cli.data.rng import RowKey, stream
 from advdiff_cli.data.stain import mix

@@ -8,7 +8,7 @@ from torch import nn
 
 from advdiff_cli.attacks.projections import round_inside, surface_counts
 from advdiff_cli.attacks.spec import AttackSpec
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, check_finite, logits_of_draws
 

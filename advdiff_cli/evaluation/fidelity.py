@@ -13,7 +13,7 @@ from skimage.filters import threshold_otsu
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.stain import separate
 from advdiff_cli.errors import AdvdiffError

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from advdiff_cli.attacks.dispatch import AttackBatch, build_target, run_attack
 from advdiff_cli.attacks.spec import AttackSpec
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.prefetch import prefetch
 from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, digest
 from advdiff_cli.data.selection import row_batches

@@ -13,7 +13,7 @@ from advdiff_cli.certification.bounds import linf_as_l2
 from advdiff_cli.certification.certificate import Certificate, Certifier, Procedure
 from advdiff_cli.certification.certificate_file import line
 from advdiff_cli.certification.smoothing import SmoothedClassifier
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.table_writer import TableWriter
 from advdiff_cli.jobs.memory import parallel_batches

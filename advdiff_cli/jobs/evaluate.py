@@ -12,7 +12,7 @@ from advdiff_cli.certification.certificate_file import certificate_provenance, r
 from advdiff_cli.certification.summary import summarize, told_sizes
 from advdiff_cli.data.distributed import NO_SHARD_UNDER_TORCHRUN, ProcessGroup
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject, Provenance, history, provenance, recipe
 from advdiff_cli.data.recorded_files import check_replaceable, record_of, recorded_write
 from advdiff_cli.data.resume import identity, part_of

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advdiff_cli.data.distributed import ProcessGroup
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import Rows
-from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.jobs.memory import parallel_batches
 from advdiff_cli.jobs.parallel_map import parallel_map

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.table_writer import Line, TableWriter
 from advdiff_cli.evaluation.votes import Votes

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from advdiff_cli.data.output_spec import Batch
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.rng import row_stream
 from advdiff_cli.errors import AdvdiffError

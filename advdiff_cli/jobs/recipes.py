@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from advdiff_cli.attacks.spec import AttackSpec
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject, Provenance, recipe
 from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defense_spec import DefenseSpec, ModelSpec

@@ -10,8 +10,8 @@ from advdiff_cli.data import resume, table_writer
 from advdiff_cli.data.distributed import NO_SHARD_UNDER_TORCHRUN, ProcessGroup
 from advdiff_cli.data.merge import merge_sets, merge_tables
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.provenance import Provenance, same_recipe
 from advdiff_cli.data.recorded_files import record_of
 from advdiff_cli.data.table_writer import Line, TableWriter

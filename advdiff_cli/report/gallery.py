@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject, history, recipe
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.errors import AdvdiffError

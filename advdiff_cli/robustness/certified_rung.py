@@ -17,7 +17,7 @@ from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.certification.summary import Radius, summarize
 from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.output_spec import OutputSpec, RowRange
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.table_writer import TableWriter, is_complete_table
 from advdiff_cli.evaluation.metrics import Predictions

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
-from advdiff_cli.data.patches import LabelledBatch, PatchSet
+from advdiff_cli.data.patch_set import LabelledBatch, PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.evaluation.statistics import Estimate, bootstrap, wilson

@@ -13,8 +13,9 @@ import torch
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.distributed import ProcessGroup
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import PatchSet, open_patches
+from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import Provenance, canonical_json, recipe
 from advdiff_cli.data.resume import is_complete
 from advdiff_cli.data.table_writer import is_complete_table

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import stream, torch_seeded
 from advdiff_cli.models.classifiers import Classifier

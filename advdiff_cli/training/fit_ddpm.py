@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss
 from torchvision.utils import make_grid
 
 from advdiff_cli.data import philox
-from advdiff_cli.data.patches import PatchSet
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import RowStreams, stream
 from advdiff_cli.models.ddpm import Ddpm

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import Rows
-from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.prefetch import prefetch
 from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import Rows
-from advdiff_cli.data.patches import PatchSet
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.training.adversarial import TrainingInput

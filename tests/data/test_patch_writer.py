@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from advdiff_cli.data.atomic_files import atomic_write, set_default_mode
 from advdiff_cli.data.merge import merge_sets
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.patches import PatchSet, open_patches
+from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import canonical_json, recipe
 from advdiff_cli.data.resume import resume_params
 from advdiff_cli.datasets.synthetic import SyntheticSource

@@ -1,0 +1,189 @@
+"""The selected rows of a patch set: images in [0, 1] with labels and row keys, read and checked batch by batch."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from advdiff_cli.data.fingerprint_cache import cached_fingerprint
+from advdiff_cli.data.patch_source import PatchSource, Rows
+from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
+from advdiff_cli.data.rng import RowKey
+from advdiff_cli.data.selection import ALL, Selection
+from advdiff_cli.data.view import WHOLE, View
+from advdiff_cli.errors import AdvdiffError
+
+if TYPE_CHECKING:  # imported where it is used, so that commands that only read recipes answer at once
+    import torch
+
+_BLOCK = 64  # rows hashed at a time
+_SAMPLED = 64  # rows that identify an origin set
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Images (B, 3, H, W) in [0, 1] and labels (B,) on a device, with the keys and origin indices of their rows."""
+
+    images: "torch.Tensor"
+    labels: "torch.Tensor"
+    keys: list[RowKey]
+    index: list[int]
+
+
+class PatchSet:
+    """The selected rows of a patch set, read and checked batch by batch."""
+
+    def __init__(self, source: PatchSource, selection: Selection = ALL) -> None:
+        """Select rows of `source`.
+
+        Raises:
+            AdvdiffError: The selection is empty.
+        """
+        self.source = source
+        self.path = source.path
+        self.shape = source.shape
+        self.selection = selection
+        self.provenance = source.provenance
+        self._rows = selection.rows(len(source))
+        if not len(self._rows):
+            raise AdvdiffError(
+                f"no patches selected from {self.path}, which holds {len(source)}; check --limit and --range"
+            )
+        self.labels: Rows | None = None if source.labels is None else source.labels[self._rows]
+        self.index: Rows = source.index[self._rows]
+        self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
+        self._view = WHOLE
+        self._fingerprint: str | None = None  # computed once, since the rows of a set do not change
+
+    def first(self, n: int) -> "PatchSet":
+        """Return the first n selected rows, or all of them if there are fewer."""
+        return self.between(0, n)
+
+    def between(self, start: int, stop: int) -> "PatchSet":
+        """Return the selected rows start to stop - 1, as far as there are so many."""
+        few, chosen = copy.copy(self), slice(start, stop)
+        few._rows, few._fingerprint = self._rows[chosen], None
+        few.labels = None if self.labels is None else self.labels[chosen]
+        few.index, few.keys = self.index[chosen], self.keys[chosen]
+        return few
+
+    def viewed(self, view: View) -> "PatchSet":
+        """Return the same rows, of which `read` returns what `view` reads of them.
+
+        Raises:
+            AdvdiffError: The patches do not fit it.
+        """
+        if view.is_whole:
+            return self
+        shape = view.shape(*self.require_shape())
+        partial = PatchSet(self.source, self.selection)
+        partial._view, partial.shape = view, shape
+        return partial
+
+    def __len__(self) -> int:
+        """Return the number of selected rows."""
+        return len(self._rows)
+
+    def read(self, rows: Rows | Sequence[int]) -> "torch.Tensor":
+        """Return the images at positions `rows` of the selection: float32 (B, 3, H, W) in [0, 1].
+
+        Raises:
+            AdvdiffError: A row cannot be read, or holds NaN or values outside [0, 1].
+        """
+        import torch
+
+        chosen = self._rows[np.asarray(rows, np.int64)]
+        raw = self.source.read(chosen)
+        if raw.dtype == np.uint8:
+            return self._view.apply(torch.from_numpy(raw.astype(np.float32) / np.float32(255)))
+        inside = ((raw >= 0) & (raw <= 1)).reshape(len(raw), -1).all(axis=1)  # NaN compares false
+        if not inside.all():
+            first = int(np.argmin(inside))
+            finite = np.isfinite(raw[first]).all()
+            problem = "values outside [0, 1]" if finite else "NaN or infinite values"
+            raise AdvdiffError(
+                f"row {chosen[first]} of {self.path} holds {problem}; images must be float32 in [0, 1] or uint8"
+            )
+        return self._view.apply(torch.from_numpy(raw))
+
+    def batch(self, rows: Rows, device: "torch.device") -> LabelledBatch:
+        """Return images, labels, keys and indices at positions `rows` of the selection.
+
+        Raises:
+            AdvdiffError: As `read`, or the set has no labels.
+        """
+        import torch
+
+        labels = torch.from_numpy(self.require_labels()[rows])
+        keys = [self.keys[i] for i in rows]
+        return LabelledBatch(self.read(rows).to(device), labels.to(device), keys, self.index[rows].tolist())
+
+    def read_dtype(self) -> str:
+        """Return how images are stored: uint8 or float32."""
+        return str(self.source.read(self._rows[:1]).dtype)
+
+    def require_labels(self) -> Rows:
+        """Return the labels.
+
+        Raises:
+            AdvdiffError: The set has no labels.
+        """
+        if self.labels is None:
+            raise AdvdiffError(
+                f"{self.path} has no labels; add a labels tensor to the file, sort images into 0/ and 1/, "
+                "or give --labels FILE.csv"
+            )
+        return self.labels
+
+    def require_shape(self) -> tuple[int, int]:
+        """Return the (H, W) that all images of the set share.
+
+        Raises:
+            AdvdiffError: Sizes differ.
+        """
+        if self.shape is None:
+            self.source.read(self._rows[:1])  # raises a clearer error where no image can be read
+            raise AdvdiffError(f"the images of {self.path} differ in size; this command needs one size")
+        return self.shape
+
+    def fingerprint(self) -> str:
+        """Return the content fingerprint of the selected rows: images, labels and index, in order."""
+        if self._fingerprint is None:
+            selection = self._rows.tobytes() + self._header()
+            self._fingerprint = cached_fingerprint(
+                self.path, selection, lambda: digest(self._content(np.arange(len(self))))
+            )
+        return self._fingerprint
+
+    def origin(self) -> str:
+        """Return the identifier of the set that these rows first came from; every derived file keeps it.
+
+        A set without provenance is identified by a hash of its labels, sizes and a fixed sample of its rows.
+        """
+        known = (self.provenance or {}).get("origin")
+        if isinstance(known, str):
+            return known
+        everything = PatchSet(self.source)
+        sample = np.linspace(0, len(everything) - 1, _SAMPLED).round().astype(np.int64)
+        return digest(everything._content(np.unique(sample)))
+
+    def recipe_input(self) -> JsonObject:
+        """Return what enters a recipe: the fingerprint of the selected rows, and the selection."""
+        return {"fingerprint": self.fingerprint(), "n": len(self), **self.selection.parameters()}
+
+    def _header(self) -> bytes:
+        labels = None if self.labels is None else self.labels.tolist()
+        keys = self.keys if isinstance(self.keys[0], str) else self.index.tolist()
+        header = canonical_json({"n": len(self), "shape": self.shape, "labels": labels, "keys": keys})
+        return header.encode(errors="surrogateescape")  # file names need not be UTF-8
+
+    def _content(self, rows: Rows) -> Iterator[bytes]:
+        yield self._header()
+        for start in range(0, len(rows), _BLOCK):
+            chosen = self._rows[rows[start : start + _BLOCK]]
+            pieces = [chosen] if self.shape is not None else np.split(chosen, len(chosen))
+            for piece in pieces:
+                raw = self.source.read(piece)
+                yield str(raw.dtype).encode() + raw.tobytes()
