@@ -34,6 +34,15 @@ def command(test_x, classifier):
     return ["certify", test_x, "-c", classifier, *noise, "--n", 30, "--radius", "0.05", "--radius", 0]
 
 
+def test_the_default_noise_level_is_that_of_the_model_for_certificates(advdiff, test_x, classifier, tmp_path):
+    base = [test_x, "-c", classifier, "-m", "pcam-ddpm", "--limit", 1]
+    certify = ["certify", *base, "--n0", 2, "--n", 2, "-o", tmp_path / "c.csv", "--json"]
+    assert advdiff(*certify).json["parameters"]["t_star"] == 0.3
+    assert "up to date" in advdiff(*certify).err  # known without the model
+    predicted = advdiff("predict", *base, "--draws", 6, "-o", tmp_path / "p.csv").err
+    assert "t* 0.25," in predicted
+
+
 def test_order_range_and_shard(advdiff, command, ddpm, tmp_path):
     command = [*command, "--defense", "ddpm", "-m", ddpm, "--sampler-steps", 2]
     whole = tmp_path / "whole.csv"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class DefenseOptions:
     """The defense before a classifier: by default a DDPM if one is named, and none otherwise."""
 
+    is_certified: ClassVar[bool] = False
     ddpm: options.DdpmName = None
     defense: Annotated[
         Literal["none", "noise", "ddpm"] | None,
@@ -60,7 +61,7 @@ class DefenseOptions:
         from advdiff_cli.purification.defense_spec import DefenseRequest
 
         settings = (self.ddpm, self.t_star, self.sampler, self.sampler_steps)
-        return DefenseRequest(kind, *settings, compute.allow_pickle, compute.noise_kind(resume))
+        return DefenseRequest(kind, *settings, compute.allow_pickle, compute.noise_kind(resume), self.is_certified)
 
     def _request(self, compute: ComputeOptions, resume: Mapping[str, object]) -> DefenseRequest | None:
         """Return the defense asked for, or None for no defense.
@@ -131,3 +132,10 @@ class PurifierOptions(DefenseOptions):
         defense = super().build(compute, resume)
         assert defense is not None
         return defense
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedDefenseOptions(PurifierOptions):
+    """A purifier for certificates, whose default settings are those that its model recommends for them."""
+
+    is_certified: ClassVar[bool] = True

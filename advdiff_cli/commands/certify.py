@@ -8,7 +8,7 @@ from advdiff_cli import console
 from advdiff_cli.cli import options
 from advdiff_cli.cli.certificate_options import CertificateOptions
 from advdiff_cli.cli.compute_options import ShardedComputeOptions
-from advdiff_cli.cli.defense_options import PurifierOptions
+from advdiff_cli.cli.defense_options import CertifiedDefenseOptions
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import PlannedOutputOptions
 from advdiff_cli.cli.row_options import RowOptions
@@ -28,7 +28,7 @@ def certify(
     data: options.Data,
     classifier: options.ClassifierName,
     certificate: CertificateOptions,
-    defense: PurifierOptions,
+    defense: CertifiedDefenseOptions,
     rows: RowOptions,
     compute: ShardedComputeOptions,
     output: PlannedOutputOptions,
@@ -41,7 +41,7 @@ def certify(
     patch: decision, abstain (1 if the draws taken do not prove even the decision; with a size, they may stop before),
     radius (l2), draws and seconds. A stopped run resumes when the command is run again.
 
-    Example: advdiff certify patches/ -c pcam-resnet18-adapted --t-star 0.3 --eps 2/255 -o proved.csv
+    Example: advdiff certify patches/ -c pcam-resnet18-adapted --eps 2/255 -o proved.csv
     """
     from advdiff_cli.data.table_writer import table_resume_params
 
@@ -96,7 +96,7 @@ def certify(
 def _job(
     classifier: str,
     settings: "CertifySettings",
-    defense: PurifierOptions,
+    defense: CertifiedDefenseOptions,
     compute: ShardedComputeOptions,
     patches: "PatchSet",
     resume: Mapping[str, object],
@@ -170,7 +170,7 @@ def _precision(compute: ShardedComputeOptions, settings: "CertifySettings") -> "
 def _is_finished(
     classifier: str,
     settings: "CertifySettings",
-    defense: PurifierOptions,
+    defense: CertifiedDefenseOptions,
     compute: ShardedComputeOptions,
     patches: "PatchSet",
     resume: Mapping[str, object],

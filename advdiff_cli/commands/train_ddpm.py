@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.training.checkpoints import WorkFolder
 
-_T_STAR = 0.25  # the recommended noise level, as that of pcam-ddpm
+_T_STAR, _T_STAR_CERTIFIED = 0.25, 0.3  # the recommended noise levels, as those of pcam-ddpm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ def train_ddpm(
     """Train a diffusion model on patches with or without labels; diffusers can load the resulting folder.
 
     The defaults are those of the bundled pcam-ddpm, a purifier for t* up to 0.3 and not a generator. Like it, the model
-    purifies in one step at t* 0.25 (or at --max-t, if that is less) unless other settings are given. The folder also
-    holds the validation loss of each noise level (training.jsonl) and a picture of clean, noised and denoised patches
-    (samples.png). A stopped training resumes to the same weights when the command is run again.
+    purifies in one step at t* 0.25 and certifies at 0.3 (or at --max-t, if that is less) unless other settings are
+    given. The folder also holds the validation loss of each noise level (training.jsonl) and a picture of clean, noised
+    and denoised patches (samples.png). A stopped training resumes to the same weights when the command is run again.
 
     Example: advdiff train-ddpm train.h5 --valid valid.h5 -o ddpm
     """
@@ -136,11 +136,16 @@ def train_ddpm(
         records = DdpmFit(model, rows, opened.valid, fit_settings, work, device).run()
         follow_training(records, s.steps, "train-ddpm", quiet=output.quiet)
         made = provenance(made_by, inputs=opened.provenances, device=device.type)
-        one_step = PurificationSettings(t_star=min(_T_STAR, s.max_t), sampler_steps=1)
-        factor = model.card.space_to_depth
-        view = sets.view
+        purify, certify = (PurificationSettings(min(t, s.max_t), "ddpm", 1) for t in (_T_STAR, _T_STAR_CERTIFIED))
         model.card = DdpmCard(
-            factor, s.max_t, s.pixel_range, crop=view.crop, pool=view.pool, recommended=one_step, provenance=made
+            model.card.space_to_depth,
+            s.max_t,
+            s.pixel_range,
+            crop=sets.view.crop,
+            pool=sets.view.pool,
+            recommended=purify,
+            certification=certify,
+            provenance=made,
         )
         if is_main:
             save_ddpm(model.cpu(), work.final)

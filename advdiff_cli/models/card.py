@@ -47,6 +47,7 @@ class DdpmCard:
         crop: Side of the centre crops it was trained on; None for whole patches.
         pool: Side of the squares of pixels that were averaged before.
         recommended: Default settings for purification.
+        certification: Default settings for certificates, where they differ.
         provenance: How the model was made.
     """
 
@@ -57,15 +58,18 @@ class DdpmCard:
     crop: int | None = None
     pool: int = 1
     recommended: PurificationSettings = field(default_factory=PurificationSettings)
+    certification: PurificationSettings | None = None
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for invalid values, since a card may come from anywhere."""
-        whole = (self.space_to_depth, self.index_offset, self.recommended.sampler_steps or 1)
+        settings = [self.recommended, *([self.certification] if self.certification else [])]
+        steps = [1 if s.sampler_steps is None else s.sampler_steps for s in settings]
         low, high = self.data_range
-        good = all(type(n) is int for n in whole) and 1 <= self.space_to_depth <= 32 and self.index_offset >= 0
-        good &= all(type(n) in (int, float) and 0 < n <= 1 for n in (self.max_t, self.recommended.t_star))
-        good &= -1e3 < low < high < 1e3 and self.recommended.sampler in get_args(SamplerName) and whole[2] >= 1
+        good = all(type(n) is int for n in (self.space_to_depth, self.index_offset, *steps))
+        good &= 1 <= self.space_to_depth <= 32 and self.index_offset >= 0 and min(steps) >= 1
+        good &= all(type(n) in (int, float) and 0 < n <= 1 for n in (self.max_t, *(s.t_star for s in settings)))
+        good &= -1e3 < low < high < 1e3 and all(s.sampler in get_args(SamplerName) for s in settings)
         if not good or not isinstance(self.provenance, dict | None):
             raise ValueError("invalid space-to-depth factor, noise levels, data range or settings")
         View(self.crop, self.pool)
@@ -74,6 +78,10 @@ class DdpmCard:
     def view(self) -> View:
         """What the model was trained on of each patch."""
         return View(self.crop, self.pool)
+
+    def default_settings(self, *, certify: bool) -> PurificationSettings:
+        """Return the settings of a purifier that nobody gave: those for certificates, or for everything else."""
+        return self.certification if certify and self.certification else self.recommended
 
     def to_range(self, images: "Tensor") -> "Tensor":
         """Scale images from [0, 1] to the data range."""
@@ -104,8 +112,11 @@ def load_card(folder: Path) -> DdpmCard:
     try:
         raw = parse_json_object(path.read_text(), path)
         recommended = PurificationSettings(**raw.pop("recommended", {}))
+        for_proofs = raw.pop("certification", None)
+        certification = PurificationSettings(**for_proofs) if for_proofs else None
         low, high = raw.pop("data_range", (-1.0, 1.0))
-        return DdpmCard(**raw, data_range=(float(low), float(high)), recommended=recommended)
+        pixels = (float(low), float(high))
+        return DdpmCard(**raw, data_range=pixels, recommended=recommended, certification=certification)
     except (ValueError, TypeError, AttributeError) as e:
         raise AdvdiffError(f"{path} is not the advdiff.json of a diffusion model ({e})") from None
 

@@ -77,6 +77,7 @@ class DefenseRequest:
         sampler_steps: U-Net evaluations.
         allow_pickle: Whether pickled weights may be read.
         noise: What draws its noise.
+        certify: Whether the recommendation is that for certificates.
     """
 
     defense: DefenseKind
@@ -86,6 +87,7 @@ class DefenseRequest:
     sampler_steps: int | None = None
     allow_pickle: bool = False
     noise: NoiseKind = "numpy"
+    certify: bool = False
 
     @property
     def model_name(self) -> str:
@@ -148,7 +150,7 @@ def resolve_ddpm_spec(request: DefenseRequest, card: DdpmCard, timesteps: int) -
     """
     if request.t_star is not None:
         check_t_star(request.t_star)
-    default = card.recommended
+    default = card.default_settings(certify=request.certify)
     t_star = default.t_star if request.t_star is None else request.t_star
     steps = default.sampler_steps if request.sampler_steps is None else request.sampler_steps
     if request.sampler_steps is None and request.t_star is not None and steps is not None:

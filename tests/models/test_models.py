@@ -74,6 +74,21 @@ def test_recommendation_is_kept_in_the_card(ddpm, tmp_path):
     assert load_card(folder).max_t == 0.3
 
 
+def test_settings_for_certificates_are_the_recommended_ones_unless_the_card_has_others(ddpm, tmp_path):
+    shutil.copytree(ddpm, tmp_path / "m")
+    card = load_card(ddpm)
+    assert card.default_settings(certify=True) == card.recommended
+    save_card(replace(card, certification=PurificationSettings(0.3, "ddpm", 1)), tmp_path / "m")
+    card = load_card(tmp_path / "m")
+    assert card.default_settings(certify=True) == PurificationSettings(0.3, "ddpm", 1)
+    assert card.default_settings(certify=False) == card.recommended
+    for invalid in ({"t_star": 2}, {"sampler": "no"}, {"sampler_steps": 0}, {"unknown": 1}):
+        raw = json.loads((ddpm / "advdiff.json").read_text()) | {"certification": invalid}
+        (tmp_path / "m" / "advdiff.json").write_text(json.dumps(raw))
+        with pytest.raises(AdvdiffError, match=r"advdiff\.json"):
+            load_card(tmp_path / "m")
+
+
 def test_bundling_halves_the_weights_and_keeps_the_model(classifier, ddpm, tmp_path):
     for source, weights in ((classifier, "model.safetensors"), (ddpm, "unet/diffusion_pytorch_model.safetensors")):
         target = tmp_path / source.name
