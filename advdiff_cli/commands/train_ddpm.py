@@ -21,11 +21,17 @@ from advdiff_cli.cli.training import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from advdiff_cli.cli.training import TrainingSets
     from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.data.rng import NoiseKind
-    from advdiff_cli.models.ddpm import Ddpm
+    from advdiff_cli.models.card import DdpmCard
     from advdiff_cli.models.precision import Precision
     from advdiff_cli.training.checkpoints import WorkFolder
+    from advdiff_cli.training.recipes import DdpmRecipe
 
 _T_STAR, _T_STAR_CERTIFIED = 0.25, 0.3  # the recommended noise levels, as those of pcam-ddpm
 
@@ -92,67 +98,98 @@ def train_ddpm(
 
     Example: advdiff train-ddpm train.h5 --valid valid.h5 -o ddpm
     """
-    from advdiff_cli.data.provenance import provenance, recipe, same_recipe
+    from advdiff_cli.data.provenance import same_recipe
     from advdiff_cli.models import registry
-    from advdiff_cli.models.fingerprint import folder_fingerprint
-    from advdiff_cli.training.recipes import DdpmRecipe
 
-    s, out = settings, output.out
-    options.require_positive(learning_rate=s.peak_rate)
-    options.require_decay(ema=s.ema)
+    out = output.out
+    options.require_positive(learning_rate=settings.peak_rate)
+    options.require_decay(ema=settings.ema)
     recorded = registry.recorded_recipe(out)
-    opened = sets.open(data)
-    batch_size = s.batch_size or 32
-    init = s.init and folder_fingerprint(registry.find_ddpm(s.init, allow_pickle=compute.allow_pickle))
-
-    def planned(precision: "Precision", noise: "NoiseKind") -> "tuple[DdpmRecipe, Provenance]":
-        fit_settings = DdpmRecipe(s.steps, batch_size, s.peak_rate, s.ema, s.max_t, compute.seed, precision, noise)
-        parameters = fit_settings.parameters() | sets.view.parameters() | s.parameters()
-        return fit_settings, recipe("train-ddpm", parameters, **opened.recipe_inputs(), init=init)
-
+    plan = _Plan(settings, sets, sets.open(data), compute.seed, compute.allow_pickle)
     known = finished_precision(compute, output, recorded)
-    if known and recorded and same_recipe(recorded, planned(known, compute.noise_kind(recorded["parameters"]))[1]):
+    if known and recorded and same_recipe(recorded, plan.recipe(known, compute.noise_kind(recorded["parameters"]))):
         console.log(f"{out} is up to date")
         _print(settings, output)
         return
 
-    from advdiff_cli.models.card import DdpmCard, PurificationSettings
-    from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
-    from advdiff_cli.training.fit_ddpm import SAMPLES, DdpmFit
-    from advdiff_cli.training.initialization import initial_ddpm
-    from advdiff_cli.training.loader import TrainingRows
-
     device = compute.resolve_device()
     precision, noise = training_precision(compute, out, recorded, device), training_noise(compute, out, recorded)
-    fit_settings, made_by = planned(precision, noise)
+    fit = plan.fit(precision, noise, device, quiet=output.quiet)
+    if train(output, plan.recipe(precision, noise), recorded, device, fit):
+        _print(settings, output)
 
-    def fit(work: "WorkFolder", is_main: bool) -> None:
-        rows = TrainingRows(opened.train, labelled=False)
-        shapes = [rows.shape, *([opened.valid.require_shape()] if opened.valid else [])]
-        fresh = build_ddpm(s.preset, rows.shape[0], s.max_t, compute.seed, s.pixel_range)
-        model: Ddpm = initial_ddpm(s.init, fresh, s.preset, shapes, allow_pickle=compute.allow_pickle)
-        if s.compiled:
-            model.to(device).compile_unet()
-        records = DdpmFit(model, rows, opened.valid, fit_settings, work, device).run()
-        follow_training(records, s.steps, "train-ddpm", quiet=output.quiet)
-        made = provenance(made_by, inputs=opened.provenances, device=device.type)
+
+@dataclass(frozen=True)
+class _Plan:
+    """A training that is asked for; what is left open is the precision and what draws the noise."""
+
+    settings: DdpmOptions
+    sets: TrainingDataOptions
+    opened: "TrainingSets"
+    seed: int
+    allow_pickle: bool
+
+    def fit_settings(self, precision: "Precision", noise: "NoiseKind") -> "DdpmRecipe":
+        from advdiff_cli.training.recipes import DdpmRecipe
+
+        s, size = self.settings, self.settings.batch_size or 32
+        return DdpmRecipe(s.steps, size, s.peak_rate, s.ema, s.max_t, self.seed, precision, noise)
+
+    def recipe(self, precision: "Precision", noise: "NoiseKind") -> "Provenance":
+        from advdiff_cli.data.provenance import recipe
+        from advdiff_cli.models.fingerprint import folder_fingerprint
+        from advdiff_cli.models.registry import find_ddpm
+
+        s = self.settings
+        parameters = self.fit_settings(precision, noise).parameters() | self.sets.view.parameters() | s.parameters()
+        init = s.init and folder_fingerprint(find_ddpm(s.init, allow_pickle=self.allow_pickle))
+        return recipe("train-ddpm", parameters, **self.opened.recipe_inputs(), init=init)
+
+    def card(self, space_to_depth: int, made: "Provenance") -> "DdpmCard":
+        """Return the card of the trained model, which recommends noise levels that it was trained on."""
+        from advdiff_cli.models.card import DdpmCard, PurificationSettings
+
+        s, view = self.settings, self.sets.view
         purify, certify = (PurificationSettings(min(t, s.max_t), "ddpm", 1) for t in (_T_STAR, _T_STAR_CERTIFIED))
-        model.card = DdpmCard(
-            model.card.space_to_depth,
+        return DdpmCard(
+            space_to_depth,
             s.max_t,
             s.pixel_range,
-            crop=sets.view.crop,
-            pool=sets.view.pool,
+            crop=view.crop,
+            pool=view.pool,
             recommended=purify,
             certification=certify,
             provenance=made,
         )
-        if is_main:
-            save_ddpm(model.cpu(), work.final)
-            work.publish(SAMPLES)
 
-    if train(output, made_by, recorded, device, fit):
-        _print(settings, output)
+    def fit(
+        self, precision: "Precision", noise: "NoiseKind", device: "torch.device", *, quiet: bool
+    ) -> "Callable[[WorkFolder, bool], None]":
+        """Return what trains in a work folder and, in the main process, publishes the model."""
+        from advdiff_cli.data.provenance import provenance
+        from advdiff_cli.models.ddpm import Ddpm, build_ddpm, save_ddpm
+        from advdiff_cli.training.fit_ddpm import SAMPLES, DdpmFit
+        from advdiff_cli.training.initialization import initial_ddpm
+        from advdiff_cli.training.loader import TrainingRows
+
+        s, opened = self.settings, self.opened
+
+        def fit(work: "WorkFolder", is_main: bool) -> None:
+            rows = TrainingRows(opened.train, labelled=False)
+            shapes = [rows.shape, *([opened.valid.require_shape()] if opened.valid else [])]
+            fresh = build_ddpm(s.preset, rows.shape[0], s.max_t, self.seed, s.pixel_range)
+            model: Ddpm = initial_ddpm(s.init, fresh, s.preset, shapes, allow_pickle=self.allow_pickle)
+            if s.compiled:
+                model.to(device).compile_unet()
+            records = DdpmFit(model, rows, opened.valid, self.fit_settings(precision, noise), work, device).run()
+            follow_training(records, s.steps, "train-ddpm", quiet=quiet)
+            made = provenance(self.recipe(precision, noise), inputs=opened.provenances, device=device.type)
+            model.card = self.card(model.card.space_to_depth, made)
+            if is_main:
+                save_ddpm(model.cpu(), work.final)
+                work.publish(SAMPLES)
+
+        return fit
 
 
 def _print(settings: DdpmOptions, output: OutputOptions) -> None:
