@@ -34,8 +34,7 @@ def log_wealth_above(successes: Counts, failures: Counts, q: Threshold) -> NDArr
     a, b = successes + 1.0, failures + _SHAPE
     tail = betainc(b, a, q.complement)  # 1 - I_q(a, b)
     null = successes * math.log1p(-q.complement) + (failures + _SHAPE) * math.log(q.complement)
-    with np.errstate(divide="ignore"):
-        wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + np.log(tail) - null
+    wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + _log_normal(tail) - null
     return wealth
 
 
@@ -45,9 +44,14 @@ def log_wealth_below(successes: Counts, failures: Counts, q: Threshold) -> NDArr
         return np.full(np.shape(successes), np.inf)
     a, b = successes + _SHAPE, failures + 1.0
     null = failures * math.log(q.complement) + (successes + _SHAPE) * math.log1p(-q.complement)
-    with np.errstate(divide="ignore"):
-        wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + np.log(betainc(a, b, q.value)) - null
+    wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + _log_normal(betainc(a, b, q.value)) - null
     return wealth
+
+
+def _log_normal(tail: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the log of probabilities; -inf, which wins nothing, of those too small to have all digits."""
+    with np.errstate(divide="ignore"):
+        return np.where(tail < np.finfo(np.float64).tiny, -np.inf, np.log(tail))
 
 
 @dataclass(frozen=True)

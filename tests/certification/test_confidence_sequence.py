@@ -37,10 +37,16 @@ def below(s, f, q):
 def test_wealth_is_a_martingale(log_wealth, s, f, q):
     """Its mean after one more draw, of probability q, is what it was; it begins at 1."""
     assert log_wealth(0, 0, q) == pytest.approx(0, abs=1e-9)
-    now = log_wealth(s, f, q)
-    if now > -5:  # below, the integral underflows
-        after = np.logaddexp(np.log(q) + log_wealth(s + 1, f, q), np.log(1 - q) + log_wealth(s, f + 1, q))
-        assert after == pytest.approx(now, abs=1e-6)
+    now, won, lost = log_wealth(s, f, q), log_wealth(s + 1, f, q), log_wealth(s, f + 1, q)
+    if now > -5 and np.isfinite([won, lost]).all():  # the integrals do not underflow
+        assert np.logaddexp(np.log(q) + won, np.log(1 - q) + lost) == pytest.approx(now, abs=1e-6)
+
+
+def test_wealth_that_underflows_is_none():
+    """A probability of fewer digits than others, here 1e-320 or so, wins nothing."""
+    q = 1 - 1e-6
+    assert np.isfinite(above(56, 40, q))
+    assert above(56, 59, q) == -np.inf
 
 
 @pytest.mark.parametrize(("s", "f"), [(0, 0), (30, 0), (98, 3), (10, 20)])
