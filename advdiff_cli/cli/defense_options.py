@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class DefenseOptions:
     """The defense before a classifier: by default a DDPM if one is named, and none otherwise."""
 
-    is_certified: ClassVar[bool] = False
+    certify: ClassVar[bool] = False
     ddpm: options.DdpmName = None
     defense: Annotated[
         Literal["none", "noise", "ddpm"] | None,
@@ -61,7 +61,7 @@ class DefenseOptions:
         from advdiff_cli.purification.defense_spec import DefenseRequest
 
         settings = (self.ddpm, self.t_star, self.sampler, self.sampler_steps)
-        return DefenseRequest(kind, *settings, compute.allow_pickle, compute.noise_kind(resume), self.is_certified)
+        return DefenseRequest(kind, *settings, compute.allow_pickle, compute.noise_kind(resume), self.certify)
 
     def _request(self, compute: ComputeOptions, resume: Mapping[str, object]) -> DefenseRequest | None:
         """Return the defense asked for, or None for no defense.
@@ -138,4 +138,4 @@ class PurifierOptions(DefenseOptions):
 class CertifiedDefenseOptions(PurifierOptions):
     """A purifier for certificates, whose default settings are those that its model recommends for them."""
 
-    is_certified: ClassVar[bool] = True
+    certify: ClassVar[bool] = True
