@@ -40,7 +40,7 @@ def test_the_default_noise_level_is_that_of_the_model_for_certificates(advdiff, 
     assert advdiff(*certify).json["parameters"]["t_star"] == 0.3
     assert "up to date" in advdiff(*certify).err  # known without the model
     predicted = advdiff("predict", *base, "--draws", 6, "-o", tmp_path / "p.csv").err
-    assert "t* 0.25," in predicted
+    assert "t* 0.2," in predicted
 
 
 def test_order_range_and_shard(advdiff, command, ddpm, tmp_path):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from advdiff_cli.training.checkpoints import WorkFolder
     from advdiff_cli.training.recipes import DdpmRecipe
 
-_T_STAR, _T_STAR_CERTIFIED = 0.25, 0.3  # the recommended noise levels, as those of pcam-ddpm
+_T_STAR, _T_STAR_CERTIFIED = 0.2, 0.3  # the recommended noise levels, as those of pcam-ddpm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def train_ddpm(
     """Train a diffusion model on patches with or without labels; diffusers can load the resulting folder.
 
     The defaults are those of the bundled pcam-ddpm, a purifier for t* up to 0.3 and not a generator. Like it, the model
-    purifies in one step at t* 0.25 and certifies at 0.3 (or at --max-t, if that is less) unless other settings are
+    purifies in one step at t* 0.2 and certifies at 0.3 (or at --max-t, if that is less) unless other settings are
     given. The folder also holds the validation loss of each noise level (training.jsonl) and a picture of clean, noised
     and denoised patches (samples.png). A stopped training resumes to the same weights when the command is run again.
 

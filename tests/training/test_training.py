@@ -270,7 +270,7 @@ def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
     advdiff(*papers, "--data-range", "0,1")
     card = load_ddpm(tmp_path / "papers").card
     assert card.data_range == (0.0, 1.0)
-    assert (card.recommended.t_star, card.certification.t_star) == (0.25, 0.3)
+    assert (card.recommended.t_star, card.certification.t_star) == (0.2, 0.3)
     assert "trained on pixels in [0, 1]" in advdiff(*papers, "--overwrite", "--init", tmp_path / "papers", code=1).err
     second += ["--precision", "fp32", "--max-t", "0.2", "--init", tmp_path / "begun"]
     assert "no diffusion model is called" in advdiff(*second, code=1).err
