@@ -34,44 +34,49 @@ blind() { # the attack knows only the classifier
         [ $set = test ] || [ -d "$data" ] || continue
         local adv=$OUT/$set-adv.safetensors
         advdiff attack "$data" -c pcam-resnet18 -o "$adv" -q
-        purify "$data" $set-clean-ddpm
-        purify "$adv" $set-adv-ddpm
+        local t ddpm=()
+        for t in 0.2 0.25; do
+            purify "$data" $set-clean-$t --t-star $t
+            purify "$adv" $set-adv-$t --t-star $t
+            ddpm+=("$OUT"/$set-{clean,adv}-$t.safetensors)
+        done
         purify "$data" $set-clean-noise --defense noise --t-star 0.085
         purify "$adv" $set-adv-noise --defense noise --t-star 0.085
-        evaluate $set-blind "$data" "$adv" "$OUT"/$set-{clean,adv}-{ddpm,noise}.safetensors -c pcam-resnet18
+        evaluate $set-blind "$data" "$adv" "${ddpm[@]}" "$OUT"/$set-{clean,adv}-noise.safetensors -c pcam-resnet18
     done
 }
 
-choose() { # t*, on valid: blind, and under an attack through the purification
-    local some=("$VALID" --over t-star --shuffle-seed 1 --sampler-steps 1)
-    advdiff sweep "${some[@]}" "${frozen[@]}" --values 0.1,0.15,0.2,0.25,0.3 --limit 512 --steps 20 --draws 1 -o "$OUT/choose-blind" -q
-    local through=(--limit 256 --gradient full --steps 10 --eot 4 --draws 11)
-    advdiff sweep "${some[@]}" "${frozen[@]}" --values 0.15,0.2,0.25,0.3 "${through[@]}" -o "$OUT/choose-frozen" -q
-    advdiff sweep "${some[@]}" "${adapted[@]}" --values 0.15,0.2,0.25 "${through[@]}" --rule robust -o "$OUT/choose-adapted" -q
+choose() { # t*, on valid and lossless patches: blind, and under an attack through the purification
+    local some=(--over t-star --shuffle-seed 1 --sampler-steps 1)
+    advdiff sweep "$VALID" "${some[@]}" "${frozen[@]}" --values 0.1,0.15,0.2,0.25,0.3 --limit 512 --steps 20 --draws 1 \
+        -o "$OUT/choose-blind" -q
+    advdiff sweep "$VALID" "${some[@]}" "${frozen[@]}" --values 0.15,0.2,0.25,0.3 --limit 256 --gradient full --steps 10 --eot 4 \
+        --draws 11 -o "$OUT/choose-frozen" -q
+    local through=(--values 0.1,0.15,0.2,0.25 --limit 256 --gradient full --steps 10 --eot 2 --draws 5 --rule robust --max-drop 3)
+    advdiff sweep "$VALID" "${some[@]}" "${adapted[@]}" "${through[@]}" -o "$OUT/choose-adapted" -q
+    [ -d "$LOSSLESS" ] || return 0
+    advdiff sweep "$LOSSLESS" "${some[@]}" "${frozen[@]}" "${through[@]}" -o "$OUT/choose-frozen-lossless" -q
+    advdiff sweep "$LOSSLESS" "${some[@]}" "${adapted[@]}" "${through[@]}" -o "$OUT/choose-adapted-lossless" -q
 }
 
-ladder() {
-    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 96 -o "$OUT/ladder"
-    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 1581 --only clean --only random --only blind -o "$OUT/ladder-all"
-    advdiff robustness "$TEST" "${frozen[@]}" --t-star 0.25 --limit 96 -o "$OUT/ladder-frozen"
+ladder() { # the suite of attacks; then adversarial training and the purifier alone on the same patches
+    local n=${N:-512}
+    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit "$n" -o "$OUT/ladder"
+    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 1581 --only clean --only blind -o "$OUT/ladder-all"
+    advdiff robustness "$TEST" "${frozen[@]}" --t-star 0.2 --limit "$n" --only clean --only pgd -o "$OUT/ladder-frozen"
+    advdiff robustness "$TEST" -c pcam-robust --limit "$n" -o "$OUT/ladder-robust"
+    advdiff compare "$OUT"/ladder{,-robust}/predictions.csv --json >"$OUT/ladder-compared.json"
+    [ ! -d "$LOSSLESS" ] || evaluate lossless-adapted "$LOSSLESS" "${adapted[@]}" --t-star 0.2 --draws 11
 }
 
-certificates() { # of the bundled pairs, of the centre of each patch, and of NoiseDefense with a classifier trained on its noise
+certificates() { # of the bundled pairs, and of NoiseDefense with a classifier trained on its noise
     local sizes=(--eps 2/255 --eps 1/255 --eps 0.5/255 --radius 0 --radius 0.25 --radius 0.5 --radius 1)
-    local weights centre=$OUT/centre64
-    weights=$(python -c 'import advdiff_cli; print(advdiff_cli.__path__[0])')/weights/pcam-resnet18-adapted
-    if [ ! -d "$centre" ]; then
-        cp -r "$weights" "$centre.part"
-        sed 's/{/{"crop": 64, /' "$weights/config.json" >"$centre.part/config.json"
-        mv "$centre.part" "$centre"
-    fi
     advdiff train-classifier "$TRAIN" "$PCAM"/images/lossless_train{,} --valid "$VALID" --init pcam-resnet18 --epochs 4 \
         --learning-rate 5e-4 --augment noise:0.25 --crop 64 -o "$OUT/noise64" -q
-    advdiff certify "$TEST" "${adapted[@]}" --t-star 0.3 "${sizes[@]}" --n 1000 -o "$OUT/certified-adapted.csv" -q
-    advdiff certify "$TEST" "${frozen[@]}" --t-star 0.3 "${sizes[@]}" --n 500 -o "$OUT/certified-frozen.csv" -q
-    advdiff certify "$TEST" -c "$centre" -m pcam-ddpm --t-star 0.3 "${sizes[@]}" --n 500 -o "$OUT/certified-centre64.csv" -q
+    advdiff certify "$TEST" "${adapted[@]}" "${sizes[@]}" --n 2000 -o "$OUT/certified-adapted.csv" -q
+    advdiff certify "$TEST" "${frozen[@]}" "${sizes[@]}" --n 500 -o "$OUT/certified-frozen.csv" -q
     advdiff certify "$TEST" -c "$OUT/noise64" --defense noise --t-star 0.25 "${sizes[@]}" --n 500 -o "$OUT/certified-noise64.csv" -q
-    advdiff compare "$OUT"/certified-{noise64,centre64,adapted,frozen}.csv --eps 2/255 --json >"$OUT/certified.json"
+    advdiff compare "$OUT"/certified-{noise64,adapted,frozen}.csv --eps 2/255 --json >"$OUT/certified.json"
 }
 
 steps() { # of the same t*; then 40 of diffusers' scheduler at the t* that is best for them on valid
@@ -83,15 +88,15 @@ steps() { # of the same t*; then 40 of diffusers' scheduler at the t* that is be
         -o "$OUT/forty" -q)
     local forty=(--t-star "$t" --sampler ddpm --sampler-steps 40) adv=$OUT/test-adv.safetensors
     advdiff attack "$TEST" -c pcam-resnet18 -o "$adv" -q
-    purify "$TEST" test-clean-ddpm
-    purify "$adv" test-adv-ddpm
+    purify "$TEST" test-clean-0.25 --t-star 0.25
+    purify "$adv" test-adv-0.25 --t-star 0.25
     purify "$TEST" test-clean-40 "${forty[@]}"
     purify "$adv" test-adv-40 "${forty[@]}"
-    evaluate forty-blind "$OUT"/test-{clean,adv}-{ddpm,40}.safetensors -c pcam-resnet18
-    local few=(--shuffle-seed 0 --limit 32) how=(--steps 10 --eot 4)
-    advdiff attack "$TEST" "${few[@]}" "${frozen[@]}" "${how[@]}" -o "$OUT/through-1.safetensors" -q
+    evaluate forty-blind "$OUT"/test-{clean,adv}-{0.25,40}.safetensors -c pcam-resnet18
+    local few=(--shuffle-seed 0 --limit 32) how=(--steps 10 --eot 4) one=(--t-star 0.25)
+    advdiff attack "$TEST" "${few[@]}" "${frozen[@]}" "${one[@]}" "${how[@]}" -o "$OUT/through-1.safetensors" -q
     advdiff attack "$TEST" "${few[@]}" "${frozen[@]}" "${forty[@]}" "${how[@]}" -o "$OUT/through-40.safetensors" -q
-    judge through-1 "$OUT/through-1.safetensors" "${few[@]}" --draws 11
+    judge through-1 "$OUT/through-1.safetensors" "${few[@]}" "${one[@]}" --draws 11
     judge through-40 "$OUT/through-40.safetensors" "${few[@]}" "${forty[@]}" --draws 11
     advdiff compare "$OUT"/through-{1,40}.csv --json >"$OUT/through-compared.json"
 }
