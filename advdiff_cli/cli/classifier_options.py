@@ -22,7 +22,10 @@ _BETA = 6.0
 class ClassifierOptions:
     """The classifier, and how it is trained."""
 
-    arch: Annotated[str, typer.Option(help="Any torchvision classification architecture.")] = "resnet18"
+    arch: Annotated[
+        str | None,
+        typer.Option(help="Any torchvision classification architecture.", show_default="that of --init, else resnet18"),
+    ] = None
     init: Annotated[str | None, typer.Option(help="Start from the weights of this classifier.")] = None
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 12
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine cycle.")] = 1e-3

@@ -68,7 +68,7 @@ def train_classifier(
     known = finished_precision(compute, output, recorded)
     if known and recorded and same_recipe(recorded, plan.recipe(known, compute.noise_kind(recorded["parameters"]))):
         console.log(f"{out} is up to date")
-        _print(settings, registry.training_log(out), output)
+        _print(plan, registry.training_log(out), output)
         return
 
     device = compute.resolve_device()
@@ -78,7 +78,7 @@ def train_classifier(
     noise = training_noise(compute, out, recorded) if plan.request.draws_noise else "numpy"
     fit = plan.fit(precision, noise, device, quiet=output.quiet)
     if train(output, plan.recipe(precision, noise), recorded, device, fit):
-        _print(settings, registry.training_log(out), output)
+        _print(plan, registry.training_log(out), output)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,16 @@ class _Plan:
     opened: "TrainingSets"
     request: InputRequest
     seed: int
+
+    @property
+    def arch(self) -> str:
+        from advdiff_cli.models.classifier_config import read_classifier_config
+        from advdiff_cli.models.registry import find_classifier
+
+        s = self.settings
+        if s.arch is None and s.init is not None:
+            return read_classifier_config(find_classifier(s.init))[0].arch
+        return s.arch or "resnet18"
 
     @property
     def batch_size(self) -> int:
@@ -112,7 +122,7 @@ class _Plan:
         return recipe(
             "train-classifier",
             self.fit_settings(precision, noise).parameters()
-            | {"arch": s.arch}
+            | {"arch": self.arch}
             | self.sets.view.parameters()
             | self.request.parameters()
             | process_parameters(self.batch_size),
@@ -138,7 +148,7 @@ class _Plan:
         def fit(work: "WorkFolder", is_main: bool) -> None:
             rows = TrainingRows(opened.train, labelled=True)
             mean, std = channel_statistics(rows, self.seed)
-            model = initial_classifier(s.init, ClassifierConfig(s.arch, mean, std), self.seed, rows.shape)
+            model = initial_classifier(s.init, ClassifierConfig(self.arch, mean, std), self.seed, rows.shape)
             steps = rows.steps(self.batch_size) * s.epochs
             fit_settings = self.fit_settings(precision, noise)
             records = ClassifierFit(model, rows, opened.valid, fit_settings, work, device, training_input).run()
@@ -156,11 +166,11 @@ class _Plan:
         return fit
 
 
-def _print(settings: ClassifierOptions, log: "list[JsonObject]", output: OutputOptions) -> None:
+def _print(plan: _Plan, log: "list[JsonObject]", output: OutputOptions) -> None:
     from advdiff_cli.cli.tables import cell
 
     published = log[-1].get("published") if log else None
-    text = f"{output.out}: {settings.arch}, {settings.epochs} epochs"
+    text = f"{output.out}: {plan.arch}, {plan.settings.epochs} epochs"
     if published is not None:
         text += f"; published epoch {published['epoch']}, valid accuracy {cell(published['valid_accuracy'])} %, "
         text += f"n = {published['n']}"

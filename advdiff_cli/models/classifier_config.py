@@ -1,9 +1,12 @@
-"""The configuration of a classifier, config.json."""
+"""The configuration of a classifier, config.json. It is read without loading torch."""
 
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
+from advdiff_cli.data.provenance import parse_json_object
 from advdiff_cli.data.view import View
+from advdiff_cli.errors import AdvdiffError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -45,3 +48,22 @@ class ClassifierConfig:
     def view(self) -> View:
         """What the classifier reads of a patch."""
         return View(self.crop, self.pool)
+
+
+def read_classifier_config(folder: Path) -> tuple[ClassifierConfig, bool]:
+    """Return the configuration of a classifier folder, and whether the folder is timm's.
+
+    Raises:
+        AdvdiffError: A file is missing, or the configuration is invalid.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdvdiffError(f"{folder} is not a classifier folder: {name} is missing")
+    try:
+        raw = parse_json_object((folder / CONFIG).read_text(), folder / CONFIG)
+        timm = "pretrained_cfg" in raw
+        if timm:
+            raw = {"arch": raw["architecture"], **{k: raw["pretrained_cfg"][k] for k in ("mean", "std")}}
+        return ClassifierConfig(**raw | {"mean": tuple(raw["mean"]), "std": tuple(raw["std"])}), timm
+    except (ValueError, KeyError, TypeError) as e:
+        raise AdvdiffError(f"{folder / CONFIG} is not a classifier config ({e})") from None

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advdiff_cli.data.atomic_files import name_write_errors
-from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_json_object
+from advdiff_cli.data.provenance import KEY, Provenance, canonical_json
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS, ClassifierConfig
+from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS, ClassifierConfig, read_classifier_config
 from advdiff_cli.models.external import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
 
 
@@ -78,17 +78,7 @@ def load_classifier(folder: Path) -> Classifier:
     Raises:
         AdvdiffError: A file is missing or damaged, or the weights do not fit the architecture.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise AdvdiffError(f"{folder} is not a classifier folder: {name} is missing")
-    try:
-        raw = parse_json_object((folder / CONFIG).read_text(), folder / CONFIG)
-        timm = "pretrained_cfg" in raw
-        if timm:
-            raw = {"arch": raw["architecture"], **{k: raw["pretrained_cfg"][k] for k in ("mean", "std")}}
-        config = ClassifierConfig(**raw | {"mean": tuple(raw["mean"]), "std": tuple(raw["std"])})
-    except (ValueError, KeyError, TypeError) as e:
-        raise AdvdiffError(f"{folder / CONFIG} is not a classifier config ({e})") from None
+    config, timm = read_classifier_config(folder)
     return _with_weights(
         config, read_weights(folder / WEIGHTS, allow_pickle=False), folder / WEIGHTS, prefix="backbone." if timm else ""
     )

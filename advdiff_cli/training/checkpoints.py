@@ -88,8 +88,10 @@ class WorkFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the lock."""
+        """Release the lock; remove the work folder if training failed before it began."""
         if self._lock is not None:
+            if self.part.is_dir() and [file.name for file in self.part.iterdir()] == [_RECIPE]:
+                shutil.rmtree(self.part)
             self._lock.release()
 
     def _open(self, output: OutputSpec) -> None:

@@ -16,7 +16,7 @@ from advdiff_cli.data.rng import stream
 from advdiff_cli.data.selection import Selection
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifier_config import ClassifierConfig
-from advdiff_cli.models.classifiers import Classifier
+from advdiff_cli.models.classifiers import Classifier, load_classifier
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
 from advdiff_cli.purification.equations import forward_process
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
@@ -261,6 +261,11 @@ def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
         "vit_b_16 does not take patches of 96x96"
         in advdiff(*command[:5], tmp_path / "v", "--arch", "vit_b_16", code=1).err
     )
+    more = [*command[:5], tmp_path / "more", "--init", out, "--epochs", 1, "--batch-size", 16, "--precision", "fp32"]
+    assert "give --arch shufflenet_v2_x0_5" in advdiff(*more, "--arch", "resnet18", code=1).err
+    assert [p.name for p in tmp_path.iterdir()] == ["clf"]  # nothing was begun
+    advdiff(*more)
+    assert load_classifier(tmp_path / "more").config.arch == "shufflenet_v2_x0_5"
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "training.jsonl"]
     assert "up to date" in advdiff(*command).err
     assert "made with other settings (seed 0 -> 1)" in advdiff(*command, "--seed", 1, code=1).err
