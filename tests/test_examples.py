@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.card import PurificationSettings
-from advdiff_cli.models.classifiers import load_classifier
+from advdiff_cli.models.classifiers import load_classifier, save_classifier
 from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.registry import find_classifier, find_ddpm
@@ -189,6 +190,33 @@ def test_batchnorm_collapse():
         assert any("running" not in k for k in moved) == (rate > 1e-6)
     clean, attacked = collapse.judge(model, images, labels)
     assert clean.value >= attacked.value
+
+
+def test_weight_interpolation(test_x, tmp_path):
+    """Weights on the line between two classifiers; at its end the decisions of the second, calibrated."""
+    second = load_classifier(find_classifier("synthetic-classifier"))
+    with torch.no_grad():
+        for weights in second.parameters():
+            weights.mul_(1.01)
+    save_classifier(second, tmp_path / "second", {})
+    interpolate = example("weight_interpolation").main
+    settings = {"ddpm": "synthetic-ddpm", "t_star": [0.06]}
+    for weight in (0.25, 1.0):
+        interpolate(
+            "synthetic-classifier", str(tmp_path / "second"), str(test_x), tmp_path / f"{weight}", weight, **settings
+        )
+    states = [load_classifier(tmp_path / f"{weight}").state_dict() for weight in (0.25, 1.0)]
+    before = load_classifier(find_classifier("synthetic-classifier")).state_dict()
+    for name, end in second.state_dict().items():
+        assert torch.equal(states[1][name], end)
+        if end.is_floating_point():
+            assert torch.allclose(states[0][name], 0.75 * before[name] + 0.25 * end, atol=1e-6)
+    images = open_patches(test_x).batch(range(8), "cpu").images
+    last, raw = load_classifier(tmp_path / "1.0"), second.backbone((images - second.mean) / second.std)
+    line = raw.diff(dim=1)[:, 0] * last.config.slope + last.config.bias
+    assert torch.allclose(last(images).diff(dim=1)[:, 0], line, atol=1e-4)
+    with pytest.raises(typer.BadParameter, match="exists"):
+        interpolate("synthetic-classifier", "synthetic-classifier", str(test_x), tmp_path / "1.0")
 
 
 @pytest.mark.parametrize("classifier", [None, "synthetic-classifier"])
