@@ -73,7 +73,7 @@ certificates() { # of the bundled pairs, and of NoiseDefense with a classifier t
     local sizes=(--eps 2/255 --eps 1/255 --eps 0.5/255 --radius 0 --radius 0.25 --radius 0.5 --radius 1)
     advdiff train-classifier "$TRAIN" "$PCAM"/images/lossless_train{,} --valid "$VALID" --init pcam-resnet18 --epochs 4 \
         --learning-rate 5e-4 --augment noise:0.25 --crop 64 -o "$OUT/noise64" -q
-    advdiff certify "$TEST" "${adapted[@]}" "${sizes[@]}" --n 2000 -o "$OUT/certified-adapted.csv" -q
+    advdiff certify "$TEST" "${adapted[@]}" "${sizes[@]}" --n 1000 -o "$OUT/certified-adapted.csv" -q
     advdiff certify "$TEST" "${frozen[@]}" "${sizes[@]}" --n 500 -o "$OUT/certified-frozen.csv" -q
     advdiff certify "$TEST" -c "$OUT/noise64" --defense noise --t-star 0.25 "${sizes[@]}" --n 500 -o "$OUT/certified-noise64.csv" -q
     advdiff compare "$OUT"/certified-{noise64,adapted,frozen}.csv --eps 2/255 --json >"$OUT/certified.json"
