@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the tables of docs/results.md that use pcam-ddpm or the classifier adapted to it.
+# Make the tables of docs/results.md and docs/experiments.md that use the bundled models.
 #
 #   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]
 #

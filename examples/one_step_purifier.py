@@ -54,7 +54,7 @@ def main(
     model = load_ddpm(find_ddpm(ddpm)).to(device).train()
     judge = classifier and load_classifier(find_classifier(classifier)).to(device).requires_grad_(False)
     sets = [open_patches(name) for name in train]
-    rows = TrainingRows(sets, labelled=bool(judge))
+    rows = TrainingRows(sets, labeled=bool(judge))
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
     for step, (images, labels) in enumerate(rows.batches(0, steps, batch_size, seed)):
         rng = stream(seed, "augment", step)

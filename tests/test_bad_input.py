@@ -258,7 +258,7 @@ def test_options_that_do_not_fit_the_data(advdiff, classifier, test_x, tmp_path)
     refused(advdiff("evaluate", tmp_path / "in", "-c", classifier, code=1).err, "differ in size")
 
 
-def test_unlabelled_valid_is_told_before_training(advdiff, test_x, tmp_path):
+def test_unlabeled_valid_is_told_before_training(advdiff, test_x, tmp_path):
     h5(tmp_path / "v.h5", images=IMAGES)
     result = advdiff("train-classifier", test_x, "--valid", tmp_path / "v.h5", "-o", tmp_path / "c", code=1)
     refused(result.err, r".*v\.h5 has no labels")

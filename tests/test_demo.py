@@ -11,7 +11,7 @@ from advdiff_cli.datasets.example import EXAMPLE_PATCHES
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Two labelled patches of each class, in the working directory."""
+    """Two labeled patches of each class, in the working directory."""
     monkeypatch.chdir(tmp_path)
     for label in "01":
         Path("patches", label).mkdir(parents=True)
@@ -46,6 +46,6 @@ def test_printed_commands_have_the_same_results(advdiff, data):
 
 
 def test_data_without_labels_is_refused(advdiff, data):
-    shutil.move("patches/0", "unlabelled")
-    assert "labels" in advdiff("demo", "unlabelled", "-o", "out", code=1).err
+    shutil.move("patches/0", "unlabeled")
+    assert "labels" in advdiff("demo", "unlabeled", "-o", "out", code=1).err
     assert not Path("out").exists()

@@ -17,7 +17,7 @@ from advdiff_cli.purification.purifier import DiffusionPurifier
 
 @pytest.fixture
 def cropped(classifier, tmp_path):
-    """The classifier of the tests, reading the centre only."""
+    """The classifier of the tests, reading the center only."""
     folder = shutil.copytree(classifier, tmp_path / "cropped")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"crop": 64}))
@@ -32,8 +32,8 @@ def test_what_is_not_read_is_neither_purified_nor_attacked(cropped, classifier, 
     defended = DefendedClassifier(purifier, model).eval().requires_grad_(False)
     noise = defended.noise(images, rows=[0, 1], seed=0, purpose="evaluate")
     assert noise.shape[-2:] == (64, 64)
-    centre = images[..., 16:80, 16:80]
-    torch.testing.assert_close(defended(images, noise), whole(purifier(centre, noise)))
+    center = images[..., 16:80, 16:80]
+    torch.testing.assert_close(defended(images, noise), whole(purifier(center, noise)))
     objective = Objective(defended, torch.tensor([0, 1]), [0, 1], ObjectiveSpec())
     gradient = objective.gradient(images, 0)[1]
     assert gradient[..., 16:80, 16:80].abs().sum() > 0
@@ -69,5 +69,5 @@ def test_a_pair_is_trained_under_a_view(advdiff, test_x, ddpm, classifier, tmp_p
     assert other in advdiff(*evaluate, "-c", tmp_path / "c", "-m", ddpm, code=1).err
     unfit_training = [*train[:-1], f"purify:{ddpm}:0.05:1", "-o", tmp_path / "e"]
     assert other in advdiff(*unfit_training, code=1).err
-    assert "smaller than the centre crop" in advdiff(*train[:-4], "--crop", 128, "-o", tmp_path / "e", code=1).err
+    assert "smaller than the center crop" in advdiff(*train[:-4], "--crop", 128, "-o", tmp_path / "e", code=1).err
     assert "cannot be averaged" in advdiff(*train[:-2], "--crop", 33, "-o", tmp_path / "e", code=1).err

@@ -20,7 +20,7 @@ from advdiff_cli.purification.defense_spec import ModelSpec
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
 CERTIFY = "certify, a draw"
-CENTRE = ", central 64x64"
+CENTER = ", central 64x64"
 CARLINI = "Carlini et al.'s loop, a draw"
 
 _PATCHES, _BATCHES = 4, 4  # of each run
@@ -29,12 +29,12 @@ _PATCHES, _BATCHES = 4, 4  # of each run
 def certify_draws(
     purifier: DiffusionPurifier, classifier: nn.Module, patches: PatchSet, batch_size: int, device: torch.device
 ) -> list[Workload]:
-    """Return the draws of `certify` for some patches, and the same for a classifier that reads the centre of each."""
+    """Return the draws of `certify` for some patches, and the same for a classifier that reads the center of each."""
     views = [("", classifier)]
     if isinstance(classifier, Classifier):
-        centre = copy.copy(classifier)
-        centre.config = replace(classifier.config, crop=64)
-        views.append((CENTRE, centre))
+        center = copy.copy(classifier)
+        center.config = replace(classifier.config, crop=64)
+        views.append((CENTER, center))
     return [_certify(CERTIFY + name, purifier, one, patches, batch_size, device) for name, one in views]
 
 

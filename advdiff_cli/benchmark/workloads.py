@@ -129,7 +129,7 @@ class Benchmark:
     def training(self, variant: str = "") -> Workload:
         """Return a step of train-ddpm, with reading from a file."""
         model = self.purifier.ddpm
-        rows = TrainingRows([open_patches(self.data)], labelled=False)
+        rows = TrainingRows([open_patches(self.data)], labeled=False)
         fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)
         if variant == COMPILED:
             fresh.to(self.device).compile_unet()

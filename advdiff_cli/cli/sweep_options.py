@@ -36,7 +36,7 @@ class SweepOptions:
         Literal["mean", "robust", "certified"],
         typer.Option(
             help="Choose the best mean of both accuracies, the least value that is as robust as the best one, or the "
-            "best certified accuracy, which is then also told (l-inf, at most 2000 draws a patch)."
+            "best certified accuracy, which is then reported too (l-inf, at most 2000 draws a patch)."
         ),
     ] = "mean"
     max_drop: Annotated[

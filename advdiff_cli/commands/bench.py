@@ -107,7 +107,7 @@ def _result(found: "Mapping[str, Timing]", benchmark: "Benchmark") -> "JsonObjec
 
 def _pairs(precision: str) -> dict[str, tuple[str, str]]:
     """Return the pairs of workloads whose ratio is reported: the faster one first."""
-    from advdiff_cli.benchmark.certification import CARLINI, CENTRE, CERTIFY
+    from advdiff_cli.benchmark.certification import CARLINI, CENTER, CERTIFY
     from advdiff_cli.benchmark.workloads import COMPILED, PAPER_STEPS, PURIFY, TRAIN
 
     steps, gradient = f"{PAPER_STEPS} steps, fp32", f"exact gradient, {precision}"
@@ -121,7 +121,7 @@ def _pairs(precision: str) -> dict[str, tuple[str, str]]:
             for p in dict.fromkeys(("fp32", precision))
         },
         "draws of certify, times Carlini et al.'s loop": (CERTIFY, CARLINI),
-        "draws of certify on the central 64x64, times the same loop": (CERTIFY + CENTRE, CARLINI),
+        "draws of certify on the central 64x64, times the same loop": (CERTIFY + CENTER, CARLINI),
         "gradient, compiled, times uncompiled": (gradient + COMPILED, gradient),
         "training step, compiled, times uncompiled": (TRAIN + COMPILED, TRAIN),
     }

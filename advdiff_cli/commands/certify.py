@@ -227,13 +227,13 @@ def _tsv_output(output: PlannedOutputOptions, tsv: Path, recipe: "Provenance") -
 def _text(result: "JsonObject") -> str:
     from advdiff_cli.cli.tables import cell, certified_rows
 
-    labelled = result["vote_accuracy"] is not None
-    vote = f", vote accuracy {cell(result['vote_accuracy'])} %" if labelled else ""
+    labeled = result["vote_accuracy"] is not None
+    vote = f", vote accuracy {cell(result['vote_accuracy'])} %" if labeled else ""
     first = (
         f"{result['out']}: {result['status']}, {result['n']} patches, {result['draws'] / result['n']:,.0f} draws each"
     )
     first += f", sigma {result['sigma']:.3f}{vote}, {result['abstained']} abstained"
-    what = "certified accuracy % [95 %]" if labelled else "certified patches % [95 %]"
+    what = "certified accuracy % [95 %]" if labeled else "certified patches % [95 %]"
     table = console.table(("attacks", "size", "l2 radius", what), certified_rows(result["certified"]))
     proof = (
         f"proved for the vote over infinitely many draws; each patch may be wrong with probability {result['alpha']:g}"

@@ -44,7 +44,7 @@ def train_classifier(
     compute: SeededComputeOptions,
     output: OutputOptions,
 ) -> None:
-    """Train a classifier on labelled patches, with flips, rotations by 90 degrees and stain variation.
+    """Train a classifier on labeled patches, with flips, rotations by 90 degrees and stain variation.
 
     The weights of the epoch with the best accuracy on --valid are kept, and their log-odds are calibrated there
     (Platt scaling). --augment trains a classifier to stand behind a defense; --adversarial trains it against an
@@ -146,7 +146,7 @@ class _Plan:
         training_input = self.request.build(precision, self.seed, device, self.sets.view, noise)
 
         def fit(work: "WorkFolder", is_main: bool) -> None:
-            rows = TrainingRows(opened.train, labelled=True)
+            rows = TrainingRows(opened.train, labeled=True)
             mean, std = channel_statistics(rows, self.seed)
             model = initial_classifier(s.init, ClassifierConfig(self.arch, mean, std), self.seed, rows.shape)
             steps = rows.steps(self.batch_size) * s.epochs

@@ -175,7 +175,7 @@ class _Plan:
         s, opened = self.settings, self.opened
 
         def fit(work: "WorkFolder", is_main: bool) -> None:
-            rows = TrainingRows(opened.train, labelled=False)
+            rows = TrainingRows(opened.train, labeled=False)
             shapes = [rows.shape, *([opened.valid.require_shape()] if opened.valid else [])]
             fresh = build_ddpm(s.preset, rows.shape[0], s.max_t, self.seed, s.pixel_range)
             model: Ddpm = initial_ddpm(s.init, fresh, s.preset, shapes, allow_pickle=self.allow_pickle)

@@ -37,8 +37,8 @@ class _Concatenated:
         self.shape = sets[0].shape
         self.index: Rows = np.concatenate([s.index for s in sets])
         self.keys: Sequence[RowKey] = self.index.tolist()
-        labelled = [s.labels for s in sets if s.labels is not None]
-        self.labels: Rows | None = np.concatenate(labelled) if labelled else None
+        labeled = [s.labels for s in sets if s.labels is not None]
+        self.labels: Rows | None = np.concatenate(labeled) if labeled else None
         self.provenance: Provenance | None = provenance
         self._sets = sets
         self._ends = np.cumsum([len(s) for s in sets])

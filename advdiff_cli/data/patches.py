@@ -66,12 +66,12 @@ def open_sets(
         AdvdiffError: As for `open_patches`, or no set takes `split` or `labels`.
     """
     folders = [path for path in paths if not Path(path).is_file()] or paths
-    unlabelled = [path for path in paths if Path(path).suffix not in PATCH_FILES] or paths
+    unlabeled = [path for path in paths if Path(path).suffix not in PATCH_FILES] or paths
     return [
         open_patches(
             path,
             split=split if path in folders else None,
-            labels=labels if path in unlabelled else None,
+            labels=labels if path in unlabeled else None,
             selection=selection,
         )
         for path in paths

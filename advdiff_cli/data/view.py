@@ -1,4 +1,4 @@
-"""What a classifier reads of a patch: all of it, a centre crop, and pixels averaged in squares.
+"""What a classifier reads of a patch: all of it, a center crop, and pixels averaged in squares.
 
 PCam's label is defined by the central 32 x 32 pixels alone. What is not read is neither noised, purified nor attacked.
 Neither a crop nor an average enlarges an l-inf perturbation; averaging over k x k pixels shrinks an l2 one k times.
@@ -21,7 +21,7 @@ class View:
     """What is read of a patch.
 
     Args:
-        crop: Side of the centre crop in pixels; None for the whole patch.
+        crop: Side of the center crop in pixels; None for the whole patch.
         pool: Side of the squares of pixels that are averaged, after the crop.
     """
 
@@ -52,7 +52,7 @@ class View:
             AdvdiffError: The patch is too small, or cannot be averaged.
         """
         if self.crop is not None and min(height, width) < self.crop:
-            raise AdvdiffError(f"patches of {height}x{width} are smaller than the centre crop of {self.crop}")
+            raise AdvdiffError(f"patches of {height}x{width} are smaller than the center crop of {self.crop}")
         read = (height, width) if self.crop is None else (self.crop, self.crop)
         if any(side % self.pool or side // self.pool < MIN_SIZE for side in read):
             raise AdvdiffError(

@@ -44,7 +44,7 @@ class DdpmCard:
         data_range: The range that pixels in [0, 1] are scaled to.
         index_offset: Noise levels between the level an image is noised to and the first level that is denoised: 0,
             but 1 in the paper's code.
-        crop: Side of the centre crops it was trained on; None for whole patches.
+        crop: Side of the center crops it was trained on; None for whole patches.
         pool: Side of the squares of pixels that were averaged before.
         recommended: Default settings for purification.
         certification: Default settings for certificates, where they differ.

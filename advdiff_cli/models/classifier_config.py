@@ -22,7 +22,7 @@ class ClassifierConfig:
         std: Standard deviation of each channel.
         slope: Factor of the network's log-odds of class 1 (Platt 1999).
         bias: Added to them.
-        crop: Side of the centre crop that is read of a patch; None for all of it.
+        crop: Side of the center crop that is read of a patch; None for all of it.
         pool: Side of the squares of pixels that are averaged.
     """
 

@@ -16,11 +16,11 @@ from advdiff_cli.errors import AdvdiffError
 class TrainingRows:
     """Concatenated patch sets of one size; a set named k times counts k times."""
 
-    def __init__(self, sets: Sequence[PatchSet], *, labelled: bool) -> None:
+    def __init__(self, sets: Sequence[PatchSet], *, labeled: bool) -> None:
         """Concatenate `sets`.
 
         Raises:
-            AdvdiffError: Sizes differ, or labels are missing and `labelled` asks for them.
+            AdvdiffError: Sizes differ, or labels are missing and `labeled` asks for them.
         """
         shapes = {s.require_shape() for s in sets}
         if len(shapes) > 1:
@@ -28,14 +28,14 @@ class TrainingRows:
         self.shape = shapes.pop()
         self._sets = sets
         self._ends = np.cumsum([len(s) for s in sets])
-        self._labels = np.concatenate([s.require_labels() for s in sets]) if labelled else None
+        self._labels = np.concatenate([s.require_labels() for s in sets]) if labeled else None
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return int(self._ends[-1])
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return float32 images (B, 3, H, W) in [0, 1] and labels (B,), which are 0 in unlabelled sets."""
+        """Return float32 images (B, 3, H, W) in [0, 1] and labels (B,), which are 0 in unlabeled sets."""
         images = torch.empty((len(rows), 3, *self.shape))
         which = np.searchsorted(self._ends, rows, side="right")
         for k in np.unique(which):

@@ -11,7 +11,7 @@ def images(side=96):
     return torch.rand((2, 3, side, side), generator=torch.Generator().manual_seed(0))
 
 
-def test_a_view_is_the_centre_then_averages():
+def test_a_view_is_the_center_then_averages():
     x = images()
     assert View(64).apply(x).shape == (2, 3, 64, 64)
     assert torch.equal(View(64).apply(x), x[..., 16:80, 16:80])
@@ -34,7 +34,7 @@ def test_perturbations_do_not_grow(view):
 
 def test_patches_that_do_not_fit_are_told():
     for view, side, text in (
-        (View(64), 48, "smaller than the centre crop of 64"),
+        (View(64), 48, "smaller than the center crop of 64"),
         (View(pool=5), 96, "cannot be averaged in squares of 5"),
         (View(32, 2), 96, "at least 64"),
     ):

@@ -1,4 +1,4 @@
-"""The synthetic tissue: deterministic, labelled, and not told apart by color."""
+"""The synthetic tissue: deterministic, labeled, and not told apart by color."""
 
 import numpy as np
 

@@ -27,7 +27,7 @@ def test_a_known_error_has_a_known_psnr(images):
     assert patch_fidelity(*shifted).psnr == pytest.approx(np.full(4, 40.0), abs=1e-3)  # 10 log10(1 / 0.01^2)
 
 
-def test_paler_nuclei_lose_their_mass_and_only_the_centre_counts(images):
+def test_paler_nuclei_lose_their_mass_and_only_the_center_counts(images):
     lost = 0.0
     for image in images[:, None]:
         stains = separate(image)

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def rows(test_x):
-    return TrainingRows([open_patches(test_x)], labelled=True)
+    return TrainingRows([open_patches(test_x)], labeled=True)
 
 
 def work(folder, name="m"):
@@ -101,7 +101,7 @@ def test_a_stopped_fit_ends_in_the_same_weights(fit, stop, rows, valid, tmp_path
 
 
 def test_the_average_of_the_weights_is_published(test_x, tmp_path):
-    few = TrainingRows([open_patches(test_x, selection=Selection(limit=16))], labelled=True)
+    few = TrainingRows([open_patches(test_x, selection=Selection(limit=16))], labeled=True)
     published, records = classifier_fit(few, None, tmp_path, name="averaged", ema=0.75)
     steps = range(1, len(records) + 1)
     first, *others = (classifier_fit(few, None, tmp_path, steps=k, name=f"k{k}")[0].state_dict() for k in steps)
@@ -201,7 +201,7 @@ def test_processes_share_each_batch(rows):
 
 def test_a_set_named_twice_counts_twice(test_x):
     one = open_patches(test_x)
-    rows = TrainingRows([one, one], labelled=True)
+    rows = TrainingRows([one, one], labeled=True)
     assert len(rows) == 2 * len(one)
     images, _ = rows.read(np.array([0, len(one)]))
     assert torch.equal(images[0], images[1])
@@ -297,7 +297,7 @@ def test_calibration_recovers_a_known_line():
 
 def test_a_calibrated_start_keeps_its_line_where_nothing_can_be_calibrated(test_x, valid, tmp_path, monkeypatch):
     """The weights are trained under it, so that without it every decision would move."""
-    few, line = TrainingRows([open_patches(test_x, selection=Selection(limit=16))], labelled=True), (0.5, 0.8)
+    few, line = TrainingRows([open_patches(test_x, selection=Selection(limit=16))], labeled=True), (0.5, 0.8)
     for found, expected in (((1.0, 0.0), line), ((2.0, -1.0), (1.0, 0.6))):
         monkeypatch.setattr("advdiff_cli.training.fit_classifier.fit_platt", lambda *_, found=found: found)
         model, _ = classifier_fit(few, valid, tmp_path, name=str(found), line=line)
