@@ -1,17 +1,21 @@
 """Attack a defended classifier, which is a torch module from images in [0, 1] to logits, with foolbox and pyautoattack.
 
 pip install foolbox pyautoattack
-python examples/other_attack_libraries.py PATCHES.safetensors CLASSIFIER DDPM
+python examples/other_attack_libraries.py PATCHES.safetensors CLASSIFIER DDPM ADV.safetensors
+advdiff evaluate PATCHES.safetensors ADV.safetensors --limit 4 -c CLASSIFIER -m DDPM --t-star 0.04
 
-foolbox attacks the random defense, where each call draws fresh noise. pyautoattack attacks it with fixed noise, since
-AutoAttack judges a patch on one draw.
+foolbox attacks the random defense, where each call draws fresh noise. Its images are written to ADV.safetensors, with
+what `evaluate` needs to compare them with PATCHES in pairs. pyautoattack attacks it with fixed noise, since AutoAttack
+judges a patch on one draw.
 """
 
+import json
 import sys
 
 import foolbox
 import torch
 from pyautoattack import AutoAttack
+from safetensors.torch import save_file
 
 from advdiff_cli import DefendedClassifier, DiffusionPurifier
 from advdiff_cli.data.patches import open_patches
@@ -32,6 +36,9 @@ attack = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=5)
 _, adv, _ = attack(foolbox.PyTorchModel(defended, bounds=(0, 1)), images, labels, epsilons=EPS)
 correct = torch.stack([defended(adv).argmax(1) == labels for _ in range(5)]).float().mean()
 print(f"foolbox PGD-5 through the defense: accuracy {correct:.2f} over 5 draws")
+made = {"recipe": {"command": "foolbox LinfPGD", "parameters": {"eps": EPS, "steps": 5}}, "origin": patches.origin()}
+tensors = {"images": adv, "labels": labels, "index": torch.from_numpy(patches.index)}
+save_file(tensors, sys.argv[4], metadata={"advdiff": json.dumps(made)})
 
 noise = defended.noise(images[:1], rows=[0], seed=0, purpose="evaluate")
 fixed = defended.fixed(noise)  # one draw for every image

@@ -152,7 +152,7 @@ def test_a_folder_without_labels_and_sound_noise(advdiff, patches, classifier, t
 def test_what_cannot_be_certified_is_told(advdiff, command, ddpm, tmp_path):
     told = {
         "add --sound": [*command, "--precision", "bf16"],
-        "--alpha must be above 0 and below 0.5": [*command, "--alpha", "0.6"],
+        "--alpha must be at least 1e-12 and below 0.5": [*command, "--alpha", "0.6"],
         "certificates are written as .csv": [*command[:-2], "-o", tmp_path / "c.h5"],
         "exceeds the range of pixels": [*command, "--eps", "2"],
         "longer than any change": [*command, "--radius", "1e9"],

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.card import PurificationSettings
@@ -100,12 +101,20 @@ def test_shards(run, test_x, classifier, tmp_path, advdiff):
 
 
 @pytest.mark.slow
-def test_other_attack_libraries(test_x, classifier, ddpm):
-    command = [sys.executable, str(EXAMPLES / "other_attack_libraries.py"), *map(str, (test_x, classifier, ddpm))]
+def test_other_attack_libraries(test_x, classifier, ddpm, tmp_path, advdiff):
+    adv = tmp_path / "adv.safetensors"
+    command = [sys.executable, str(EXAMPLES / "other_attack_libraries.py"), *map(str, (test_x, classifier, ddpm, adv))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # pyautoattack stops debuggers' tracing
     assert done.returncode == 0, done.stderr
     assert re.search(r"foolbox PGD-5 through the defense: accuracy [01]\.\d\d over 5 draws", done.stdout)
     assert re.search(r"pyautoattack on fixed noise: accuracy [01]\.\d\d", done.stdout)
+    found = advdiff("evaluate", test_x, adv, "--limit", 4, "-c", classifier, "-m", ddpm, "--t-star", 0.04, "--json")
+    assert [c["n"] for c in found.json["comparisons"]] == [4]
+    assert "is not compared" not in found.err
+    save_file(load_file(adv), adv)  # without its origin
+    found = advdiff("evaluate", test_x, adv, "--limit", 4, "-c", classifier, "-m", ddpm, "--t-star", 0.04, "--json")
+    assert found.json["comparisons"] == []
+    assert "is not compared with it" in found.err
 
 
 @pytest.mark.slow

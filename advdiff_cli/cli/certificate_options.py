@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _CERTIFICATE = "Certificate"
 _FIXED = (100, 1000)  # draws that choose and that bound, where no size is given
 _SEQUENTIAL = (20, 10_000)
+_LEAST_ALPHA = 1e-12  # far above the rounding of probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,8 @@ class CertificateOptions:
         """
         from advdiff_cli.jobs.recipes import CertifySettings
 
-        if not 0 < self.alpha < 0.5:
-            raise AdvdiffError(f"--alpha must be above 0 and below 0.5, not {self.alpha:g}")
+        if not _LEAST_ALPHA <= self.alpha < 0.5:
+            raise AdvdiffError(f"--alpha must be at least {_LEAST_ALPHA:g} and below 0.5, not {self.alpha:g}")
         asked, radii = tuple(self.eps or ()), tuple(self.radius or ())
         for eps in asked:
             options.attack_radius("linf", eps)

@@ -70,7 +70,7 @@ def robustness(
     """Run the suite of attacks on a classifier or a defense, and check the attacks themselves.
 
     The suite holds controls, l-inf attacks with exact gradients through the defense, and attacks that know less of
-    it. All are judged on draws of its noise that no attack used, except the one that knows its draw. Sanity checks
+    it. All are judged on draws of its noise that no gradient used, except the one that knows its draw. Sanity checks
     then look for signs of weak attacks: each passes, warns or fails. Every row is a patch set in the folder --out,
     made once and resumed; robustness.json holds the result of the whole suite, and predictions.csv what `compare`
     reads: clean patches, and the worst attack on each. Rows are a shuffled sample of the preset's size, or of

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from advdiff_cli.data.atomic_files import reserve
 from advdiff_cli.data.output_spec import FileLayout
-from advdiff_cli.data.patch_source import Images, Rows, check_labels, check_layout
+from advdiff_cli.data.patch_source import Images, Rows, check_index, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError, FileInUse
@@ -47,7 +47,7 @@ class Hdf5Source:
         check_layout(path, shape, str(self._images.dtype), counts)
         self.shape: tuple[int, int] | None = (shape[2], shape[3])
         self.labels = check_labels(path, labels)
-        self.index: Rows = np.arange(shape[0]) if index is None else index.astype(np.int64)
+        self.index = check_index(path, index, shape[0])
         self.keys: Sequence[RowKey] = self.index.tolist()
         self.provenance: Provenance | None = None
         if KEY in self._file:

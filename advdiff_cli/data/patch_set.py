@@ -23,7 +23,7 @@ _SAMPLED = 64  # rows that identify an origin set
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabeledBatch:
     """Images (B, 3, H, W) in [0, 1] and labels (B,) on a device, with the keys and origin indices of their rows."""
 
     images: "torch.Tensor"
@@ -108,7 +108,7 @@ class PatchSet:
             )
         return self._view.apply(torch.from_numpy(raw))
 
-    def batch(self, rows: Rows, device: "torch.device") -> LabelledBatch:
+    def batch(self, rows: Rows, device: "torch.device") -> LabeledBatch:
         """Return images, labels, keys and indices at positions `rows` of the selection.
 
         Raises:
@@ -118,7 +118,7 @@ class PatchSet:
 
         labels = torch.from_numpy(self.require_labels()[rows])
         keys = [self.keys[i] for i in rows]
-        return LabelledBatch(self.read(rows).to(device), labels.to(device), keys, self.index[rows].tolist())
+        return LabeledBatch(self.read(rows).to(device), labels.to(device), keys, self.index[rows].tolist())
 
     def read_dtype(self) -> str:
         """Return how images are stored: uint8 or float32."""

@@ -54,6 +54,21 @@ def check_layout(path: Path, images: tuple[int, ...], dtype: str, counts: dict[s
             raise AdvdiffError(f"{path} holds {images[0]} images and {count} {name}; the counts must match")
 
 
+def check_index(path: Path, index: NDArray[Any] | None, n: int) -> Rows:
+    """Return the index as int64 (N,): without one, the positions of the n rows.
+
+    Raises:
+        AdvdiffError: Two rows have the same index.
+    """
+    if index is None:
+        return np.arange(n)
+    values, counts = np.unique(index, return_counts=True)
+    if len(values) < len(index):
+        twice = values[counts > 1][0]
+        raise AdvdiffError(f"the index of {path} names row {twice} more than once; each row needs its own")
+    return index.astype(np.int64)
+
+
 def check_labels(path: Path, labels: NDArray[Any] | None) -> Rows | None:
     """Return labels as int64 (N,).
 

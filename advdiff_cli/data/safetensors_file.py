@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from advdiff_cli.data.atomic_files import reserve
 from advdiff_cli.data.output_spec import FileLayout
-from advdiff_cli.data.patch_source import Images, Rows, check_labels, check_layout
+from advdiff_cli.data.patch_source import Images, Rows, check_index, check_labels, check_layout
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
@@ -48,8 +48,7 @@ class SafetensorsSource:
         self.provenance: Provenance | None = parse_provenance(metadata[KEY], path) if KEY in metadata else None
         self._file = os.open(path, os.O_RDONLY)
         self.labels = check_labels(path, self._vector(stored, "labels"))
-        index = self._vector(stored, "index")
-        self.index: Rows = np.arange(self._n) if index is None else index
+        self.index = check_index(path, self._vector(stored, "index"), self._n)
         self.keys: Sequence[RowKey] = self.index.tolist()
 
     def _vector(self, stored: _Tensors, name: str) -> Rows | None:

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
 
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.provenance import Provenance
@@ -29,7 +32,13 @@ class Judge:
 
 
 def provenance_warnings(sets: Sequence[EvaluatedSet], judge: Judge) -> Iterator[str]:
-    """Yield one line for each reason to doubt the figures of a set."""
+    """Yield one line for each reason to doubt the figures of a set, or to miss a comparison."""
+    for first, second in combinations(sets, 2):
+        if not second.history and first.origin != second.origin and _same_rows(first, second):
+            yield (
+                f"{second.name} has rows and labels of {first.name}, but is not compared with it: if it was made from "
+                "it, record its origin (docs/guide.md, Attacks that know the defense)"
+            )
     clean = {s.origin for s in sets if not any(made["command"] == "attack" for made in s.history)}
     for s in sets:
         purified = any(made["command"] == "purify" for made in s.history)
@@ -40,6 +49,13 @@ def provenance_warnings(sets: Sequence[EvaluatedSet], judge: Judge) -> Iterator[
             yield f"{s.name} was purified before, and is purified again"
         if judge.defense is not None and s.origin not in clean:
             yield f"{s.name} is attacked and its clean control is missing: also name the set it was made from"
+
+
+def _same_rows(first: EvaluatedSet, second: EvaluatedSet) -> bool:
+    """Return whether all rows of the second set are in the first, by index, with the same labels."""
+    shared, a, b = np.intersect1d(first.index, second.index, return_indices=True)
+    same = first.predictions.labels[a] == second.predictions.labels[b]
+    return len(shared) == len(second.index) and bool(same.all())
 
 
 def _attack_warnings(made: Provenance, judge: Judge, *, purified: bool) -> Iterator[str]:

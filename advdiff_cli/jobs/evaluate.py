@@ -174,6 +174,8 @@ def check_certified_model(table: Path, model: EvaluatedModel) -> None:
     defense = DefenseSpec.from_parameters({**made["parameters"], "noise": model.defense.spec.noise})  # any is as good
     if ModelSpec(made["classifier"], defense, made["ddpm"], model.precision) != model.spec:
         raise AdvdiffError(f"{table} is of another model, or another setting of the defense; see advdiff info {table}")
+    if made["parameters"]["sound"]:
+        _log.warning("%s certifies a vote over noise on the 8-bit grid (--sound), not this one", table)
     certified = made["parameters"]["precision"]
     if certified != model.precision:
         _log.warning("%s certifies the purifier in %s, not in %s", table, certified, model.precision)

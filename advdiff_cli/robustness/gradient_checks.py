@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
-from advdiff_cli.data.patch_set import LabelledBatch, PatchSet
+from advdiff_cli.data.patch_set import LabeledBatch, PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.evaluation.statistics import Estimate, bootstrap, wilson
@@ -93,7 +93,7 @@ def _is_dead(gradients: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _returns_probabilities(model: nn.Module, batch: LabelledBatch, seed: int) -> bool:
+def _returns_probabilities(model: nn.Module, batch: LabeledBatch, seed: int) -> bool:
     (outputs,) = logits_of_draws(model, batch.images, batch.keys, seed=seed, purpose="attack", draws=range(1))
     ones = outputs.new_ones(len(outputs))
     return bool((outputs >= 0).all() and torch.allclose(outputs.sum(1), ones, atol=1e-4))

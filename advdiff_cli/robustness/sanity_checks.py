@@ -52,7 +52,8 @@ def not_above(
     if stronger not in judged or weaker not in judged:
         return None
     d = difference_of_means(judged[weaker], judged[stronger])
-    wrong = d.value > 0 or (not equal and d.value == 0 and judged[weaker].share.mean() > 0)
+    value = round(d.value, 9)  # the same number of correct draws need not give the same mean
+    wrong = value > 0 or (not equal and value == 0 and judged[weaker].share.mean() > 0)
     status: Status = "fail" if d.low > 0 else "warn" if wrong else "pass"
     return SanityCheck(name, status, f"accuracy under {stronger} less under {weaker}: {d} points")
 
@@ -108,8 +109,10 @@ def _of_gradients(g: GradientFindings) -> list[SanityCheck]:
     return [*found, SanityCheck("outputs are logits", "fail" if g.probabilities else "pass", reason)]
 
 
-def of_certificates(broken: BrokenCertificates, alpha: float) -> SanityCheck:
-    """Check that no attack within the radius of a certificate breaks it."""
+def of_certificates(broken: BrokenCertificates, alpha: float) -> SanityCheck | None:
+    """Check that no attack within the radius of a certificate breaks it; None if nothing is certified."""
+    if not broken.certified:
+        return None
     status: Status = "fail" if not broken.is_by_chance(alpha) else "warn" if broken.broken else "pass"
     reason = f"{broken.certified} patches certified, {broken.suspects} votes under attack taken again, "
     return SanityCheck("no attack breaks a certificate", status, f"{reason}{broken.broken} patches broken")

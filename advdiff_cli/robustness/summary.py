@@ -29,8 +29,8 @@ def summarize(
     checks = sanity_checks(rows, judged, gradients, tested)
     if gradients and not tested:
         checks.append(NOT_TESTED)
-    if certified is not None:
-        checks.append(of_certificates(certified[1], certified[0].alpha))
+    if certified is not None and (unbroken := of_certificates(certified[1], certified[0].alpha)):
+        checks.append(unbroken)
     return {
         "n": len(clean.labels),
         "positive": int(clean.labels.sum()),

@@ -106,13 +106,18 @@ class Criterion:
 
 def _choose(judged: Sequence[JudgedPoint], rule: Rule) -> int | None:
     if rule == "mean":
-        return int(np.argmax([j.clean.share.mean() + j.attacked.share.mean() for j in judged]))
+        return _first_best([j.clean.share.mean() + j.attacked.share.mean() for j in judged])
     if rule == "certified":
         proved = [0.0 if j.certified is None else j.certified.summary()["value"] for j in judged]
-        return int(np.argmax(proved)) if any(proved) else None
-    best = judged[int(np.argmax([j.attacked.share.mean() for j in judged]))].attacked
+        return _first_best(proved) if any(proved) else None
+    best = judged[_first_best([j.attacked.share.mean() for j in judged])].attacked
     below = [shares_difference(j.attacked.share, best.share).low > 0 for j in judged]
     return below.index(False)
+
+
+def _first_best(means: Sequence[float]) -> int:
+    """Return where the largest mean is first; the same number of correct draws need not give the same mean."""
+    return int(np.argmax(np.round(means, 9)))
 
 
 def summarize_point(

@@ -13,8 +13,8 @@ def worst_case(
 ) -> tuple[list[str], Predictions]:
     """Return the names of the rows with at most `eps`, and the predictions under each patch's worst of them.
 
-    The worst row has the smallest share of correct draws. It is chosen on the draws that judge it, so that any bias is
-    against the defense.
+    The worst row has the smallest share of correct draws. It is chosen on the draws that judge it, which is a bias
+    against a defense with noise: the larger, the more rows there are and the fewer draws.
     """
     limit = eps * (1 + 1e-9)
     names = [r.name for r in rows if r.name in judged and r.judged_on == "all" and r.eps <= limit]

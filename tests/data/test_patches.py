@@ -52,6 +52,17 @@ def test_every_form_gives_the_same_rows(tmp_path, arrays):
     assert len({s.origin() for s in sets[:3]}) == 1
 
 
+def test_rows_of_one_index_are_refused(tmp_path, arrays):
+    images, labels = arrays
+    index = np.array([0, 1, 2, 3, 4, 5, 2])
+    save_file({"images": images, "labels": labels, "index": index}, tmp_path / "a.safetensors")
+    with h5py.File(tmp_path / "a.h5", "w") as h5:
+        h5["images"], h5["index"] = images, index
+    for name in ("a.safetensors", "a.h5"):
+        with pytest.raises(AdvdiffError, match=f"index of .*{name} names row 2 more than once"):
+            open_patches(tmp_path / name)
+
+
 def test_pcam_folder_takes_a_split(patches, test_x):
     for root in (patches, patches / "pcam"):
         found = open_patches(root, split="test")

@@ -55,3 +55,7 @@ def test_alpha_is_of_every_patch_that_was_tried():
 @pytest.mark.parametrize(("broken", "status"), [(0, "pass"), (1, "warn"), (5, "fail")])
 def test_alpha_allows_for_few_broken_certificates(broken, status):
     assert of_certificates(BrokenCertificates(100, 60, 7, broken), 0.001).status == status
+
+
+def test_without_certificates_there_is_no_check_of_them():
+    assert of_certificates(BrokenCertificates(100, 0, 0, 0), 0.001) is None

@@ -10,6 +10,7 @@ from torch import nn
 from advdiff_cli.attacks.eot import ObjectiveSpec
 from advdiff_cli.attacks.pgd import pgd
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions, classification_metrics, vote_accuracies
 from advdiff_cli.evaluation.statistics import wilson
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
@@ -102,6 +103,17 @@ def test_a_wrong_point_estimate_alone_is_a_warning():
     other = one.copy()
     other[[50]] = labels[[50]]
     assert not_above("x", "a", "b", {"a": Predictions(labels, other), "b": Predictions(labels, one)}).status == "warn"
+
+
+def test_as_many_correct_draws_in_another_order_are_equal():
+    """Sums of elevenths depend on their order; equal accuracy is a pass, and a warning where it should differ."""
+    counts = np.random.default_rng(3).integers(0, 12, 64)
+    p1 = (np.arange(11) < counts[:, None]).astype(float)
+    one, other = (Predictions(np.ones(64, int), p) for p in (p1, p1[counts.argsort()]))
+    assert difference_of_means(one, other).value != 0
+    for judged in ({"a": one, "b": other}, {"a": other, "b": one}):
+        assert not_above("x", "a", "b", judged).status == "pass"
+        assert not_above("x", "a", "b", judged, equal=False).status == "warn"
 
 
 SOUND = {
