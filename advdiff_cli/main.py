@@ -118,6 +118,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
+    except RuntimeError as e:
+        if is_debugging() or type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        console.error("the memory of the GPU is full; give a smaller --batch-size, or --batch-size auto")
+        sys.exit(EXIT_ERROR)
     except OSError as e:
         if is_debugging() or e.strerror is None:
             raise

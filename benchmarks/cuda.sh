@@ -7,7 +7,8 @@ mkdir -p "$out"
 cd "$(dirname "$0")/.."
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/device.csv"
-python -m pytest --device cuda -q --durations=20 | tee "$out/tests.log"
+status=0
+python -m pytest --device cuda -q --durations=20 | tee "$out/tests.log" || status=$?
 advdiff bench --device cuda --precision bf16 -n 16384 --rounds 3 --json >"$out/cuda.json"
 CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=2 taskset -c 0,1 \
     advdiff bench --device cpu --no-paper -n 512 --rounds 1 --json >"$out/cpu.json"
@@ -24,3 +25,4 @@ for m in gpu["measured"]:
     times = f"{m['patches_per_second'] / on_cores:.1f}" if on_cores else ""
     print(f"{name:45} {m['patches_per_second']:12.4g} {f'{100 * share:.1f} %' if share else '':>15} {times:>17}")
 END
+exit $status  # of the tests

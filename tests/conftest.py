@@ -26,6 +26,7 @@ from advdiff_cli.main import main
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier, save_classifier
 from advdiff_cli.models.ddpm import build_ddpm, save_ddpm
+from advdiff_cli.models.device import resolve_device
 
 PCAM = os.environ.get("ADVDIFF_TEST_PCAM")
 N = 40
@@ -53,8 +54,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def device(request):
-    """Where to compute: --device."""
-    return torch.device(request.config.getoption("--device"))
+    """Where to compute: --device, set up as commands set it up."""
+    return resolve_device(request.config.getoption("--device"))
 
 
 @dataclass

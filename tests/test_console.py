@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from advdiff_cli import console
+from advdiff_cli.jobs.evaluate import EvaluateJob
 
 EVIL = "a\x1b]0;owned\x07\u202e\nadvdiff: error: forged"
 
@@ -47,3 +49,13 @@ def test_closed_streams(tmp_path, closed):
         assert bool(done.stderr) == ("2>" not in closed and b"up to date" in done.stderr)
         assert b"up to date" not in done.stdout
     assert subprocess.run(["bash", "-c", f"{command} -n 3"], capture_output=True).returncode == 1
+
+
+def test_a_full_gpu_is_told_in_one_line(advdiff, test_x, classifier, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(EvaluateJob, "run", full)
+    told = advdiff("evaluate", test_x, "-c", classifier, code=1).err
+    assert "the memory of the GPU is full; give a smaller --batch-size" in told
+    assert "Traceback" not in told

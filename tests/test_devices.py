@@ -22,9 +22,9 @@ B = 4
 @contextmanager
 def unsynchronized(device):
     """Fail where a GPU is waited for."""
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
     try:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         if device.type == "cuda":
@@ -75,7 +75,11 @@ def test_a_gpu_draws_and_decides_as_a_cpu(sound, defended, batch, classifier, dd
     ours, theirs = (SmoothedClassifier(m, image.shape[-2:], 0, sound) for m in (defended, on_cpu))
     noised, _ = ours.noised(image, 7, range(B))
     expected, _ = theirs.noised(image.cpu(), 7, range(B))
-    torch.testing.assert_close(noised.cpu(), expected, rtol=0, atol=0 if sound else 1e-5)
+    if sound:  # integers, which the two divide by 255 in different ways
+        assert torch.equal((noised.cpu() * 255).round(), (expected * 255).round())
+    else:  # see philox.py
+        assert (noised.cpu() - expected).abs().mean() < 1e-6
+        torch.testing.assert_close(noised.cpu(), expected, rtol=0, atol=1e-3)
     noise = defended.noise(batch.images, rows=batch.index, seed=0, purpose="test")
     logits, expected = defended(batch.images, noise).cpu(), on_cpu(batch.images.cpu(), noise.cpu())
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

@@ -118,6 +118,7 @@ def test_kill_and_resume(suffix, advdiff, commands, tmp_path):
     assert not sidecar.exists()
 
 
+@pytest.mark.cpu  # on CUDA the noise is philox anyway
 def test_noise_of_a_device_is_part_of_the_recipe_and_is_resumed(advdiff, commands, test_x, classifier, tmp_path):
     purify, certify = [*commands["purify"], "--limit", N], ["certify", test_x, "-c", classifier, "--defense", "noise"]
     certify += ["--limit", 3, "--n", 40, "--batch-size", 20]

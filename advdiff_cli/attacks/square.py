@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec, best_restart, check_images
 from advdiff_cli.attacks.projections import project
 from advdiff_cli.attacks.spec import LossName
 from advdiff_cli.data.rng import RowKey, stream
+from advdiff_cli.models.device import to_device
 
 _FIRST_SHARE = 0.8  # p, the share of the image that the first squares cover
 _HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries (section 5)
@@ -78,10 +78,12 @@ def _covered_share(query: int, queries: int) -> float:
 
 def _proposal(x: Tensor, images: Tensor, eps: float, side: int, streams: list[np.random.Generator]) -> Tensor:
     """Set the perturbation of one square in each patch to +eps or -eps, by channel."""
-    proposed = x.clone()
-    for i, s in enumerate(streams):
-        top, left = (int(s.integers(0, n - side)) for n in x.shape[-2:])
-        signs: NDArray[np.float64] = s.choice((-eps, eps), (x.shape[1], 1, 1))
-        area = (i, slice(None), slice(top, top + side), slice(left, left + side))
-        proposed[area] = images[area] + torch.from_numpy(signs).to(x)
-    return project(proposed, images, eps, "linf")
+    _, channels, height, width = x.shape
+    drawn = [([s.integers(0, n - side) for n in (height, width)], s.choice((-eps, eps), channels)) for s in streams]
+    corners, signs = (np.array(values) for values in zip(*drawn, strict=True))
+    top, left = to_device(torch.from_numpy(corners), x.device).T[..., None]
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    in_rows, in_columns = (rows >= top) & (rows < top + side), (columns >= left) & (columns < left + side)
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    perturbed = images + to_device(torch.from_numpy(signs).to(x.dtype), x.device)[:, :, None, None]
+    return project(torch.where(inside, perturbed, x), images, eps, "linf")

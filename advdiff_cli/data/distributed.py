@@ -69,9 +69,13 @@ def process_group(device: "torch.device") -> Iterator[ProcessGroup]:
     if world_size() == 1:
         yield ProcessGroup()
         return
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
+    backend = None
+    if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+        backend = "gloo"  # NCCL refuses processes that share a GPU
+    state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT, backend=backend)
     try:
         yield ProcessGroup(state.process_index, state.num_processes)
     finally:  # an open process group would abort the process at exit

@@ -17,8 +17,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_device(name: DeviceName) -> torch.device:
     """Return the device called `name`; `auto` is the best available one.
 
-    Processes that torchrun starts on one machine use one GPU each, chosen by LOCAL_RANK. On CUDA this makes
-    convolutions deterministic and turns TF32 off.
+    Processes that torchrun starts on one machine use one GPU each, chosen by LOCAL_RANK, or share them if there are
+    fewer. On CUDA this makes convolutions and attention deterministic and turns TF32 off.
 
     Raises:
         AdvdiffError: The device is not available.
@@ -29,6 +29,8 @@ def resolve_device(name: DeviceName) -> torch.device:
         raise AdvdiffError(f"--device {kind}: torch finds no such device; use --device auto or cpu")
     if kind == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+        for enable in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
+            getattr(torch.backends.cuda, enable)(False)  # their gradients depend on the order of additions
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device(kind, int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device(kind)

@@ -10,7 +10,6 @@ from math import nan, sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from advdiff_cli.data.rng import NoiseKind
@@ -31,7 +30,11 @@ _checkpointed_step = partial(checkpoint, reverse_step, use_reentrant=False, pres
 
 
 class DiffusionPurifier(nn.Module):
-    """Noise an image to t_star and denoise it with a DDPM (the paper, section 3)."""
+    """Noise an image to t_star and denoise it with a DDPM (the paper, section 3).
+
+    Attributes:
+        sigma: The standard deviation of the noise, as added to pixels in [0, 1].
+    """
 
     def __init__(
         self,
@@ -70,6 +73,8 @@ class DiffusionPurifier(nn.Module):
         self.use_checkpoints = True
         self.timesteps = sampler_timesteps(n, sampler_steps or n)
         self.noised_to = min(self.timesteps[0] + ddpm.card.index_offset, ddpm.timesteps - 1)
+        low, high = ddpm.card.data_range
+        self.sigma = _relative_noise(ddpm.alpha_bar[self.noised_to]) / (high - low)
 
     def with_steps(self, sampler_steps: int) -> "DiffusionPurifier":
         """Return a purifier with the same noise level and sampler, and another number of U-Net evaluations."""
@@ -95,12 +100,6 @@ class DiffusionPurifier(nn.Module):
             noise = torch.randn((len(images), *self.noise_shape(height, width)), device=images.device)
         x_0 = self._denoise(self._add_noise(images, noise), noise)
         return self.ddpm.card.to_pixels(x_0).clamp(0, 1)[..., :height, :width]
-
-    @property
-    def sigma(self) -> float:
-        """The standard deviation of the noise, as added to pixels in [0, 1]."""
-        low, high = self.ddpm.card.data_range
-        return _relative_noise(self.ddpm.alpha_bar[self.noised_to]) / (high - low)
 
     def purify_noised(self, noised: Tensor, noise: Tensor) -> Tensor:
         """Purify images that are noised already.
@@ -144,7 +143,11 @@ class DiffusionPurifier(nn.Module):
 
 
 class NoisePurifier(nn.Module):
-    """NoiseDefense (the paper, section 4): the forward process without denoising, clamped to [0, 1]."""
+    """NoiseDefense (the paper, section 4): the forward process without denoising, clamped to [0, 1].
+
+    Attributes:
+        sigma: The standard deviation of the noise, as added to pixels in [0, 1].
+    """
 
     alpha_bar_t: Tensor
 
@@ -162,6 +165,7 @@ class NoisePurifier(nn.Module):
         super().__init__()
         self.noise_kind = noise_kind
         self.register_buffer("alpha_bar_t", alpha_bar[_checked_levels(t_star, len(alpha_bar)) - 1].clone())
+        self.sigma = _relative_noise(self.alpha_bar_t) / 2
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Return (1, 3, H, W), the shape of one image's noise."""
@@ -172,11 +176,6 @@ class NoisePurifier(nn.Module):
         if noise is None:
             noise = torch.randn((len(images), *self.noise_shape(*images.shape[-2:])), device=images.device)
         return ((forward_process(images * 2 - 1, noise[:, 0], self.alpha_bar_t) + 1) / 2).clamp(0, 1)
-
-    @property
-    def sigma(self) -> float:
-        """The standard deviation of the noise, as added to pixels in [0, 1]."""
-        return _relative_noise(self.alpha_bar_t) / 2
 
     def purify_noised(self, noised: Tensor, noise: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [0, 1] of noised ones, x + sigma n; `noise` is not used."""
@@ -208,6 +207,11 @@ def _checked_levels(t_star: float, timesteps: int) -> int:
 
 
 def _pad_to(images: Tensor, height: int, width: int) -> Tensor:
-    """Pad by reflection at the bottom and on the right."""
+    """Pad by reflection at the bottom and on the right.
+
+    The gradient of torch's own padding depends on the order of additions on CUDA.
+    """
     bottom, right = height - images.shape[-2], width - images.shape[-1]
-    return pad(images, (0, right, 0, bottom), mode="reflect") if bottom or right else images
+    if bottom:
+        images = torch.cat((images, images[..., -1 - bottom : -1, :].flip(-2)), -2)
+    return torch.cat((images, images[..., -1 - right : -1].flip(-1)), -1) if right else images

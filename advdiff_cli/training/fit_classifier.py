@@ -19,6 +19,7 @@ from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.data.rng import stream, torch_seeded
 from advdiff_cli.models.classifiers import Classifier
+from advdiff_cli.models.device import to_device
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry, vary_stain
@@ -94,7 +95,8 @@ class ClassifierFit:
         """
         s, model = self.settings, self.model
         accelerator = build_accelerator(s.precision, self.device)
-        optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay)
+        fused = accelerator.device.type == "cuda"  # otherwise steps wait for the GPU after a resume
+        optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate, weight_decay=s.weight_decay, fused=fused)
         for purifier in filter(None, self.inputs.purifiers):
             purifier.to(accelerator.device)
         per_epoch = self.train.steps(s.batch_size)
@@ -110,11 +112,12 @@ class ClassifierFit:
         for images, labels in self.train.batches(step, total, s.batch_size, s.seed, part):
             network.train()
             rng = stream(s.seed, "augment", step, part[0])
-            augmented = _augment(images.to(accelerator.device, non_blocking=True), s.stain, rng)
+            turned = to_device(random_symmetry(images, rng), accelerator.device)
+            augmented = vary_stain(turned, s.stain, rng) if s.stain else turned
             first = step * s.batch_size + part[0] * len(images)
             names = range(first, first + len(images))
             with torch_seeded(accelerator.device, s.seed, "dropout", step, part[0]):
-                truth = labels.to(accelerator.device)
+                truth = to_device(labels, accelerator.device)
                 loss = self.inputs.loss(network, model, channels_last(augmented), truth, names)
             losses.append(optimizer_step(accelerator, optimizer, loss, cosine(step, total, s.learning_rate)))
             if self._average is not None:
@@ -195,8 +198,3 @@ class ClassifierFit:
             slope, bias = fit_platt(*validation.logits())
             was = self.model.config  # calibrated already, if training started from a calibrated classifier
             self.model.config = replace(was, slope=round(slope * was.slope, 6), bias=round(slope * was.bias + bias, 6))
-
-
-def _augment(images: Tensor, stain: float, rng: np.random.Generator) -> Tensor:
-    turned = random_symmetry(images, rng)
-    return vary_stain(turned, stain, rng) if stain else turned

@@ -79,7 +79,8 @@ class DdpmFit:
         accelerator = build_accelerator(s.precision, self.device)
         model.to(accelerator.device)
         optimizer = torch.optim.AdamW(model.unet.parameters(), s.learning_rate, fused=True)
-        ema = EMAModel(model.unet.parameters(), decay=s.ema, use_ema_warmup=True, power=3 / 4)
+        on_gpu = accelerator.device.type == "cuda"
+        ema = EMAModel(model.unet.parameters(), decay=s.ema, use_ema_warmup=True, power=3 / 4, foreach=on_gpu)
         first, earlier = self._resume(optimizer, ema, accelerator)
         losses = deque(earlier, self.validate_every)
         network, optimizer = accelerator.prepare(model, optimizer)

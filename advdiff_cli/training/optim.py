@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from advdiff_cli.data.distributed import world_size
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.precision import Precision
 
@@ -15,7 +16,8 @@ DIVERGED = "training diverged; give a lower --learning-rate, or --precision fp32
 
 def build_accelerator(precision: Precision, device: torch.device) -> Accelerator:
     """Return an accelerator; an earlier one in this process may have had another precision."""
-    AcceleratorState._reset_state()  # it would refuse a second precision
+    alone = world_size() == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)  # it would refuse a second precision, or keep a device
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision.replace("fp32", "no"))
 
 
@@ -46,9 +48,6 @@ def optimizer_step(
     Raises:
         AdvdiffError: The loss is not finite.
     """
-    value = loss.item()
-    if not math.isfinite(value):
-        raise AdvdiffError(f"the loss of a training step is {value}: {DIVERGED}")
     for group in optimizer.param_groups:
         group["lr"] = rate
     accelerator.backward(loss)
@@ -56,6 +55,9 @@ def optimizer_step(
         accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    value = loss.item()  # last, since a GPU is waited for
+    if not math.isfinite(value):
+        raise AdvdiffError(f"the loss of a training step is {value}: {DIVERGED}")
     return value
 
 
