@@ -2,7 +2,7 @@
 
 The name of a stream gives its key and its first count, so that a number depends on the name and its position alone.
 Numbers are those of torch's own generator of this kind, where torch has one, up to the rounding of log, sin and cos.
-That is coarse on CUDA, whose fast functions move numbers near zero by up to some 1e-3.
+That is coarse on CUDA, whose fast functions may move numbers near zero by some 1e-3 (not measured).
 
 Source: Salmon, Moraes, Dror & Shaw 2011, Parallel random numbers: as easy as 1, 2, 3.
 """
