@@ -99,9 +99,16 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def warm(own_cache):
+def warm(own_cache, request):
     """An environment whose `advdiff` has its imports behind it, for scripts of many commands; see warm.py."""
     folder = Path(tempfile.mkdtemp(prefix="advdiff"))  # a socket's path must be short
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    if request.config.getoption("--device") == "cuda":  # which does not survive a fork
+        (folder / "advdiff").write_text(f"#!{sys.executable}\nfrom advdiff_cli.main import main\nmain()\n")
+        (folder / "advdiff").chmod(0o755)
+        yield {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        shutil.rmtree(folder)
+        return
     command = [sys.executable, str(Path(__file__).parent / "warm.py"), "serve", str(folder / "socket")]
     server = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
     (folder / "advdiff").write_text(client(folder / "socket"))
@@ -109,7 +116,6 @@ def warm(own_cache):
     while not (folder / "socket").exists():
         assert server.poll() is None
         time.sleep(0.05)
-    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     yield {**os.environ, "PATH": path}
     server.terminate()
     server.wait()

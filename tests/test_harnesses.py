@@ -19,6 +19,7 @@ def run(script, *arguments):
     return done.stdout
 
 
+@pytest.mark.cpu  # its processes are forks, which CUDA does not survive
 @pytest.mark.parametrize(
     ("commands", "tasks"),
     [(["train-ddpm", "purify"], 3), (["attack", "download"], 2)],  # purify has two: a file and a folder

@@ -9,11 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from advdiff_cli.data.distributed import process_group
+from advdiff_cli.data.distributed import check_gpus, process_group
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.errors import AdvdiffError
 
 pytestmark = pytest.mark.slow
+
+
+needs_gpus = pytest.mark.skipif(
+    "config.getoption('--device') == 'cuda' and torch.cuda.device_count() < 2", reason="training needs two GPUs"
+)
 
 
 def torchrun(*arguments, code=0):
@@ -118,6 +124,7 @@ def test_files_of_a_folder(advdiff, ddpm, tmp_path):
     assert advdiff(*purify, "-o", tmp_path / "two", "--json").json["status"] == "up to date"
 
 
+@needs_gpus
 def test_training_follows_the_curve_of_one_process(advdiff, test_x, tmp_path, monkeypatch):
     """Each batch is split between the processes: other noise and other augmentations, the same loss but for those."""
     train = ["train-ddpm", test_x, "--valid", test_x, "--preset", "tiny", "--steps", 12, "--batch-size", 16]
@@ -138,6 +145,7 @@ def test_training_follows_the_curve_of_one_process(advdiff, test_x, tmp_path, mo
     assert "--batch-size 3 cannot be shared evenly by 2 processes" in uneven.err
 
 
+@needs_gpus
 def test_a_classifier_is_published_once(advdiff, test_x, tmp_path):
     train = ["train-classifier", test_x, "--valid", test_x, "--arch", "squeezenet1_1", "--epochs", 2]
     train += ["--batch-size", 20, "--precision", "fp32"]
@@ -158,6 +166,18 @@ def test_one_process_at_a_time(advdiff, test_x, ddpm, tmp_path):
             assert "is being written by another process" in advdiff(*command, "-o", tmp_path / name, code=1).err
         advdiff(*command, "-o", tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "p.h5"]
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [(1, 1), (2, 2), (2, 1), (3, 1)])
+def test_training_needs_a_gpu_for_each_process(processes, gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    check_gpus(torch.device("cpu"))
+    if processes <= gpus:
+        check_gpus(torch.device("cuda"))
+    else:
+        with pytest.raises(AdvdiffError, match=f"{processes - gpus} of them have none"):
+            check_gpus(torch.device("cuda"))
 
 
 def test_alone_there_is_nobody_to_wait_for(monkeypatch):

@@ -78,6 +78,7 @@ def test_batch_size(precision, bound, advdiff, commands, tmp_path):
     assert_same(one, four, bound)
 
 
+@pytest.mark.cpu  # cuDNN has other algorithms for other batch sizes
 def test_batch_size_of_an_attack(advdiff, commands, tmp_path):
     """The sign of a gradient that is almost zero may differ between batch sizes, so a few values take another step."""
     one, four = rows_of_batch_sizes(advdiff, commands["attack"][:-2], tmp_path)

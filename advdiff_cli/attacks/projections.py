@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from advdiff_cli.attacks.spec import Norm
+from advdiff_cli.data.philox import DeviceStreams
 from advdiff_cli.data.rng import RowStreams
 
 _ROUNDING_SLACK = 1e-4  # of 1/255: float error of an 8-bit value
@@ -18,7 +19,7 @@ def _unit(delta: Tensor) -> Tensor:
     return delta / (_norms(delta) + 1e-12)
 
 
-def random_point(images: Tensor, eps: float, norm: Norm, streams: RowStreams) -> Tensor:
+def random_point(images: Tensor, eps: float, norm: Norm, streams: RowStreams | DeviceStreams) -> Tensor:
     """Draw a uniform point of the ball around each image (B, 3, H, W), clipped to [0, 1]."""
     shape = images.shape[1:]
     if norm == "linf":

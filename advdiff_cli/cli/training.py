@@ -148,11 +148,15 @@ def train(
         recorded: The recipe of the existing model folder, or None.
         device: Where to compute.
         fit: Trains in the work folder; in the main process, it also publishes the model.
+
+    Raises:
+        AdvdiffError: Processes would share a GPU.
     """
-    from advdiff_cli.data.distributed import process_group
+    from advdiff_cli.data.distributed import check_gpus, process_group
     from advdiff_cli.data.output_spec import OutputSpec
     from advdiff_cli.training.checkpoints import WorkFolder
 
+    check_gpus(device)
     spec = OutputSpec(output.out, made_by, device.type, output.overwrite)
     with process_group(device) as group, WorkFolder(spec, recorded, is_main=group.is_main) as work:
         group.wait()  # until the main process has opened the work folder

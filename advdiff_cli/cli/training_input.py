@@ -29,16 +29,21 @@ class InputRequest:
     consistency: float | None = None
 
     @property
-    def draws_noise(self) -> bool:
+    def purifies(self) -> bool:
         """Whether patches pass a purifier."""
         return any(self.augment)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether numbers are drawn for each patch: the noise of purifiers, or the starts of attacks."""
+        return self.purifies or self.adversary is not None
 
     def parameters(self) -> JsonObject:
         """Return the parameters that enter the recipe; empty for training on clean patches."""
         from advdiff_cli.purification.defense_spec import find_defense
 
         found: JsonObject = {}
-        if self.draws_noise:
+        if self.purifies:
             defenses = [request and find_defense(request) for request in self.augment]
             found["augment"] = [d and {**d[0].parameters(), "ddpm": d[1]} for d in defenses]
         if self.adversary is not None:
@@ -51,11 +56,11 @@ class InputRequest:
         """Return the training input, with frozen purifiers on the device.
 
         Args:
-            precision: Of the purifiers.
+            precision: Of the purifiers and of the attack.
             seed: Of every stream.
             device: Where to compute.
             view: What is read of each patch.
-            noise: What draws the noise of the purifiers.
+            noise: What draws the noise of the purifiers and the starts of attacks.
 
         Raises:
             AdvdiffError: A setting does not fit its model, or its model was not trained on what is read.
@@ -71,7 +76,7 @@ class InputRequest:
                 check_view(purifier, view)
                 purifier.to(device).requires_grad_(False).eval()
             purifiers.append(purifier)
-        return TrainingInput(purifiers, self.adversary, precision, seed, self.consistency or 0.0)
+        return TrainingInput(purifiers, self.adversary, precision, seed, self.consistency or 0.0, noise)
 
 
 def parse_augmentation(text: str, *, allow_pickle: bool) -> DefenseRequest | None:

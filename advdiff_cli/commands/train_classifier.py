@@ -139,24 +139,25 @@ class _Plan:
         from advdiff_cli.models.classifiers import save_classifier
         from advdiff_cli.training.fit_classifier import ClassifierFit, channel_statistics
         from advdiff_cli.training.initialization import initial_classifier
-        from advdiff_cli.training.loader import TrainingRows
+        from advdiff_cli.training.loader import TrainingRows, near
         from advdiff_cli.training.validation import Validation
 
         s, opened = self.settings, self.opened
         training_input = self.request.build(precision, self.seed, device, self.sets.view, noise)
 
         def fit(work: "WorkFolder", is_main: bool) -> None:
-            rows = TrainingRows(opened.train, labeled=True)
+            rows = TrainingRows([near(patches, device) for patches in opened.train], labeled=True)
+            valid = opened.valid and near(opened.valid, device)
             mean, std = channel_statistics(rows, self.seed)
             model = initial_classifier(s.init, ClassifierConfig(self.arch, mean, std), self.seed, rows.shape)
             steps = rows.steps(self.batch_size) * s.epochs
             fit_settings = self.fit_settings(precision, noise)
-            records = ClassifierFit(model, rows, opened.valid, fit_settings, work, device, training_input).run()
+            records = ClassifierFit(model, rows, valid, fit_settings, work, device, training_input).run()
             follow_training(records, steps, "train-classifier", quiet=quiet)
             if not is_main:
                 return
-            if opened.valid is not None:
-                validation = Validation(model, opened.valid, self.batch_size, training_input, device)
+            if valid is not None:
+                validation = Validation(model, valid, self.batch_size, training_input, device)
                 work.log({"step": steps, "published": _published(validation, work)})
             model.config = replace(model.config, crop=self.sets.crop, pool=self.sets.pool)
             made = provenance(self.recipe(precision, noise), inputs=opened.provenances, device=device.type)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from advdiff_cli.errors import AdvdiffError
+
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
@@ -63,17 +65,37 @@ def is_main_process() -> bool:
     return world_size() == 1 or os.environ["RANK"] == "0"
 
 
+def _gpus_lacking(device: "torch.device") -> int:
+    """Return how many processes of this machine have no GPU of their own; 0 if `device` is none."""
+    import torch
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, local - torch.cuda.device_count()) if device.type == "cuda" else 0
+
+
+def check_gpus(device: "torch.device") -> None:
+    """Check that each process has a GPU of its own, as training needs.
+
+    Raises:
+        AdvdiffError: There are fewer GPUs than processes.
+    """
+    lacking = _gpus_lacking(device)
+    if lacking:
+        raise AdvdiffError(
+            f"training needs a GPU for each process, and {lacking} of them have none; start as many as there are GPUs"
+        )
+
+
 @contextmanager
 def process_group(device: "torch.device") -> Iterator[ProcessGroup]:
     """Join the other processes, which compute on `device`, and leave them at the end."""
     if world_size() == 1:
         yield ProcessGroup()
         return
-    import torch
     from accelerate import PartialState
 
     backend = None
-    if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+    if _gpus_lacking(device):
         backend = "gloo"  # NCCL refuses processes that share a GPU
     state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT, backend=backend)
     try:

@@ -9,7 +9,7 @@ Source: Salmon, Moraes, Dror & Shaw 2011, Parallel random numbers: as easy as 1,
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import pi
+from math import pi, prod
 
 import torch
 from torch import Tensor
@@ -66,6 +66,30 @@ def normal(keys: Tensor, n: int) -> Tensor:
         )
         return drawn
     return box_muller(integers(keys, -(-n // 4) * 4))[:, :n]
+
+
+class DeviceStreams:
+    """One random stream for each row of a batch, as `RowStreams`, whose numbers are drawn on a device."""
+
+    def __init__(self, seed: int, purpose: str, rows: Sequence[RowKey], device: torch.device) -> None:
+        """Open the streams of `rows`."""
+        self._keys = row_keys(seed, purpose, rows, [0] * len(rows), device=device)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Draw (B, *shape) standard normal float32 numbers, each row from its own stream."""
+        return normal(self._next(prod(shape)), prod(shape)).view(-1, *shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw (B, *shape) float32 numbers, uniform on [-1, 1)."""
+        n = prod(shape)
+        numbers = integers(self._next(n), -(-n // 4) * 4)[:, :n] >> 8  # as many bits as a float32 holds
+        return (numbers.float() * 2.0**-23 - 1).view(-1, *shape)
+
+    def _next(self, n: int) -> Tensor:
+        """Return the keys and first counts of the next n numbers of each stream."""
+        keys = self._keys.clone()
+        self._keys[:, 1] += -(-n // 4)
+        return keys
 
 
 @cache

@@ -8,7 +8,7 @@ Perturbations are made in eval mode, so that the running statistics of batch nor
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.pgd import Ball
 from advdiff_cli.attacks.projections import random_point
-from advdiff_cli.data.rng import RowKey, RowStreams, stream
-from advdiff_cli.models.device import autocast
+from advdiff_cli.data.philox import DeviceStreams
+from advdiff_cli.data.rng import NoiseKind, RowKey, RowStreams, stream
+from advdiff_cli.models.device import autocast, to_device
 from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, logits_of_draws, row_noise
 from advdiff_cli.purification.purifier import Purifier
@@ -38,10 +39,11 @@ class TrainingInput:
     Args:
         purifiers: Each patch passes one of them, chosen at random; None leaves it unchanged.
         adversary: Attacks each patch through its purifier; None for no attack.
-        precision: Of the purifiers.
+        precision: Of the purifiers and of the attack.
         seed: Of every stream.
         consistency: Weight of consistency regularization, which trains each patch on two draws; 0 for none. Not with
             TRADES.
+        noise: What draws the random starts of attacks.
     """
 
     purifiers: Sequence[Purifier | None] = (None,)
@@ -49,6 +51,7 @@ class TrainingInput:
     precision: Precision = "fp32"
     seed: int = 0
     consistency: float = 0.0
+    noise: NoiseKind = "numpy"
 
     def loss(
         self, network: nn.Module, model: nn.Module, images: Tensor, labels: Tensor, rows: Sequence[RowKey]
@@ -77,9 +80,8 @@ class TrainingInput:
     def purify(self, images: Tensor, rows: Sequence[RowKey], draw: int = 0) -> Tensor:
         """Return images (B, 3, H, W), each purified by its purifier with its own `draw` of the noise."""
         purified = images.clone()
-        for purifier, chosen in self._groups(rows, images.device):
+        for purifier, names, chosen in self._groups(rows, images.device):
             if purifier is not None:
-                names = [rows[i] for i in chosen.tolist()]
                 noise = row_noise(purifier, images[chosen], names, seed=self.seed, purpose="train", draw=draw)
                 with autocast(self.precision, images.device):
                     purified[chosen] = purifier(images[chosen], noise).to(images.dtype)
@@ -91,10 +93,10 @@ class TrainingInput:
             return images
         adv = images.clone()
         model.eval()
-        for purifier, chosen in self._groups(rows, images.device):
-            names = [rows[i] for i in chosen.tolist()]
+        for purifier, names, chosen in self._groups(rows, images.device):
             defended = model if purifier is None else DefendedClassifier(purifier, model, self.precision).eval()
-            adv[chosen] = self._attack(self.adversary, defended, images[chosen], labels[chosen], names)
+            with autocast(self.precision, images.device):
+                adv[chosen] = self._attack(self.adversary, defended, images[chosen], labels[chosen], names)
         return adv
 
     def _attack(
@@ -107,16 +109,26 @@ class TrainingInput:
                 labels = logits.softmax(1)
         objective = Objective(model, labels, rows, ObjectiveSpec(seed=self.seed))
         ball = Ball(images, adversary.eps, adversary.norm, adversary.step_size)
-        x = random_point(images, adversary.eps, adversary.norm, RowStreams(self.seed, "attack-start", rows))
+        on_device = self.noise == "philox"
+        streams = (
+            DeviceStreams(self.seed, "attack-start", rows, images.device)
+            if on_device
+            else RowStreams(self.seed, "attack-start", rows)
+        )
+        x = random_point(images, adversary.eps, adversary.norm, streams)
         for step in range(adversary.steps):
             x = ball.step(x, objective.gradient(x, step)[1])
         return x
 
-    def _groups(self, rows: Sequence[RowKey], device: torch.device) -> list[tuple[Purifier | None, Tensor]]:
-        """Return each purifier with the positions of its patches."""
+    def _groups(
+        self, rows: Sequence[RowKey], device: torch.device
+    ) -> Iterator[tuple[Purifier | None, list[RowKey], Tensor]]:
+        """Yield each purifier with the names and the positions of its patches."""
         which = stream(self.seed, "purifier", rows[0]).integers(len(self.purifiers), size=len(rows))
-        positions = ((p, torch.from_numpy((which == k).nonzero()[0])) for k, p in enumerate(self.purifiers))
-        return [(p, chosen.to(device)) for p, chosen in positions if len(chosen)]
+        for k, purifier in enumerate(self.purifiers):
+            chosen = (which == k).nonzero()[0]
+            if len(chosen):
+                yield purifier, [rows[i] for i in chosen], to_device(torch.from_numpy(chosen), device)
 
 
 def consistency_loss(logits: Sequence[Tensor], labels: Tensor, weight: float) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from advdiff_cli.data.stain import mix, separate
+from advdiff_cli.models.device import to_device
 
 
 def random_symmetry(images: Tensor, rng: np.random.Generator) -> Tensor:
@@ -13,11 +14,12 @@ def random_symmetry(images: Tensor, rng: np.random.Generator) -> Tensor:
     Images that are not square are rotated by 0 or 180 degrees only.
     """
     square = images.shape[-1] == images.shape[-2]
-    choice = torch.from_numpy(rng.integers(0, 8, len(images)))
+    choice = rng.integers(0, 8, len(images))
     turned = images.clone()
     for k in range(8):
-        chosen = choice == k
-        if chosen.any():
+        at = (choice == k).nonzero()[0]
+        if len(at):
+            chosen = to_device(torch.from_numpy(at), images.device)
             part = torch.rot90(images[chosen], (k % 4) if square else 2 * (k % 2), (-2, -1))
             turned[chosen] = part.flip(-1) if k >= 4 else part
     return turned
@@ -26,5 +28,5 @@ def random_symmetry(images: Tensor, rng: np.random.Generator) -> Tensor:
 def vary_stain(images: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Scale and shift each image's stain amounts by up to `strength` (Tellez et al. 2018, HED augmentation)."""
     factors = torch.from_numpy(rng.uniform(-strength, strength, (2, len(images), 3, 1, 1)).astype(np.float32))
-    scale, shift = factors.to(images.device)
+    scale, shift = to_device(factors, images.device)
     return mix(separate(images) * (1 + scale) + shift)

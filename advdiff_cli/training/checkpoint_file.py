@@ -83,12 +83,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restore a state of `optimizer_tensors`."""
+    """Restore a state of `optimizer_tensors`, laid out in memory as its parameters, which fused steps on a GPU need."""
+    import torch
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, i, name = key.split(".", 2)
-            state.setdefault(int(i), {})[name] = value
+            like = parameters[int(i)]
+            alike = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype)
+            state.setdefault(int(i), {})[name] = alike.copy_(value) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

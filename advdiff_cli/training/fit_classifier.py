@@ -112,7 +112,7 @@ class ClassifierFit:
         for images, labels in self.train.batches(step, total, s.batch_size, s.seed, part):
             network.train()
             rng = stream(s.seed, "augment", step, part[0])
-            turned = to_device(random_symmetry(images, rng), accelerator.device)
+            turned = random_symmetry(to_device(images, accelerator.device), rng)
             augmented = vary_stain(turned, s.stain, rng) if s.stain else turned
             first = step * s.batch_size + part[0] * len(images)
             names = range(first, first + len(images))

@@ -89,7 +89,7 @@ class DdpmFit:
         batches = self.train.batches(first, s.steps, s.batch_size, s.seed, part)
         for step, (images, _) in enumerate(batches, first + 1):
             rng = stream(s.seed, "augment", step - 1, part[0])
-            turned = to_device(random_symmetry(images, rng), accelerator.device)
+            turned = random_symmetry(to_device(images, accelerator.device), rng)
             t = torch.from_numpy(rng.integers(0, noise_levels(s.max_t, model.timesteps), len(images)))
             noise = self._noise(turned, rng, (step - 1, part[0]))
             loss = _loss(network, model, turned, to_device(t, accelerator.device), noise)

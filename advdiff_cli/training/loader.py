@@ -11,6 +11,16 @@ from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.prefetch import prefetch
 from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.jobs.memory import free_memory
+
+_USABLE_SHARE = 0.5  # of free memory
+
+
+def near(patches: PatchSet, device: torch.device) -> PatchSet:
+    """Return the same rows, kept in memory if a GPU trains on them, which files would keep waiting, and if they fit."""
+    size = len(patches) * patches.source.read(np.zeros(1, np.int64)).nbytes
+    fits = size < _USABLE_SHARE * free_memory(torch.device("cpu"))
+    return patches.in_memory() if device.type != "cpu" and fits else patches
 
 
 class TrainingRows:

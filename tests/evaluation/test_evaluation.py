@@ -196,7 +196,21 @@ def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
 
 
 def test_shards_of_predictions_merge_and_are_read(advdiff, test_x, classifier, tmp_path, monkeypatch):
-    noised = ["evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 2, "--limit", 40, "--json"]
+    noised = [
+        "evaluate",
+        test_x,
+        "-c",
+        classifier,
+        "--defense",
+        "noise",
+        "--draws",
+        2,
+        "--limit",
+        40,
+        "--batch-size",
+        16,
+    ]
+    noised += ["--json"]
     evaluate = [*noised[:2], tmp_path / "adv.h5", *noised[2:]]
     advdiff("attack", test_x, "-c", classifier, "--steps", 1, "--limit", 40, "-o", tmp_path / "adv.h5")
     whole, merged = tmp_path / "whole.csv", tmp_path / "merged.csv"
@@ -223,7 +237,8 @@ def test_merged_shards_of_other_numbers_are_not_taken_for_the_whole(advdiff, tes
     few, more = tmp_path / "few.h5", tmp_path / "more.h5"
     for n, out in ((32, few), (60, more)):
         advdiff("attack", test_x, "-c", classifier, "--steps", 1, "--limit", n, "-o", out)
-    evaluate = ["evaluate", few, more, "-c", classifier, "--defense", "noise", "--draws", 1, "--predictions"]
+    evaluate = ["evaluate", few, more, "-c", classifier, "--defense", "noise", "--draws", 1, "--batch-size", 16]
+    evaluate += ["--predictions"]
     for shard in ("0/2", "2/3"):
         advdiff(*evaluate, tmp_path / f"{shard[0]}.csv", "--shard", shard)
     merged = advdiff("merge", tmp_path / "0.csv", tmp_path / "2.csv", "-o", tmp_path / "all.csv", "--json").json
