@@ -25,15 +25,17 @@ from advdiff_cli.models.registry import find_classifier, find_ddpm
 
 EPS = 2 / 255
 
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 patches = open_patches(sys.argv[1]).first(4)
-images, labels = patches.read(range(len(patches))), torch.from_numpy(patches.require_labels())
+images = patches.read(range(len(patches))).to(device)
+labels = torch.from_numpy(patches.require_labels()).to(device)
 classifier = load_classifier(find_classifier(sys.argv[2])).requires_grad_(False)
 ddpm = load_ddpm(find_ddpm(sys.argv[3])).requires_grad_(False)
-defended = DefendedClassifier(DiffusionPurifier(ddpm, t_star=0.04, sampler_steps=1), classifier).eval()
+defended = DefendedClassifier(DiffusionPurifier(ddpm, t_star=0.04, sampler_steps=1), classifier).to(device).eval()
 
 torch.manual_seed(0)  # calls without noise draw it from torch's global generator
 attack = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=5)
-_, adv, _ = attack(foolbox.PyTorchModel(defended, bounds=(0, 1)), images, labels, epsilons=EPS)
+_, adv, _ = attack(foolbox.PyTorchModel(defended, bounds=(0, 1), device=device), images, labels, epsilons=EPS)
 correct = torch.stack([defended(adv).argmax(1) == labels for _ in range(5)]).float().mean()
 print(f"foolbox PGD-5 through the defense: accuracy {correct:.2f} over 5 draws")
 made = {"recipe": {"command": "foolbox LinfPGD", "parameters": {"eps": EPS, "steps": 5}}, "origin": patches.origin()}
@@ -43,7 +45,7 @@ save_file(tensors, sys.argv[4], metadata={"advdiff": json.dumps(made)})
 noise = defended.noise(images[:1], rows=[0], seed=0, purpose="evaluate")
 fixed = defended.fixed(noise)  # one draw for every image
 # AutoAttack's standard version needs three classes, so attacks are named
-library = AutoAttack(fixed, norm="Linf", eps=EPS, version="custom", attacks=["apgd-ce", "square"], device="cpu")
+library = AutoAttack(fixed, norm="Linf", eps=EPS, version="custom", attacks=["apgd-ce", "square"], device=device)
 library.square.n_queries = 20
 library.apgd.n_iter = 5
 adv, _ = library.run_standard_evaluation(images, labels, batch_size=len(images))

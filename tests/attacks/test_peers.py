@@ -56,9 +56,10 @@ def test_pgd_is_foolbox_step_for_step(model, batch, norm):
     images, labels = batch
     eps, size = (EPS, EPS / 4) if norm == "linf" else (0.5, 0.1)
     attack = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
+    peer_model = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")  # it would move the model to a GPU
     for steps in (1, 4, 10):
         peer = attack(abs_stepsize=size, steps=steps, random_start=False)
-        theirs, _, _ = peer(foolbox.PyTorchModel(model, bounds=(0, 1)), images, labels, epsilons=eps)
+        theirs, _, _ = peer(peer_model, images, labels, epsilons=eps)
         objective = Objective(model, labels, list(range(len(images))))
         *_, (ours, _) = iterates(objective, Ball(images, eps, norm, size), images, steps)
         assert (ours - theirs).abs().max() <= (0 if norm == "linf" else 1e-6), steps

@@ -73,3 +73,22 @@ def test_numbers_are_standard_normal(own, monkeypatch):
     assert kstest(numbers.flatten().numpy(), "norm").pvalue > 1e-3
     neighbours = torch.corrcoef(torch.stack([numbers[:-1].flatten(), numbers[1:].flatten()]))[0, 1]
     assert abs(neighbours.item()) < 5 / (15 * N) ** 0.5
+
+
+def test_streams_of_a_device_are_those_of_their_rows_and_go_on():
+    """Numbers belong to a row's name, a second call goes on where the first one ended, and all are in [-1, 1)."""
+    streams = [philox.DeviceStreams(5, "attack-start", names, CPU) for names in (["a", 7], [7])]
+    first, second = ([s.uniform(3, 5), s.normal(2, 3), s.uniform(1, 2)] for s in streams)
+    for both, one in zip(first, second, strict=True):
+        assert torch.equal(both[1:], one)
+        assert len(both[0].unique()) == both[0].numel()
+    assert not torch.equal(first[0][0, 0, :2], first[2][0, 0])
+    named = philox.row_keys(5, "attack-start", [7], [0], device=CPU)
+    expected = philox.integers(named, 16)[:, :15].double() * 2.0**-31 - 1
+    torch.testing.assert_close(first[0][1:].double().view(1, -1), expected, rtol=0, atol=2.0**-23)
+
+
+def test_streams_of_a_device_are_uniform():
+    numbers = philox.DeviceStreams(5, "attack-start", range(20), CPU).uniform(3, 32, 32)
+    assert -1 <= numbers.min() < numbers.max() < 1
+    assert kstest(numbers.flatten().numpy(), "uniform", (-1, 2)).pvalue > 1e-3

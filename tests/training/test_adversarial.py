@@ -8,6 +8,7 @@ from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.pgd import Ball, iterates
 from advdiff_cli.attacks.projections import random_point
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.philox import DeviceStreams
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier
@@ -60,16 +61,30 @@ def test_patches_pass_one_of_the_purifiers_on_noise_of_their_own(batch):
     assert kinds == {"plain", "noised"}
 
 
-def test_attacked_patches_are_the_last_iterate_of_pgd(model, batch):
+@pytest.mark.parametrize("noise", ["numpy", "philox"])
+def test_attacked_patches_are_the_last_iterate_of_pgd(model, batch, noise):
     images, labels = batch
-    found = TrainingInput(adversary=Adversary(EPS, 3, "madry"), seed=5).perturb(model, images, labels, ROWS)
-    x_0 = random_point(images, EPS, "linf", RowStreams(5, "attack-start", ROWS))
+    found = TrainingInput(adversary=Adversary(EPS, 3, "madry"), seed=5, noise=noise).perturb(
+        model, images, labels, ROWS
+    )
+    of_numpy, of_device = RowStreams(5, "attack-start", ROWS), DeviceStreams(5, "attack-start", ROWS, images.device)
+    x_0 = random_point(images, EPS, "linf", of_device if noise == "philox" else of_numpy)
     objective = Objective(model.eval(), labels, ROWS, ObjectiveSpec(seed=5))
     *_, (last, _) = iterates(objective, Ball(images, EPS, "linf", EPS * 2.5 / 3), x_0, 3)
     assert torch.equal(found, last)
     assert (found - images).abs().max() <= EPS + 1e-6
     assert found.min() >= 0
     assert found.max() <= 1
+
+
+def test_attacks_have_the_precision_of_training(model, batch):
+    seen = set()
+    hook = model.backbone.conv5.register_forward_hook(lambda layer, given, made: seen.add(made.dtype))
+    adversary = Adversary(EPS, 1, "madry")
+    adv = TrainingInput(adversary=adversary, precision="bf16").perturb(model, *batch, ROWS)
+    hook.remove()
+    assert seen == {torch.bfloat16}
+    assert adv.dtype == torch.float32
 
 
 def test_an_l2_adversary_stays_in_its_ball(model, batch):

@@ -20,12 +20,14 @@ from advdiff_cli.models.classifiers import Classifier, load_classifier
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
 from advdiff_cli.purification.equations import forward_process
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
+from advdiff_cli.training import loader
 from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.augmentation import random_symmetry, vary_stain
+from advdiff_cli.training.checkpoint_file import load_optimizer, optimizer_tensors
 from advdiff_cli.training.checkpoints import WorkFolder
 from advdiff_cli.training.fit_classifier import CLEAN, ClassifierFit, channel_statistics
 from advdiff_cli.training.fit_ddpm import DdpmFit
-from advdiff_cli.training.loader import TrainingRows
+from advdiff_cli.training.loader import TrainingRows, near
 from advdiff_cli.training.optim import cosine
 from advdiff_cli.training.platt import fit_platt
 from advdiff_cli.training.recipes import Adversary, ClassifierRecipe, DdpmRecipe
@@ -205,6 +207,44 @@ def test_a_set_named_twice_counts_twice(test_x):
     assert len(rows) == 2 * len(one)
     images, _ = rows.read(np.array([0, len(one)]))
     assert torch.equal(images[0], images[1])
+
+
+def test_a_gpu_finds_its_rows_in_memory_where_they_fit(test_x, monkeypatch):
+    patches = open_patches(test_x, selection=Selection(shuffle_seed=2))
+    assert near(patches, CPU) is patches
+    kept = near(patches, torch.device("cuda"))
+    chosen = [3, 0, 7]
+    expected = patches.read(chosen)
+    with monkeypatch.context() as patch:
+        patch.setattr(patches.source, "read", None)  # nothing is read again
+        assert torch.equal(kept.read(chosen), expected)
+        assert torch.equal(kept.between(3, 8).read([4, 0]), expected[[2, 0]])
+    assert kept.fingerprint() == patches.fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "free_memory", lambda _: 2 * expected[0].numel() * len(patches) - 1)
+        assert near(patches, torch.device("cuda")) is patches
+
+
+def test_the_state_of_an_optimizer_is_laid_out_as_its_parameters():
+    """A checkpoint has no layout, and fused steps on a GPU refuse one that is not that of the parameters."""
+
+    def made():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 1))
+        network.to(memory_format=torch.channels_last)
+        return network, torch.optim.AdamW(network.parameters(), 1e-3)
+
+    with torch.random.fork_rng():
+        (network, optimizer), (other, resumed) = made(), made()
+    network(torch.rand(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    saved = {k: v.contiguous() for k, v in optimizer_tensors(optimizer).items()}
+    load_optimizer(resumed, saved)
+    for p, q in zip(network.parameters(), other.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(resumed.state[q][name], optimizer.state[p][name])
+            assert resumed.state[q][name].stride() == q.stride()
+        assert resumed.state[q]["step"] == 1
 
 
 def test_turns_are_the_eight_symmetries():
