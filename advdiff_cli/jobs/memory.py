@@ -1,20 +1,18 @@
 """How many patches, and how many batches, are computed together: enough to use all cores, and no more than fit."""
 
 import math
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
+from advdiff_cli.jobs.recipes import CUDA_BATCH
+from advdiff_cli.models.device import free_memory
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
 CPU_BATCH = 16  # patches of 96 x 96; larger batches leave the caches
 PATCHES_PER_THREAD = 8  # that keep a thread busy where threads share a batch, as for gradients
-GPU_BATCH = 512
 _USABLE_SHARE = 0.5  # of free memory; layers need more than their outputs
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def auto_batch_size(
@@ -31,7 +29,7 @@ def auto_batch_size(
     """
     image_bytes = _layer_bytes(module, shape, device) * (2 if graph else 1) + _input_bytes(module, shape)
     shared = PATCHES_PER_THREAD * torch.get_num_threads() if graph else 0
-    useful = GPU_BATCH if device.type != "cpu" else max(CPU_BATCH, shared)
+    useful = CUDA_BATCH if device.type != "cpu" else max(CPU_BATCH, shared)
     limit = min(useful, int(_USABLE_SHARE * free_memory(device) / image_bytes))
     size = 1 << max(limit.bit_length() - 1, 0)
     return size if n is None else min(size, 1 << (n - 1).bit_length())
@@ -87,17 +85,3 @@ def _input_bytes(module: nn.Module, shape: tuple[int, int]) -> int:
     purifier = module.purifier if isinstance(module, DefendedClassifier) else module
     noise_shape = getattr(purifier, "noise_shape", lambda *_: (0,))(*shape)
     return 2 * 4 * (3 * math.prod(shape) + math.prod(noise_shape))
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes on `device`, within the limits of the process's control group."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        return free

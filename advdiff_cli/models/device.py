@@ -1,9 +1,11 @@
-"""Devices, precisions and memory layouts."""
+"""Devices, precisions, memory layouts and free memory."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 from advdiff_cli.errors import AdvdiffError
@@ -11,6 +13,7 @@ from advdiff_cli.models.precision import Precision, PrecisionName
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
+_CGROUP = Path("/sys/fs/cgroup")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,3 +79,17 @@ def memory_layout(device: torch.device) -> torch.memory_format:
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor on `device`; for CUDA it is copied from pinned memory, without waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes on `device`, within the limits of the process's control group."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free

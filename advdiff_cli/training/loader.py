@@ -11,7 +11,7 @@ from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.prefetch import prefetch
 from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.jobs.memory import free_memory
+from advdiff_cli.models.device import free_memory
 
 _USABLE_SHARE = 0.5  # of free memory
 

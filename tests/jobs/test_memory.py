@@ -6,8 +6,10 @@ from torch import nn
 
 from advdiff_cli.data.resume import resume_params
 from advdiff_cli.jobs import memory
-from advdiff_cli.jobs.memory import auto_batch_size, free_memory, parallel_batches
+from advdiff_cli.jobs.memory import auto_batch_size, parallel_batches
+from advdiff_cli.models import device
 from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.device import free_memory
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
 pytestmark = pytest.mark.cpu
@@ -70,7 +72,7 @@ def test_the_noise_of_every_step_counts_and_one_step_is_computed(monkeypatch, dd
 
 
 def test_a_control_group_bounds_what_is_free(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("400000\n")
     assert free_memory(CPU) == 600_000

@@ -64,9 +64,8 @@ def test_patches_pass_one_of_the_purifiers_on_noise_of_their_own(batch):
 @pytest.mark.parametrize("noise", ["numpy", "philox"])
 def test_attacked_patches_are_the_last_iterate_of_pgd(model, batch, noise):
     images, labels = batch
-    found = TrainingInput(adversary=Adversary(EPS, 3, "madry"), seed=5, noise=noise).perturb(
-        model, images, labels, ROWS
-    )
+    inputs = TrainingInput(adversary=Adversary(EPS, 3, "madry"), seed=5, noise=noise)
+    found = inputs.perturb(model, images, labels, ROWS)
     of_numpy, of_device = RowStreams(5, "attack-start", ROWS), DeviceStreams(5, "attack-start", ROWS, images.device)
     x_0 = random_point(images, EPS, "linf", of_device if noise == "philox" else of_numpy)
     objective = Objective(model.eval(), labels, ROWS, ObjectiveSpec(seed=5))
