@@ -60,7 +60,11 @@ def shard_rows(n: int, batch_size: int, shard: tuple[int, int] | None) -> RowRan
     batches = -(-n // batch_size)
     start, stop = (batches * k // count * batch_size for k in (i, i + 1))
     if start >= n or start == stop:
-        raise AdvdiffError(f"--shard {i}/{count} is empty: {n} patches make only {batches} batches of {batch_size}")
+        smaller = ", or a smaller --batch-size" if batch_size > 1 else ""
+        raise AdvdiffError(
+            f"--shard {i}/{count} is empty: {n} patches make only {batches} batches of {batch_size}; give at most "
+            f"{batches} shards{smaller}"
+        )
     return RowRange(start, min(stop, n), n)
 
 
