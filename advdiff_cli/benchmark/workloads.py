@@ -26,7 +26,7 @@ from advdiff_cli.jobs.parallel_map import parallel_map
 from advdiff_cli.jobs.purify_rows import PurifyJob, purify_rows
 from advdiff_cli.jobs.recipes import default_batch_size
 from advdiff_cli.models.ddpm import Ddpm, build_ddpm
-from advdiff_cli.models.device import autocast, resolve_precision
+from advdiff_cli.models.device import autocast
 from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense
@@ -81,20 +81,18 @@ class Benchmark:
         images, precision, device = images.to(self.device), self.precision, self.device
         model, steps = self.purifier.ddpm, len(self.purifier.timesteps)
         forward = unet_forward(self.purifier, images, precision)
-        found = [matrix_product(precision, device)]
+        found = [matrix_product(precision, device), *([papers_loop(images)] if paper else [])]
+        found += [diffusers_in_batches(model, images)]
         found += [replace(self.purify(), flops=steps * forward.flops, unet_evaluations=steps), forward]
-        fp32 = [*([papers_loop(images)] if paper else []), diffusers_in_batches(model, images), *self.certification()]
         for each in dict.fromkeys(("fp32", precision)):
-            pair = attack_step(self.defense.protect(self.classifier, device, each), images)
-            computed = [*pair, diffusers_training(model, images, each), *(fp32 if each == "fp32" else [])]
-            found += [at_precision(w, each, device) for w in computed]
-        found += [at_precision(w, precision, device) for w in (self.training(), self.copy())]
+            found += attack_step(self.defense.protect(self.classifier, device, each), images)
+            found.append(diffusers_training(model, images, each))
+        found += [self.training(), self.copy(), *self.certification()]
         if compiled:
             separate = copy.deepcopy(self.defense)  # the other workloads stay uncompiled
             separate.compile_unet(device)
             defended = separate.protect(self.classifier, device, precision)
-            gradient = attack_step(defended, images, COMPILED)[1]
-            found += [at_precision(w, precision, device) for w in (gradient, self.training(COMPILED))]
+            found += [attack_step(defended, images, COMPILED)[1], self.training(COMPILED)]
         return found
 
     def purify(self) -> Workload:
@@ -141,16 +139,6 @@ class Benchmark:
         fit = DdpmFit(fresh, rows, None, settings, WorkFolder(output, None), self.device, 10**6, 10**7)
         records = fit.run()
         return Workload(TRAIN + variant, lambda: next(records), self.batch)
-
-
-def at_precision(workload: Workload, precision: Precision, device: torch.device) -> Workload:
-    """Return a workload whose convolutions outside `autocast` have the precision too, on CUDA."""
-
-    def run() -> object:
-        resolve_precision(precision, device)
-        return workload.run()
-
-    return replace(workload, run=run)
 
 
 def matrix_product(precision: Precision, device: torch.device) -> Workload:

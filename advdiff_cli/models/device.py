@@ -21,7 +21,7 @@ def resolve_device(name: DeviceName) -> torch.device:
     """Return the device called `name`; `auto` is the best available one.
 
     Processes that torchrun starts on one machine use one GPU each, chosen by LOCAL_RANK, or share them if there are
-    fewer. On CUDA this makes convolutions and attention deterministic and turns TF32 off, until `resolve_precision`.
+    fewer. On CUDA this makes convolutions and attention deterministic and turns TF32 off.
 
     Raises:
         AdvdiffError: The device is not available.
@@ -42,23 +42,17 @@ def resolve_device(name: DeviceName) -> torch.device:
 def resolve_precision(name: PrecisionName, device: torch.device) -> Precision:
     """Return fp32, bf16 or fp16; `auto` is bf16 where the device computes it natively, and fp32 elsewhere.
 
-    On CUDA this also sets the precision of convolutions outside `autocast`: TF32, or IEEE fp32 for fp32.
-
     Raises:
         AdvdiffError: The device does not support the precision.
     """
-    if name == "fp16" and device.type == "cpu":
-        raise AdvdiffError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    precision = name if name != "auto" else "bf16" if _has_bf16(device) else "fp32"
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise AdvdiffError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        return name
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    return precision
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and native else "fp32"
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
