@@ -139,15 +139,15 @@ class _Plan:
         from advdiff_cli.models.classifiers import save_classifier
         from advdiff_cli.training.fit_classifier import ClassifierFit, channel_statistics
         from advdiff_cli.training.initialization import initial_classifier
-        from advdiff_cli.training.loader import TrainingRows, near
+        from advdiff_cli.training.loader import TrainingRows, in_memory_for_gpu
         from advdiff_cli.training.validation import Validation
 
         s, opened = self.settings, self.opened
         training_input = self.request.build(precision, self.seed, device, self.sets.view, noise)
 
         def fit(work: "WorkFolder", is_main: bool) -> None:
-            rows = TrainingRows([near(patches, device) for patches in opened.train], labeled=True)
-            valid = opened.valid and near(opened.valid, device)
+            rows = TrainingRows([in_memory_for_gpu(patches, device) for patches in opened.train], labeled=True)
+            valid = opened.valid and in_memory_for_gpu(opened.valid, device)
             mean, std = channel_statistics(rows, self.seed)
             model = initial_classifier(s.init, ClassifierConfig(self.arch, mean, std), self.seed, rows.shape)
             steps = rows.steps(self.batch_size) * s.epochs

@@ -170,12 +170,12 @@ class _Plan:
         from advdiff_cli.models.ddpm import Ddpm, build_ddpm, save_ddpm
         from advdiff_cli.training.fit_ddpm import SAMPLES, DdpmFit
         from advdiff_cli.training.initialization import initial_ddpm
-        from advdiff_cli.training.loader import TrainingRows, near
+        from advdiff_cli.training.loader import TrainingRows, in_memory_for_gpu
 
         s, opened = self.settings, self.opened
 
         def fit(work: "WorkFolder", is_main: bool) -> None:
-            rows = TrainingRows([near(patches, device) for patches in opened.train], labeled=False)
+            rows = TrainingRows([in_memory_for_gpu(patches, device) for patches in opened.train], labeled=False)
             shapes = [rows.shape, *([opened.valid.require_shape()] if opened.valid else [])]
             fresh = build_ddpm(s.preset, rows.shape[0], s.max_t, self.seed, s.pixel_range)
             model: Ddpm = initial_ddpm(s.init, fresh, s.preset, shapes, allow_pickle=self.allow_pickle)

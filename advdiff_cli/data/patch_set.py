@@ -56,7 +56,7 @@ class PatchSet:
         self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
         self._view = WHOLE
         self._fingerprint: str | None = None  # computed once, since the rows of a set do not change
-        self._kept: Images | None = None
+        self._cached: Images | None = None
 
     def first(self, n: int) -> "PatchSet":
         """Return the first n selected rows, or all of them if there are fewer."""
@@ -68,18 +68,18 @@ class PatchSet:
         few._rows, few._fingerprint = self._rows[chosen], None
         few.labels = None if self.labels is None else self.labels[chosen]
         few.index, few.keys = self.index[chosen], self.keys[chosen]
-        few._kept = None if self._kept is None else self._kept[chosen]
+        few._cached = None if self._cached is None else self._cached[chosen]
         return few
 
     def in_memory(self) -> "PatchSet":
         """Return the same rows, read once and kept in memory as they are stored."""
-        kept = copy.copy(self)
+        loaded = copy.copy(self)
         self.require_shape()
         one = self.source.read(self._rows[:1])
-        kept._kept = np.empty((len(self), *one.shape[1:]), one.dtype)
+        loaded._cached = np.empty((len(self), *one.shape[1:]), one.dtype)
         for start in range(0, len(self), _BLOCK):
-            kept._kept[start : start + _BLOCK] = self.source.read(self._rows[start : start + _BLOCK])
-        return kept
+            loaded._cached[start : start + _BLOCK] = self.source.read(self._rows[start : start + _BLOCK])
+        return loaded
 
     def viewed(self, view: View) -> "PatchSet":
         """Return the same rows, of which `read` returns what `view` reads of them.
@@ -107,7 +107,7 @@ class PatchSet:
         import torch
 
         chosen = self._rows[np.asarray(rows, np.int64)]
-        raw = self.source.read(chosen) if self._kept is None else self._kept[np.asarray(rows, np.int64)]
+        raw = self.source.read(chosen) if self._cached is None else self._cached[np.asarray(rows, np.int64)]
         if raw.dtype == np.uint8:
             return self._view.apply(torch.from_numpy(raw.astype(np.float32) / np.float32(255)))
         inside = ((raw >= 0) & (raw <= 1)).reshape(len(raw), -1).all(axis=1)  # NaN compares false

@@ -16,11 +16,15 @@ from advdiff_cli.models.device import free_memory
 _USABLE_SHARE = 0.5  # of free memory
 
 
-def near(patches: PatchSet, device: torch.device) -> PatchSet:
-    """Return the same rows, kept in memory if a GPU trains on them, which files would keep waiting, and if they fit."""
+def in_memory_for_gpu(patches: PatchSet, device: torch.device) -> PatchSet:
+    """Return the same rows, kept in memory if they fit and if `device`, which trains on them, is a GPU.
+
+    A GPU would wait for random rows of a file. A CPU takes longer than their reading.
+    """
+    if device.type == "cpu":
+        return patches
     size = len(patches) * patches.source.read(np.zeros(1, np.int64)).nbytes
-    fits = size < _USABLE_SHARE * free_memory(torch.device("cpu"))
-    return patches.in_memory() if device.type != "cpu" and fits else patches
+    return patches.in_memory() if size < _USABLE_SHARE * free_memory(torch.device("cpu")) else patches
 
 
 class TrainingRows:

@@ -27,7 +27,7 @@ from advdiff_cli.training.checkpoint_file import load_optimizer, optimizer_tenso
 from advdiff_cli.training.checkpoints import WorkFolder
 from advdiff_cli.training.fit_classifier import CLEAN, ClassifierFit, channel_statistics
 from advdiff_cli.training.fit_ddpm import DdpmFit
-from advdiff_cli.training.loader import TrainingRows, near
+from advdiff_cli.training.loader import TrainingRows, in_memory_for_gpu
 from advdiff_cli.training.optim import cosine
 from advdiff_cli.training.platt import fit_platt
 from advdiff_cli.training.recipes import Adversary, ClassifierRecipe, DdpmRecipe
@@ -211,8 +211,8 @@ def test_a_set_named_twice_counts_twice(test_x):
 
 def test_a_gpu_finds_its_rows_in_memory_where_they_fit(test_x, monkeypatch):
     patches = open_patches(test_x, selection=Selection(shuffle_seed=2))
-    assert near(patches, CPU) is patches
-    kept = near(patches, torch.device("cuda"))
+    assert in_memory_for_gpu(patches, CPU) is patches
+    kept = in_memory_for_gpu(patches, torch.device("cuda"))
     chosen = [3, 0, 7]
     expected = patches.read(chosen)
     with monkeypatch.context() as patch:
@@ -222,7 +222,7 @@ def test_a_gpu_finds_its_rows_in_memory_where_they_fit(test_x, monkeypatch):
     assert kept.fingerprint() == patches.fingerprint()
     with monkeypatch.context() as patch:
         patch.setattr(loader, "free_memory", lambda _: 2 * expected[0].numel() * len(patches) - 1)
-        assert near(patches, torch.device("cuda")) is patches
+        assert in_memory_for_gpu(patches, torch.device("cuda")) is patches
 
 
 def test_the_state_of_an_optimizer_is_laid_out_as_its_parameters():
