@@ -33,7 +33,7 @@ from advdiff_cli.purification.defense import Defense
 from advdiff_cli.purification.purifier import DiffusionPurifier
 from advdiff_cli.training.checkpoints import WorkFolder
 from advdiff_cli.training.fit_ddpm import DdpmFit
-from advdiff_cli.training.loader import TrainingRows
+from advdiff_cli.training.loader import TrainingRows, in_memory_for_gpu
 from advdiff_cli.training.recipes import DdpmRecipe
 
 PAPER_STEPS = 40
@@ -129,7 +129,7 @@ class Benchmark:
     def training(self, variant: str = "") -> Workload:
         """Return a step of train-ddpm, with reading from a file."""
         model = self.purifier.ddpm
-        rows = TrainingRows([open_patches(self.data)], labeled=False)
+        rows = TrainingRows(in_memory_for_gpu([open_patches(self.data)], self.device), labeled=False)
         fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)
         if variant == COMPILED:
             fresh.to(self.device).compile_unet()

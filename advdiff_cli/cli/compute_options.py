@@ -143,7 +143,7 @@ class BatchedComputeOptions(SeededComputeOptions):
             metavar="N|auto",
             rich_help_panel=options.COMPUTE,
             help="Patches computed together; auto: by cores and free memory.",
-            show_default="32; purify, certify: 16; on CUDA 512",
+            show_default="32; purify, certify: 16; on CUDA 256",
         ),
     ] = None
 

@@ -83,7 +83,7 @@ def train_classifier(
 
 @dataclass(frozen=True)
 class _Plan:
-    """A training that is asked for; what is left open is the precision and what draws the noise of purifiers."""
+    """A training that is asked for; what is left open is the precision and what draws noise and starts of attacks."""
 
     settings: ClassifierOptions
     sets: TrainingDataOptions
@@ -146,8 +146,8 @@ class _Plan:
         training_input = self.request.build(precision, self.seed, device, self.sets.view, noise)
 
         def fit(work: "WorkFolder", is_main: bool) -> None:
-            rows = TrainingRows([in_memory_for_gpu(patches, device) for patches in opened.train], labeled=True)
-            valid = opened.valid and in_memory_for_gpu(opened.valid, device)
+            rows = TrainingRows(in_memory_for_gpu(opened.train, device), labeled=True)
+            valid = opened.valid and in_memory_for_gpu([opened.valid], device)[0]
             mean, std = channel_statistics(rows, self.seed)
             model = initial_classifier(s.init, ClassifierConfig(self.arch, mean, std), self.seed, rows.shape)
             steps = rows.steps(self.batch_size) * s.epochs

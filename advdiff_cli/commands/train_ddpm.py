@@ -175,7 +175,7 @@ class _Plan:
         s, opened = self.settings, self.opened
 
         def fit(work: "WorkFolder", is_main: bool) -> None:
-            rows = TrainingRows([in_memory_for_gpu(patches, device) for patches in opened.train], labeled=False)
+            rows = TrainingRows(in_memory_for_gpu(opened.train, device), labeled=False)
             shapes = [rows.shape, *([opened.valid.require_shape()] if opened.valid else [])]
             fresh = build_ddpm(s.preset, rows.shape[0], s.max_t, self.seed, s.pixel_range)
             model: Ddpm = initial_ddpm(s.init, fresh, s.preset, shapes, allow_pickle=self.allow_pickle)

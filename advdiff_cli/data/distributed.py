@@ -65,12 +65,15 @@ def is_main_process() -> bool:
     return world_size() == 1 or os.environ["RANK"] == "0"
 
 
-def _gpus_lacking(device: "torch.device") -> int:
-    """Return how many processes of this machine have no GPU of their own; 0 if `device` is none."""
+def _share_gpus(device: "torch.device") -> bool:
+    """Return whether this machine has fewer GPUs than processes; false unless `device` is a GPU."""
     import torch
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, local - torch.cuda.device_count()) if device.type == "cuda" else 0
+    return device.type == "cuda" and _local_processes() > torch.cuda.device_count()
+
+
+def _local_processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_gpus(device: "torch.device") -> None:
@@ -79,10 +82,13 @@ def check_gpus(device: "torch.device") -> None:
     Raises:
         AdvdiffError: There are fewer GPUs than processes.
     """
-    lacking = _gpus_lacking(device)
-    if lacking:
+    import torch
+
+    if _share_gpus(device):
+        gpus = torch.cuda.device_count()
         raise AdvdiffError(
-            f"training needs a GPU for each process, and {lacking} of them have none; start as many as there are GPUs"
+            f"training needs a GPU for each process: {_local_processes()} processes, {gpus} GPUs; start at most {gpus} "
+            "on this machine"
         )
 
 
@@ -95,7 +101,7 @@ def process_group(device: "torch.device") -> Iterator[ProcessGroup]:
     from accelerate import PartialState
 
     backend = None
-    if _gpus_lacking(device):
+    if _share_gpus(device):
         backend = "gloo"  # NCCL refuses processes that share a GPU
     state = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT, backend=backend)
     try:

@@ -18,7 +18,7 @@ from advdiff_cli.errors import AdvdiffError
 if TYPE_CHECKING:  # imported where it is used, so that commands that only read recipes answer at once
     import torch
 
-_BLOCK = 64  # rows hashed at a time
+_BLOCK = 64  # rows hashed or loaded at a time
 _SAMPLED = 64  # rows that identify an origin set
 
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:  # imported where it is used, so that commands that only read 
     import torch
 
 NoiseKind = Literal["numpy", "philox"]
-"""What draws the noise of a defense: numpy on the CPU, or `advdiff_cli.data.philox` on the device that computes."""
+"""What draws the noise of a defense, and the starts of attacks in training.
+
+numpy draws on the CPU, `advdiff_cli.data.philox` on the device that computes.
+"""
 
 RowKey = int | str
 """The name of a row: its index in the origin set, or its relative path in a folder."""

@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from advdiff_cli.jobs.recipes import CUDA_BATCH
 from advdiff_cli.models.device import free_memory
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
 CPU_BATCH = 16  # patches of 96 x 96; larger batches leave the caches
 PATCHES_PER_THREAD = 8  # that keep a thread busy where threads share a batch, as for gradients
+GPU_BATCH = 512
 _USABLE_SHARE = 0.5  # of free memory; layers need more than their outputs
 
 
@@ -29,7 +29,7 @@ def auto_batch_size(
     """
     image_bytes = _layer_bytes(module, shape, device) * (2 if graph else 1) + _input_bytes(module, shape)
     shared = PATCHES_PER_THREAD * torch.get_num_threads() if graph else 0
-    useful = CUDA_BATCH if device.type != "cpu" else max(CPU_BATCH, shared)
+    useful = GPU_BATCH if device.type != "cpu" else max(CPU_BATCH, shared)
     limit = min(useful, int(_USABLE_SHARE * free_memory(device) / image_bytes))
     size = 1 << max(limit.bit_length() - 1, 0)
     return size if n is None else min(size, 1 << (n - 1).bit_length())

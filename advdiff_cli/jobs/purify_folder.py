@@ -81,9 +81,8 @@ class FolderPurifier:
             size = len(batch.images)
             raise AdvdiffError(f"{size} images do not fit into memory together; give --batch-size auto") from None
         sizes = [one.size for one in batch.group]
-        pixels = (purified * 255).round().byte().cpu().numpy()
-        cropped = [image[:, :h, :w] for image, (h, w) in zip(pixels, sizes, strict=False)]  # without the padding
-        return list(zip(batch.group, cropped, strict=True))
+        cropped = [image[:, :h, :w] for image, (h, w) in zip(purified, sizes, strict=False)]  # without the padding
+        return [(one, (image * 255).round().byte().numpy()) for one, image in zip(batch.group, cropped, strict=True)]
 
     def _purify_large(self, image: FolderImage) -> Outcome:
         decoded = decode(image)

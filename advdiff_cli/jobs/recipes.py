@@ -46,17 +46,17 @@ def attack_recipe(
     return recipe("attack", parameters, data=patches.recipe_input(), **models)
 
 
-CUDA_BATCH = 512  # an H200 takes as long for 256: its kernels end before the next ones are launched
+_CUDA_BATCH = 256  # a GPU computes small networks no faster for fewer patches
 
 
 def default_batch_size(device: str, *, graph: bool) -> int:
     """Return how many patches are computed together on a kind of device; `graph` for gradients."""
-    return CUDA_BATCH if device == "cuda" else 32 if graph else 16
+    return _CUDA_BATCH if device == "cuda" else 32 if graph else 16
 
 
 def judging_batch_size(*, defended: bool, device: str = "cpu") -> int:
     """Return how many patches are judged together on a kind of device: fewer with a U-Net before the classifier."""
-    return CUDA_BATCH if device == "cuda" else 16 if defended else 64
+    return _CUDA_BATCH if device == "cuda" else 16 if defended else 64
 
 
 def differentiates_unet(model: ModelSpec, attack: AttackSpec) -> bool:

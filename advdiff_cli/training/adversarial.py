@@ -39,7 +39,7 @@ class TrainingInput:
     Args:
         purifiers: Each patch passes one of them, chosen at random; None leaves it unchanged.
         adversary: Attacks each patch through its purifier; None for no attack.
-        precision: Of the purifiers and of the attack.
+        precision: Of the purifiers and, on CUDA, of the attacked classifier.
         seed: Of every stream.
         consistency: Weight of consistency regularization, which trains each patch on two draws; 0 for none. Not with
             TRADES.
@@ -95,7 +95,7 @@ class TrainingInput:
         model.eval()
         for purifier, names, chosen in self._groups(rows, images.device):
             defended = model if purifier is None else DefendedClassifier(purifier, model, self.precision).eval()
-            with autocast(self.precision, images.device):
+            with autocast(self.precision if images.device.type == "cuda" else "fp32", images.device):
                 adv[chosen] = self._attack(self.adversary, defended, images[chosen], labels[chosen], names)
         return adv
 
@@ -106,15 +106,11 @@ class TrainingInput:
         if adversary.loss == "trades":
             with torch.no_grad():
                 (logits,) = logits_of_draws(model, images, rows, seed=self.seed, purpose="train", draws=range(1))
-                labels = logits.softmax(1)
+                labels = logits.float().softmax(1)
         objective = Objective(model, labels, rows, ObjectiveSpec(seed=self.seed))
         ball = Ball(images, adversary.eps, adversary.norm, adversary.step_size)
-        on_device = self.noise == "philox"
-        streams = (
-            DeviceStreams(self.seed, "attack-start", rows, images.device)
-            if on_device
-            else RowStreams(self.seed, "attack-start", rows)
-        )
+        name = (self.seed, "attack-start", rows)
+        streams = DeviceStreams(*name, images.device) if self.noise == "philox" else RowStreams(*name)
         x = random_point(images, adversary.eps, adversary.norm, streams)
         for step in range(adversary.steps):
             x = ball.step(x, objective.gradient(x, step)[1])

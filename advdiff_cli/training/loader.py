@@ -1,5 +1,6 @@
 """The rows of a training run: concatenated sets, in an order that depends on (seed, epoch), read ahead by a thread."""
 
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,15 +17,24 @@ from advdiff_cli.models.device import free_memory
 _USABLE_SHARE = 0.5  # of free memory
 
 
-def in_memory_for_gpu(patches: PatchSet, device: torch.device) -> PatchSet:
-    """Return the same rows, kept in memory if they fit and if `device`, which trains on them, is a GPU.
+def in_memory_for_gpu(sets: Sequence[PatchSet], device: torch.device) -> list[PatchSet]:
+    """Return sets of the same rows, kept in memory if all of them fit and if `device`, which trains on them, is a GPU.
 
-    A GPU would wait for random rows of a file. A CPU takes longer than their reading.
+    A GPU would wait for random rows of a file. On a CPU a step takes longer than reading its rows.
+
+    Args:
+        sets: Of one selection; those of one path are the same set, and are kept once.
+        device: Where to train. The processes of torchrun on one machine share its memory.
     """
     if device.type == "cpu":
-        return patches
-    size = len(patches) * patches.source.read(np.zeros(1, np.int64)).nbytes
-    return patches.in_memory() if size < _USABLE_SHARE * free_memory(torch.device("cpu")) else patches
+        return list(sets)
+    distinct = {s.path: s for s in sets}
+    needed = sum(len(s) * s.source.read(np.zeros(1, np.int64)).nbytes for s in distinct.values())
+    usable = _USABLE_SHARE * free_memory(torch.device("cpu")) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed > usable:
+        return list(sets)
+    loaded = {path: s.in_memory() for path, s in distinct.items()}
+    return [loaded[s.path] for s in sets]
 
 
 class TrainingRows:

@@ -76,7 +76,7 @@ def test_numbers_are_standard_normal(own, monkeypatch):
 
 
 def test_streams_of_a_device_are_those_of_their_rows_and_go_on():
-    """Numbers belong to a row's name, a second call goes on where the first one ended, and all are in [-1, 1)."""
+    """Numbers belong to a row's name, and a second call goes on where the first one ended."""
     streams = [philox.DeviceStreams(5, "attack-start", names, CPU) for names in (["a", 7], [7])]
     first, second = ([s.uniform(3, 5), s.normal(2, 3), s.uniform(1, 2)] for s in streams)
     for both, one in zip(first, second, strict=True):

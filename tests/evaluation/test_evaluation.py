@@ -198,7 +198,6 @@ def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
 def test_shards_of_predictions_merge_and_are_read(advdiff, test_x, classifier, tmp_path, monkeypatch):
     noised = ["evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 2, "--batch-size", 16]
     noised += ["--limit", 40, "--json"]
-    noised += ["--json"]
     evaluate = [*noised[:2], tmp_path / "adv.h5", *noised[2:]]
     advdiff("attack", test_x, "-c", classifier, "--steps", 1, "--limit", 40, "-o", tmp_path / "adv.h5")
     whole, merged = tmp_path / "whole.csv", tmp_path / "merged.csv"

@@ -76,13 +76,13 @@ def test_attacked_patches_are_the_last_iterate_of_pgd(model, batch, noise):
     assert found.max() <= 1
 
 
-def test_attacks_have_the_precision_of_training(model, batch):
+def test_attacks_have_the_precision_of_training_on_a_gpu_alone(model, batch, device):
     seen = set()
-    hook = model.backbone.conv5.register_forward_hook(lambda layer, given, made: seen.add(made.dtype))
-    adversary = Adversary(EPS, 1, "madry")
-    adv = TrainingInput(adversary=adversary, precision="bf16").perturb(model, *batch, ROWS)
+    hook = model.to(device).backbone.conv5.register_forward_hook(lambda layer, given, made: seen.add(made.dtype))
+    images, labels = (t.to(device) for t in batch)
+    adv = TrainingInput(adversary=Adversary(EPS, 1, "madry"), precision="bf16").perturb(model, images, labels, ROWS)
     hook.remove()
-    assert seen == {torch.bfloat16}
+    assert seen == {torch.bfloat16 if device.type == "cuda" else torch.float32}
     assert adv.dtype == torch.float32
 
 

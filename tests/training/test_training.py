@@ -8,12 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import recipe
 from advdiff_cli.data.rng import stream
 from advdiff_cli.data.selection import Selection
+from advdiff_cli.data.view import View
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier, load_classifier
@@ -209,20 +211,45 @@ def test_a_set_named_twice_counts_twice(test_x):
     assert torch.equal(images[0], images[1])
 
 
-def test_a_gpu_finds_its_rows_in_memory_where_they_fit(test_x, monkeypatch):
-    patches = open_patches(test_x, selection=Selection(shuffle_seed=2))
-    assert in_memory_for_gpu(patches, CPU) is patches
-    kept = in_memory_for_gpu(patches, torch.device("cuda"))
-    chosen = [3, 0, 7]
-    expected = patches.read(chosen)
-    with monkeypatch.context() as patch:
-        patch.setattr(patches.source, "read", None)  # nothing is read again
-        assert torch.equal(kept.read(chosen), expected)
-        assert torch.equal(kept.between(3, 8).read([4, 0]), expected[[2, 0]])
-    assert kept.fingerprint() == patches.fingerprint()
-    with monkeypatch.context() as patch:
-        patch.setattr(loader, "free_memory", lambda _: 2 * expected[0].numel() * len(patches) - 1)
-        assert in_memory_for_gpu(patches, torch.device("cuda")) is patches
+GPU = torch.device("cuda")  # of which only the name is used
+
+
+@pytest.mark.parametrize("view", [View(), View(crop=64, pool=2)])
+def test_a_gpu_finds_its_rows_in_memory(test_x, patches, monkeypatch, view):
+    folder = open_patches(patches / "images" / "lossless_train").viewed(view)
+    some = open_patches(test_x, selection=Selection(shuffle_seed=2)).viewed(view)
+    sets = [some, folder, some]
+    loaded = in_memory_for_gpu(sets, GPU)
+    assert loaded[0] is loaded[2]
+    files, memory = (TrainingRows(s, labeled=True) for s in (sets, loaded))
+    chosen = np.array([3, len(some) + 2, 0, len(some) + len(folder) + 7])
+    images, labels = files.read(chosen)
+    for one in (some, folder):
+        monkeypatch.setattr(one.source, "read", None)  # nothing is read again
+    again, same = memory.read(chosen)
+    assert torch.equal(again, images)
+    assert torch.equal(same, labels)
+    assert torch.equal(loaded[0].between(3, 8).read([0]), images[:1])
+    assert loaded[0].fingerprint() == some.fingerprint()
+
+
+@pytest.mark.parametrize(("processes", "bytes_less", "fits"), [(1, 0, True), (1, 1, False), (2, 0, False)])
+def test_sets_that_do_not_fit_are_read_from_files(test_x, monkeypatch, processes, bytes_less, fits):
+    some = open_patches(test_x)
+    needed = len(some) * some.source.read(np.arange(1)).nbytes
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(loader, "free_memory", lambda _: 2 * (needed - bytes_less))
+    assert (in_memory_for_gpu([some, some], GPU)[0] is some) == (not fits)
+    assert in_memory_for_gpu([some], CPU) == [some]
+
+
+def test_values_in_memory_are_checked(tmp_path):
+    images = np.full((4, 3, 32, 32), 0.5, np.float32)
+    images[2, 0, 0, 0] = np.nan
+    save_file({"images": images}, tmp_path / "nan.safetensors")
+    (loaded,) = in_memory_for_gpu([open_patches(tmp_path / "nan.safetensors")], GPU)
+    with pytest.raises(AdvdiffError, match=r"row 2 of .* holds NaN"):
+        loaded.read([1, 2])
 
 
 def test_the_state_of_an_optimizer_is_laid_out_as_its_parameters():
