@@ -224,13 +224,13 @@ def test_a_gpu_finds_its_rows_in_memory(test_x, patches, monkeypatch, view):
     files, memory = (TrainingRows(s, labeled=True) for s in (sets, loaded))
     chosen = np.array([3, len(some) + 2, 0, len(some) + len(folder) + 7])
     images, labels = files.read(chosen)
+    assert loaded[0].fingerprint() == some.fingerprint()
     for one in (some, folder):
         monkeypatch.setattr(one.source, "read", None)  # nothing is read again
     again, same = memory.read(chosen)
     assert torch.equal(again, images)
     assert torch.equal(same, labels)
     assert torch.equal(loaded[0].between(3, 8).read([0]), images[:1])
-    assert loaded[0].fingerprint() == some.fingerprint()
 
 
 @pytest.mark.parametrize(("processes", "bytes_less", "fits"), [(1, 0, True), (1, 1, False), (2, 0, False)])
