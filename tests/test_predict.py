@@ -68,8 +68,9 @@ def test_a_classifier_alone_never_abstains(advdiff, test_x, classifier, tmp_path
     assert "--draws is about a defense's noise" in told
 
 
+@pytest.mark.cpu  # a batch of a GPU holds all of these patches
 def test_shards_and_a_killed_run_give_the_same_file(advdiff, test_x, classifier, ddpm, tmp_path):
-    command = ["predict", test_x, "-c", classifier, "-m", ddpm, *THROUGH, "--draws", 6, "--batch-size", 16]
+    command = ["predict", test_x, "-c", classifier, "-m", ddpm, *THROUGH, "--draws", 6]
     advdiff(*command, "-o", tmp_path / "whole.csv")
     parts = [tmp_path / f"part{i}.csv" for i in range(3)]
     for i, part in enumerate(parts):

@@ -60,10 +60,9 @@ def shard_rows(n: int, batch_size: int, shard: tuple[int, int] | None) -> RowRan
     batches = -(-n // batch_size)
     start, stop = (batches * k // count * batch_size for k in (i, i + 1))
     if start >= n or start == stop:
-        smaller = ", or a smaller --batch-size" if batch_size > 1 else ""
         raise AdvdiffError(
-            f"--shard {i}/{count} is empty: {n} patches make only {batches} batches of {batch_size}; give at most "
-            f"{batches} shards{smaller}"
+            f"--shard {i}/{count} is empty: a shard has whole batches, and {n} patches in batches of {batch_size} make "
+            f"only {batches}"
         )
     return RowRange(start, min(stop, n), n)
 

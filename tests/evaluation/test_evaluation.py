@@ -195,9 +195,9 @@ def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
     assert advdiff("evaluate", folder, "-c", classifier, "-q").out.strip() == str(row["accuracy"]["value"])
 
 
+@pytest.mark.cpu  # a batch of a GPU holds all of these patches
 def test_shards_of_predictions_merge_and_are_read(advdiff, test_x, classifier, tmp_path, monkeypatch):
-    noised = ["evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 2, "--batch-size", 16]
-    noised += ["--limit", 40, "--json"]
+    noised = ["evaluate", test_x, "-c", classifier, "--defense", "noise", "--draws", 2, "--limit", 40, "--json"]
     evaluate = [*noised[:2], tmp_path / "adv.h5", *noised[2:]]
     advdiff("attack", test_x, "-c", classifier, "--steps", 1, "--limit", 40, "-o", tmp_path / "adv.h5")
     whole, merged = tmp_path / "whole.csv", tmp_path / "merged.csv"
@@ -219,13 +219,13 @@ def test_shards_of_predictions_merge_and_are_read(advdiff, test_x, classifier, t
     assert (other["defense"]["seed"], alone["defense"]["seed"]) == (1, 0)
 
 
+@pytest.mark.cpu  # a batch of a GPU holds all of these patches
 def test_merged_shards_of_other_numbers_are_not_taken_for_the_whole(advdiff, test_x, classifier, tmp_path):
     """The first sets join without a gap and the second ones do not, since they have another length."""
     few, more = tmp_path / "few.h5", tmp_path / "more.h5"
     for n, out in ((32, few), (60, more)):
         advdiff("attack", test_x, "-c", classifier, "--steps", 1, "--limit", n, "-o", out)
-    evaluate = ["evaluate", few, more, "-c", classifier, "--defense", "noise", "--draws", 1, "--batch-size", 16]
-    evaluate += ["--predictions"]
+    evaluate = ["evaluate", few, more, "-c", classifier, "--defense", "noise", "--draws", 1, "--predictions"]
     for shard in ("0/2", "2/3"):
         advdiff(*evaluate, tmp_path / f"{shard[0]}.csv", "--shard", shard)
     merged = advdiff("merge", tmp_path / "0.csv", tmp_path / "2.csv", "-o", tmp_path / "all.csv", "--json").json
