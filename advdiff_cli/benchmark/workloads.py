@@ -127,7 +127,7 @@ class Benchmark:
         return Workload(COPY, run, n)
 
     def training(self, variant: str = "") -> Workload:
-        """Return a step of train-ddpm, with reading from a file."""
+        """Return a step of train-ddpm, with the reading of its patches."""
         model = self.purifier.ddpm
         rows = TrainingRows(in_memory_for_gpu([open_patches(self.data)], self.device), labeled=False)
         fresh = Ddpm(type(model.unet).from_config(model.unet.config), model.scheduler, model.card)

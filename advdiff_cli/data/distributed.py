@@ -69,10 +69,11 @@ def _share_gpus(device: "torch.device") -> bool:
     """Return whether this machine has fewer GPUs than processes; false unless `device` is a GPU."""
     import torch
 
-    return device.type == "cuda" and _local_processes() > torch.cuda.device_count()
+    return device.type == "cuda" and local_processes() > torch.cuda.device_count()
 
 
-def _local_processes() -> int:
+def local_processes() -> int:
+    """Return the number of processes that were started together on this machine, from the environment alone."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -87,7 +88,7 @@ def check_gpus(device: "torch.device") -> None:
     if _share_gpus(device):
         gpus = torch.cuda.device_count()
         raise AdvdiffError(
-            f"training needs a GPU for each process: {_local_processes()} processes, {gpus} GPUs; start at most {gpus} "
+            f"training needs a GPU for each process: {local_processes()} processes, {gpus} GPUs; start at most {gpus} "
             "on this machine"
         )
 

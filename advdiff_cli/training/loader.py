@@ -1,12 +1,12 @@
 """The rows of a training run: concatenated sets, in an order that depends on (seed, epoch), read ahead by a thread."""
 
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from advdiff_cli.data.distributed import local_processes
 from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import Rows
 from advdiff_cli.data.prefetch import prefetch
@@ -30,7 +30,7 @@ def in_memory_for_gpu(sets: Sequence[PatchSet], device: torch.device) -> list[Pa
         return list(sets)
     distinct = {s.path: s for s in sets}
     needed = sum(len(s) * s.source.read(np.zeros(1, np.int64)).nbytes for s in distinct.values())
-    usable = _USABLE_SHARE * free_memory(torch.device("cpu")) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    usable = _USABLE_SHARE * free_memory(torch.device("cpu")) / local_processes()
     if needed > usable:
         return list(sets)
     loaded = {path: s.in_memory() for path, s in distinct.items()}
