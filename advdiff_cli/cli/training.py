@@ -94,20 +94,18 @@ class TrainingSets:
         return [s.provenance for s in self.train if s.provenance]
 
 
-def training_precision(
-    compute: SeededComputeOptions, out: Path, recorded: Provenance | None, device: torch.device
-) -> Precision:
-    """Return the precision; `auto` is that of the work that is resumed, if any, else the device's best."""
+def training_compute(
+    compute: SeededComputeOptions, output: OutputOptions, recorded: Provenance | None, device: torch.device
+) -> tuple[Precision, NoiseKind]:
+    """Return the precision, and what draws random numbers.
+
+    Both are those of the work that is resumed, or of the model that may be up to date, if any. Otherwise they are the
+    device's best; so they are if the model is to be replaced.
+    """
     from advdiff_cli.training.checkpoints import training_resume_params
 
-    return compute.resolve_precision(device, training_resume_params(out, recorded))
-
-
-def training_noise(compute: SeededComputeOptions, out: Path, recorded: Provenance | None) -> NoiseKind:
-    """Return what draws noise: as in the work that is resumed, if any, else as suits the device."""
-    from advdiff_cli.training.checkpoints import training_resume_params
-
-    return compute.noise_kind(training_resume_params(out, recorded))
+    earlier = training_resume_params(output.out, None if output.overwrite else recorded)
+    return compute.resolve_precision(device, earlier), compute.noise_kind(earlier)
 
 
 def finished_precision(compute: SeededComputeOptions, output: OutputOptions, recorded: Provenance | None) -> Any:
@@ -150,7 +148,7 @@ def train(
         fit: Trains in the work folder; in the main process, it also publishes the model.
 
     Raises:
-        AdvdiffError: Processes would share a GPU.
+        AdvdiffError: Processes would share a GPU, or the output cannot be made, as in `WorkFolder`.
     """
     from advdiff_cli.data.distributed import check_gpus, process_group
     from advdiff_cli.data.output_spec import OutputSpec

@@ -56,7 +56,7 @@ class InputRequest:
         """Return the training input, with frozen purifiers on the device.
 
         Args:
-            precision: Of the purifiers and, on CUDA, of the attacked classifier.
+            precision: Of the purifiers; on CUDA also of the classifier behind them in an attack.
             seed: Of every stream.
             device: Where to compute.
             view: What is read of each patch.

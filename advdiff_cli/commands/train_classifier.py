@@ -15,8 +15,7 @@ from advdiff_cli.cli.training import (
     follow_training,
     process_parameters,
     train,
-    training_noise,
-    training_precision,
+    training_compute,
 )
 from advdiff_cli.cli.training_input import InputRequest
 from advdiff_cli.errors import AdvdiffError
@@ -72,10 +71,11 @@ def train_classifier(
         return
 
     device = compute.resolve_device()
-    precision = training_precision(compute, out, recorded, device)
+    precision, noise = training_compute(compute, output, recorded, device)
     if inputs.adversarial and precision == "fp16":
         raise AdvdiffError("--precision fp16: gradients of the attack underflow; train in bf16 or fp32")
-    noise = training_noise(compute, out, recorded) if plan.request.draws_noise else "numpy"
+    if not plan.request.draws_noise:
+        noise = "numpy"
     fit = plan.fit(precision, noise, device, quiet=output.quiet)
     if train(output, plan.recipe(precision, noise), recorded, device, fit):
         _print(plan, registry.training_log(out), output)
@@ -146,8 +146,10 @@ class _Plan:
         training_input = self.request.build(precision, self.seed, device, self.sets.view, noise)
 
         def fit(work: "WorkFolder", is_main: bool) -> None:
-            rows = TrainingRows(in_memory_for_gpu(opened.train, device), labeled=True)
-            valid = opened.valid and in_memory_for_gpu([opened.valid], device)[0]
+            judged = [opened.valid] if is_main and opened.valid is not None else []
+            sets = in_memory_for_gpu([*opened.train, *judged], device)
+            rows = TrainingRows(sets[: len(opened.train)], labeled=True)
+            valid = sets[-1] if judged else opened.valid
             mean, std = channel_statistics(rows, self.seed)
             model = initial_classifier(s.init, ClassifierConfig(self.arch, mean, std), self.seed, rows.shape)
             steps = rows.steps(self.batch_size) * s.epochs
@@ -183,7 +185,10 @@ def _print(plan: _Plan, log: "list[JsonObject]", output: OutputOptions) -> None:
 
 
 def _published(validation: "Validation", work: "WorkFolder") -> "JsonObject":
-    """Return which epoch is published, and its accuracy on validation rows, calibrated and in fp32."""
+    """Return which epoch is published, and its accuracy on validation rows.
+
+    The classifier is calibrated and in fp32; purifiers and attacks have the precision of training.
+    """
     from advdiff_cli.evaluation.statistics import wilson
     from advdiff_cli.training.fit_classifier import BEST
 

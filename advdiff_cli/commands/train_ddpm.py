@@ -16,8 +16,7 @@ from advdiff_cli.cli.training import (
     follow_training,
     process_parameters,
     train,
-    training_noise,
-    training_precision,
+    training_compute,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def train_ddpm(
         return
 
     device = compute.resolve_device()
-    precision, noise = training_precision(compute, out, recorded, device), training_noise(compute, out, recorded)
+    precision, noise = training_compute(compute, output, recorded, device)
     fit = plan.fit(precision, noise, device, quiet=output.quiet)
     if train(output, plan.recipe(precision, noise), recorded, device, fit):
         _print(settings, output)

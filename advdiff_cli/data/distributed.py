@@ -73,8 +73,12 @@ def _share_gpus(device: "torch.device") -> bool:
 
 
 def local_processes() -> int:
-    """Return the number of processes that were started together on this machine, from the environment alone."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return the number of processes that were started together on this machine, from the environment alone.
+
+    Launchers that do not set LOCAL_WORLD_SIZE are taken to start all processes on one machine.
+    """
+    count = world_size()
+    return 1 if count == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
 def check_gpus(device: "torch.device") -> None:

@@ -62,7 +62,7 @@ def shard_rows(n: int, batch_size: int, shard: tuple[int, int] | None) -> RowRan
     if start >= n or start == stop:
         raise AdvdiffError(
             f"--shard {i}/{count} is empty: a shard has whole batches, and {n} patches in batches of {batch_size} make "
-            f"only {batches}"
+            f"only {batches}; give at most {batches} shards"
         )
     return RowRange(start, min(stop, n), n)
 

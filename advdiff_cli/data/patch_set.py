@@ -72,7 +72,11 @@ class PatchSet:
         return few
 
     def in_memory(self) -> "PatchSet":
-        """Return the same rows, read once and kept in memory as they are stored."""
+        """Return the same rows, read once and kept in memory as they are stored.
+
+        Raises:
+            AdvdiffError: Sizes differ, or a row cannot be read.
+        """
         loaded = copy.copy(self)
         self.require_shape()
         one = self.source.read(self._rows[:1])
@@ -89,9 +93,9 @@ class PatchSet:
         """
         if view.is_whole:
             return self
-        shape = view.shape(*self.require_shape())
-        partial = PatchSet(self.source, self.selection)
-        partial._view, partial.shape = view, shape
+        partial = copy.copy(self)
+        partial._view, partial.shape = view, view.shape(*self.require_shape())
+        partial._fingerprint = None
         return partial
 
     def __len__(self) -> int:

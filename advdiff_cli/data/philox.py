@@ -69,7 +69,7 @@ def normal(keys: Tensor, n: int) -> Tensor:
 
 
 class DeviceStreams:
-    """One random stream for each row of a batch, as `RowStreams`, whose numbers are drawn on a device."""
+    """One random stream for each row of a batch, as `RowStreams` of draw 0, whose numbers are drawn on a device."""
 
     def __init__(self, seed: int, purpose: str, rows: Sequence[RowKey], device: torch.device) -> None:
         """Open the streams of `rows`."""
@@ -86,7 +86,7 @@ class DeviceStreams:
         return (numbers.float() * 2.0**-23 - 1).view(-1, *shape)
 
     def _next(self, n: int) -> Tensor:
-        """Return the keys and first counts of the next n numbers of each stream."""
+        """Return the keys and first counts (B, 2) of the next n numbers of each stream."""
         keys = self._keys.clone()
         self._keys[:, 1] += -(-n // 4)
         return keys

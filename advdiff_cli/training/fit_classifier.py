@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -43,14 +44,20 @@ Channels = tuple[float, float, float]
 _log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
+_STATISTICS_BATCH = 64  # patches
 CLEAN = TrainingInput()
 
 
 def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Channels, Channels]:
     """Return mean and standard deviation of each channel over n random rows."""
-    chosen = stream(seed, "statistics").permutation(len(rows))[:n]
-    images, _ = rows.read(np.sort(chosen))
-    mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
+    chosen = np.sort(stream(seed, "statistics").permutation(len(rows))[:n])
+    sums = torch.zeros(2, 3, dtype=torch.float64)  # of the values and of their squares
+    for start in range(0, len(chosen), _STATISTICS_BATCH):
+        images = rows.read(chosen[start : start + _STATISTICS_BATCH])[0].double()
+        sums += torch.stack([images.sum((0, 2, 3)), images.square().sum((0, 2, 3))])
+    count = len(chosen) * math.prod(rows.shape)
+    mean = sums[0] / count
+    std = ((sums[1] - count * mean.square()) / (count - 1)).sqrt()
 
     def rounded(v: Tensor) -> Channels:
         return round(v[0].item(), 4), round(v[1].item(), 4), round(v[2].item(), 4)

@@ -1,5 +1,6 @@
 """The rows of a training run: concatenated sets, in an order that depends on (seed, epoch), read ahead by a thread."""
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from advdiff_cli.data.rng import stream
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.device import free_memory
 
+_log = logging.getLogger(__name__)
+
 _USABLE_SHARE = 0.5  # of free memory
 
 
@@ -25,6 +28,9 @@ def in_memory_for_gpu(sets: Sequence[PatchSet], device: torch.device) -> list[Pa
     Args:
         sets: Of one selection; those of one path are the same set, and are kept once.
         device: Where to train. The processes of torchrun on one machine share its memory.
+
+    Raises:
+        AdvdiffError: The sizes of a set differ, or a row cannot be read.
     """
     if device.type == "cpu":
         return list(sets)
@@ -32,6 +38,10 @@ def in_memory_for_gpu(sets: Sequence[PatchSet], device: torch.device) -> list[Pa
     needed = sum(len(s) * s.source.read(np.zeros(1, np.int64)).nbytes for s in distinct.values())
     usable = _USABLE_SHARE * free_memory(torch.device("cpu")) / local_processes()
     if needed > usable:
+        message = (
+            "the training sets are read from their files at each step: they need %.1f GB of memory, and may use %.1f"
+        )
+        _log.warning(message, needed / 1e9, usable / 1e9)
         return list(sets)
     loaded = {path: s.in_memory() for path, s in distinct.items()}
     return [loaded[s.path] for s in sets]

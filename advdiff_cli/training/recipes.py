@@ -21,7 +21,7 @@ class ClassifierRecipe:
         stain: Strength of stain variation; 0 for none.
         seed: Of weights, order and augmentation.
         precision: fp32, bf16 or fp16.
-        noise: What draws the noise of the fit.
+        noise: What draws the noise of purifiers and the starts of attacks.
         ema: Decay of the moving average of the weights, which is published; None to publish the weights themselves.
     """
 

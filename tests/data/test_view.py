@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.view import WHOLE, View
 from advdiff_cli.errors import AdvdiffError
 
@@ -30,6 +31,14 @@ def test_perturbations_do_not_grow(view):
     apart, whole = (view.apply(changed) - view.apply(x)).flatten(1), (changed - x).flatten(1)
     assert (apart.abs().amax(1) <= whole.abs().amax(1) + 1e-6).all()
     assert (apart.norm(dim=1) <= whole.norm(dim=1) / view.pool + 1e-5).all()
+
+
+def test_a_view_of_some_rows_is_of_those_rows(test_x):
+    patches, view = open_patches(test_x), View(64, 2)
+    few = patches.between(3, 7)
+    for seen in (few.viewed(view), few.in_memory().viewed(view)):
+        assert seen.index.tolist() == few.index.tolist()
+        assert torch.equal(seen.read([0, 3]), view.apply(patches.read([3, 6])))
 
 
 def test_patches_that_do_not_fit_are_told():

@@ -16,6 +16,7 @@ from advdiff_cli.models.ddpm import load_ddpm
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, row_noise
 from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 from advdiff_cli.training.adversarial import TrainingInput, consistency_loss
+from advdiff_cli.training.optim import build_accelerator
 from advdiff_cli.training.recipes import Adversary
 
 EPS = 2 / 255
@@ -76,11 +77,13 @@ def test_attacked_patches_are_the_last_iterate_of_pgd(model, batch, noise):
     assert found.max() <= 1
 
 
-def test_attacks_have_the_precision_of_training_on_a_gpu_alone(model, batch, device):
+def test_a_classifier_behind_a_purifier_is_attacked_at_the_precision_of_training_on_a_gpu_alone(model, batch, device):
     seen = set()
     hook = model.to(device).backbone.conv5.register_forward_hook(lambda layer, given, made: seen.add(made.dtype))
     images, labels = (t.to(device) for t in batch)
-    adv = TrainingInput(adversary=Adversary(EPS, 1, "madry"), precision="bf16").perturb(model, images, labels, ROWS)
+    build_accelerator("bf16", device).prepare(model)  # as in training: its own forward method is then in bf16
+    inputs = TrainingInput((noise_purifier().to(device),), Adversary(EPS, 1, "madry"), "bf16")
+    adv = inputs.perturb(model, images, labels, ROWS)
     hook.remove()
     assert seen == {torch.bfloat16 if device.type == "cuda" else torch.float32}
     assert adv.dtype == torch.float32
