@@ -26,7 +26,7 @@ def in_memory_for_gpu(sets: Sequence[PatchSet], device: torch.device) -> list[Pa
     A GPU would wait for random rows of a file. On a CPU a step takes longer than reading its rows.
 
     Args:
-        sets: Of one selection; those of one path are the same set, and are kept once.
+        sets: To train on, and to validate on; of one selection. Those of one path are the same set, kept once.
         device: Where to train. The processes of torchrun on one machine share its memory.
 
     Raises:
