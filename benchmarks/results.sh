@@ -3,10 +3,10 @@
 #
 #   benchmarks/results.sh PCAM_DIR OUT_DIR [SECTION...]
 #
-# Sections are blind choose ladder certificates steps sampler paper, and all are made by default. PCAM_DIR holds
+# Sections are blind unseen choose suite certificates steps sampler paper, and all are made by default. PCAM_DIR holds
 # pcam/camelyonpatch_level_2_split_*_x.h5, and may hold images/lossless_{train,valid}. Results stay in OUT_DIR; after an
 # interruption, the same command resumes. Sections can run in parallel with one thread each (OMP_NUM_THREADS=1), except for
-# `blind` and `steps`, which write the same files. A step writes its figures to OUT_DIR/NAME.json; a sweep and an attack suite
+# `blind`, `unseen` and `steps`, which write the same files. A step writes its figures to OUT_DIR/NAME.json; a sweep and an attack suite
 # write a folder.
 set -euo pipefail
 shopt -s inherit_errexit
@@ -46,6 +46,22 @@ blind() { # the attack knows only the classifier
     done
 }
 
+unseen() { # the attack knows only a classifier that the purifier was not trained with
+    local arch set
+    for arch in googlenet shufflenet_v2_x1_0 mobilenet_v2; do
+        advdiff train-classifier "$TRAIN" "$PCAM"/images/lossless_train{,} --valid "$VALID" --arch $arch --epochs 4 -o "$OUT/$arch" -q
+        for set in test lossless; do
+            local data=$TEST adv=$OUT/$arch-$set-adv.safetensors
+            [ $set = test ] || data=$LOSSLESS
+            [ -e "$data" ] || continue
+            advdiff attack "$data" -c "$OUT/$arch" -o "$adv" -q
+            purify "$data" $set-clean-0.2 --t-star 0.2
+            purify "$adv" $arch-$set-purified --t-star 0.2
+            evaluate $arch-$set "$data" "$adv" "$OUT"/{$set-clean-0.2,$arch-$set-purified}.safetensors -c "$OUT/$arch"
+        done
+    done
+}
+
 choose() { # t*, on valid and lossless patches: blind, and under an attack through the purification
     local some=(--over t-star --shuffle-seed 1 --sampler-steps 1)
     advdiff sweep "$VALID" "${some[@]}" "${frozen[@]}" --values 0.1,0.15,0.2,0.25,0.3 --limit 512 --steps 20 --draws 1 \
@@ -59,13 +75,13 @@ choose() { # t*, on valid and lossless patches: blind, and under an attack throu
     advdiff sweep "$LOSSLESS" "${some[@]}" "${adapted[@]}" "${through[@]}" -o "$OUT/choose-adapted-lossless" -q
 }
 
-ladder() { # the suite of attacks; then adversarial training and the purifier alone on the same patches
+suite() { # the suite of attacks; then adversarial training and the purifier alone on the same patches
     local n=${N:-512}
-    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit "$n" -o "$OUT/ladder"
-    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 1581 --only clean --only blind -o "$OUT/ladder-all"
-    advdiff robustness "$TEST" "${frozen[@]}" --t-star 0.2 --limit "$n" --only clean --only pgd -o "$OUT/ladder-frozen"
-    advdiff robustness "$TEST" -c pcam-robust --limit "$n" -o "$OUT/ladder-robust"
-    advdiff compare "$OUT"/ladder{,-robust}/predictions.csv --json >"$OUT/ladder-compared.json"
+    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit "$n" -o "$OUT/suite"
+    advdiff robustness "$TEST" "${adapted[@]}" --t-star 0.2 --limit 1581 --only clean --only blind -o "$OUT/suite-all"
+    advdiff robustness "$TEST" "${frozen[@]}" --t-star 0.2 --limit "$n" --only clean --only pgd -o "$OUT/suite-frozen"
+    advdiff robustness "$TEST" -c pcam-robust --limit "$n" -o "$OUT/suite-robust"
+    advdiff compare "$OUT"/suite{,-robust}/predictions.csv --json >"$OUT/suite-compared.json"
     [ ! -d "$LOSSLESS" ] || evaluate lossless-adapted "$LOSSLESS" "${adapted[@]}" --t-star 0.2 --draws 11
 }
 
@@ -125,7 +141,7 @@ paper() { # the paper's experiment with the bundled models; the other classifier
         OTHER_ARCHS="googlenet shufflenet_v2_x1_0" "$(dirname "$0")/../examples/reproduce_paper.sh" "$PCAM" "$OUT/paper"
 }
 
-[ $# -gt 0 ] || set -- blind choose ladder certificates steps sampler paper
+[ $# -gt 0 ] || set -- blind unseen choose suite certificates steps sampler paper
 for section; do
     declare -F "$section" >/dev/null || { echo "$0: no section called $section" >&2 && exit 2; }
 done

@@ -1,10 +1,10 @@
 """Interpolate between the weights of a classifier before and after fine-tuning, and calibrate the result.
 
-python examples/weight_interpolation.py BEFORE AFTER VALID -o OUT [--weight 0.75] [--ddpm pcam-ddpm] [--t-star 0.2]...
+python examples/weight_interpolation.py BEFORE AFTER VALID -o OUT [--weight 0.75] [--ddpm pcam-ddpm] [--t-star 0.2]
 
 The model between the two often has the robustness of the second with less of its loss of accuracy (Wortsman et al.
 2022, Robust fine-tuning of zero-shot models, arXiv:2109.01903). Its log-odds are calibrated on VALID (Platt scaling),
-where each patch passes one step of --ddpm at one value of --t-star. OUT is a classifier folder.
+where each patch passes one step of --ddpm at --t-star, so that it holds at this t* only. OUT is a classifier folder.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ def main(
     out: Annotated[Path, typer.Option("-o", "--out")],
     weight: Annotated[float, typer.Option(min=0.0, max=1.0, help="0 is BEFORE, 1 is AFTER.")] = 0.75,
     ddpm: str = "pcam-ddpm",
-    t_star: Annotated[list[float] | None, typer.Option(show_default="0.2, 0.3")] = None,
+    t_star: float = 0.2,
     seed: int = 0,
 ) -> None:
     """Write the interpolated classifier to OUT."""
@@ -49,13 +49,12 @@ def main(
     view, device = model.config.view, resolve_device("auto")
     rows = open_patches(valid).viewed(view)
     model.config = replace(model.config, slope=1.0, bias=0.0, crop=None, pool=1)  # rows are cut already
-    levels = t_star or [0.2, 0.3]
     denoiser = load_ddpm(find_ddpm(ddpm)).to(device).eval().requires_grad_(False)
-    inputs = TrainingInput([DiffusionPurifier(denoiser, t, sampler_steps=1) for t in levels], None, "fp32", seed)
+    inputs = TrainingInput([DiffusionPurifier(denoiser, t_star, sampler_steps=1)], None, "fp32", seed)
     slope, bias = fit_platt(*Validation(model.to(device), rows, 64, inputs, device).logits())
     model.config = replace(model.config, slope=slope, bias=bias, crop=view.crop, pool=view.pool)
 
-    parameters = {"weight": weight, "t_star": levels, "seed": seed}
+    parameters = {"weight": weight, "t_star": t_star, "seed": seed}
     sources = {"classifiers": [folder_fingerprint(folder) for folder in folders], "valid": rows.recipe_input()}
     made = recipe("weight_interpolation.py", parameters, ddpm=folder_fingerprint(find_ddpm(ddpm)), **sources)
     save_classifier(model.cpu(), out, provenance(made, device=device.type))

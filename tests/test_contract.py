@@ -78,7 +78,7 @@ def steps(test_x, classifier, ddpm, tmp_path):
             *"--arch squeezenet1_1 --epochs 1 --batch-size 2".split(),
         ],
         "sweep": [test_x, *through[:4], *few, "--values", "0.02,0.05", *one_pass, "-o", tmp_path / "sweep"],
-        "robustness": [test_x, *through, *few, "--only", "random", "-o", tmp_path / "ladder"],
+        "robustness": [test_x, *through, *few, "--only", "random", "-o", tmp_path / "suite"],
         "report": ["--result", f"plain={plain}", "-o", tmp_path / "report"],
         "download-pcam": ["--split", "test", "--data-dir", tmp_path, "--dry-run"],
     }

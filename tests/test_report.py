@@ -39,11 +39,11 @@ def page(advdiff, inputs):
             (root / f"{name}.json").write_text(found)
         sweep = ["--values", "0.02,0.1", "--steps", 1, "--sampler-steps", 1, "--draws", 2, "-o", root / "sweep"]
         advdiff("sweep", x, "--limit", 8, "-c", c, "-m", m, *sweep)
-        few = ["--limit", 4, "--preset", "quick", "--batch-size", 4, "-o", root / "ladder"]
+        few = ["--limit", 4, "--preset", "quick", "--batch-size", 4, "-o", root / "suite"]
         advdiff("robustness", x, *few, "-c", c)
         made = ["--result", f"undefended={root / 'plain.json'}", "--result", f"DDPM <b>={root / 'ddpm.json'}"]
         made += ["--sweep", f"over <i>={root / 'sweep'}", "--sweep", root / "sweep"]
-        made += ["--ladder", root / "ladder", "--patches", 5, "-o", out]
+        made += ["--suite", root / "suite", "--patches", 5, "-o", out]
         gallery = ["--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "-m", m, *defense]
         told = advdiff("report", *made, *gallery, "--json").json
         assert sorted([*told["files"], "report.advdiff"]) == sorted(p.name for p in out.iterdir())
@@ -96,9 +96,9 @@ def test_numbers_are_the_commands_own_with_their_recipes(page, inputs):
         for judged in json.loads((inputs["root"] / f"{name}.json").read_text())["sets"]:
             a = judged["accuracy"]
             assert f"{100 * a['value']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" in words
-    ladder = json.loads((inputs["root"] / "ladder" / "robustness.json").read_text())
-    assert all(alarm["reason"] in words for alarm in ladder["alarms"])
-    assert ladder["recipe"]["classifier"] in words
+    suite = json.loads((inputs["root"] / "suite" / "robustness.json").read_text())
+    assert all(alarm["reason"] in words for alarm in suite["alarms"])
+    assert suite["recipe"]["classifier"] in words
     assert "pgd linf 2/255, steps 3, loss ce; knows the classifier alone; 2 draws" in words
 
 
@@ -205,12 +205,12 @@ def _places(value, path=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["result", "sweep", "ladder"])
+@pytest.mark.parametrize("kind", ["result", "sweep", "suite"])
 def test_a_result_that_was_changed_is_reported_or_refused(kind, advdiff, tmp_path, page, inputs):
     source = {"result": inputs["root"] / "ddpm.json", "sweep": FIXTURES / "sweep" / "sweep.json"}
-    document = SUITE if kind == "ladder" else json.loads(source[kind].read_text())
-    file = tmp_path / {"result": "r.json", "sweep": "sweep.json", "ladder": "robustness.json"}[kind]
-    asked = {"result": f"--result=a={file}", "sweep": f"--sweep={tmp_path}", "ladder": f"--ladder={tmp_path}"}[kind]
+    document = SUITE if kind == "suite" else json.loads(source[kind].read_text())
+    file = tmp_path / {"result": "r.json", "sweep": "sweep.json", "suite": "robustness.json"}[kind]
+    asked = {"result": f"--result=a={file}", "sweep": f"--sweep={tmp_path}", "suite": f"--suite={tmp_path}"}[kind]
     seen, places = set(), _places(document)
 
     @settings(max_examples=int(os.environ.get("ADVDIFF_FUZZ", "25")), deadline=None, derandomize=True, database=None)
@@ -252,7 +252,7 @@ SUITE = {
 
 def test_an_undefended_suite_is_headed_so(advdiff, tmp_path):
     (tmp_path / "robustness.json").write_text(json.dumps(SUITE))
-    page = Path(advdiff("report", "--ladder", tmp_path, "-o", tmp_path / "page", "-q").out.strip()).read_text()
+    page = Path(advdiff("report", "--suite", tmp_path, "-o", tmp_path / "page", "-q").out.strip()).read_text()
     assert "The suite of attacks on the undefended classifier" in page
     assert "draws of the defense" not in page
 
@@ -261,7 +261,7 @@ def test_an_unfinished_suite(advdiff, tmp_path):
     (tmp_path / "pgd.safetensors.part").touch()
     assert (
         "is unfinished; run the same advdiff robustness command again"
-        in advdiff("report", "--ladder", tmp_path, "-o", tmp_path / "page", code=1).err
+        in advdiff("report", "--suite", tmp_path, "-o", tmp_path / "page", code=1).err
     )
 
 

@@ -1,4 +1,4 @@
-"""`advdiff robustness` and `advdiff evaluate -m`: the whole ladder on a small set, resumed, judged on shared draws."""
+"""`advdiff robustness` and `advdiff evaluate -m`: the whole suite on a small set, resumed, judged on shared draws."""
 
 import json
 import os
@@ -46,8 +46,8 @@ def timeless(result):
 
 
 @pytest.mark.slow
-def test_the_whole_ladder(advdiff, command, tmp_path):
-    out, command = tmp_path / "ladder", [*command, "--batch-size", N]
+def test_the_whole_suite(advdiff, command, tmp_path):
+    out, command = tmp_path / "suite", [*command, "--batch-size", N]
     plan = advdiff(*command, "-o", out, "--dry-run", "--json").json
     assert not out.exists()
     *names, certified, gradients, unit_test = (r["name"] for r in plan["rungs"])
@@ -94,8 +94,8 @@ def test_the_whole_ladder(advdiff, command, tmp_path):
     assert "lies between" in text
 
 
-def test_a_rung_is_what_the_attack_command_makes(advdiff, command, test_x, defended, tmp_path):
-    out = tmp_path / "ladder"
+def test_a_row_is_what_the_attack_command_makes(advdiff, command, test_x, defended, tmp_path):
+    out = tmp_path / "suite"
     advdiff(*command, "-o", out, "--only", "pgd", "-q")
     assert sorted(p.name for p in out.iterdir()) == [
         "clean.predictions.safetensors",
@@ -201,7 +201,7 @@ def test_seconds_add_up_over_runs_and_processes(tmp_path):
 
 
 def test_undefended(advdiff, test_x, classifier, tmp_path):
-    base = ["robustness", test_x, "-c", classifier, "--preset", "quick", "--batch-size", B, "-o", tmp_path / "ladder"]
+    base = ["robustness", test_x, "-c", classifier, "--preset", "quick", "--batch-size", B, "-o", tmp_path / "suite"]
     result = advdiff(*base, "--json").json
     assert result["defense"] is None
     assert result["draws"] == 1
@@ -209,7 +209,7 @@ def test_undefended(advdiff, test_x, classifier, tmp_path):
     assert all("vote_5" not in r for r in result["rungs"])
 
 
-def test_killed_in_a_rung_it_ends_the_same(advdiff, command, tmp_path):
+def test_killed_in_a_row_it_ends_the_same(advdiff, command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = [*command, "--only", "pgd", "--only", "blind"]
     expected = advdiff(*words, "-o", whole, "--json").json

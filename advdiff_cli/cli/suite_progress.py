@@ -13,7 +13,7 @@ from advdiff_cli.cli.progress import duration
 if TYPE_CHECKING:
     from advdiff_cli.data.provenance import JsonObject, Provenance
     from advdiff_cli.evaluation.metrics import Predictions
-    from advdiff_cli.robustness.certified_rung import CertifiedRung
+    from advdiff_cli.robustness.certified_accuracy import CertifiedAccuracy
     from advdiff_cli.robustness.cost_estimate import RowCost
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import SuiteRow
@@ -56,7 +56,7 @@ class SuiteProgress:
         from advdiff_cli.robustness.summary import summarize
 
         runner, judged, gradients, tested, certified = self.runner, {}, None, None, None
-        rung, checks = self._certify(), SuiteChecks(self.runner)
+        proofs, checks = self._certify(), SuiteChecks(self.runner)
         for row in self.suite:
             self._attack(row)
             judged[row.name] = self._judge(row)
@@ -67,8 +67,8 @@ class SuiteProgress:
             assert attack is not None
             gradients = self._follow("gradients", checks.gradients)
             tested = self._follow("unit-test", lambda advance: checks.binarization_test(attack, advance))
-            if rung is not None and runner.certificates is not None:
-                certified = rung, checks.certificates(runner.certificates, rung, judged)
+            if proofs is not None and runner.certificates is not None:
+                certified = proofs, checks.certificates(runner.certificates, proofs, judged)
         summary = summarize(self.suite, judged, self.eps, gradients, tested, certified)
         for row, printed in zip(self.suite, summary["rungs"], strict=True):
             cost = self.plan[row.name]
@@ -118,14 +118,14 @@ class SuiteProgress:
         self._log(f"{row.name}: accuracy {100 * found.share.mean():.1f} %, {duration(self.runner.seconds(row))}")
         return found
 
-    def _certify(self) -> CertifiedRung | None:
+    def _certify(self) -> CertifiedAccuracy | None:
         """Certify the patches, as part of a whole suite."""
         job = self.runner.certificates
         if "certified" not in self.plan or job is None:
             return None
-        rung = self._follow("certified", lambda advance: self.runner.certify(job, advance))
-        self._log(f"certified: {100 * rung.summary()['value']:.1f} % proved, {duration(rung.summary()['seconds'])}")
-        return rung
+        proofs = self._follow("certified", lambda advance: self.runner.certify(job, advance))
+        self._log(f"certified: {100 * proofs.summary()['value']:.1f} % proved, {duration(proofs.summary()['seconds'])}")
+        return proofs
 
     def _log(self, text: str) -> None:
         if not self.quiet:

@@ -60,7 +60,7 @@ def compare(
     size: SizeOptions,
     output: ResultOptions,
 ) -> None:
-    """Compare models or defenses in pairs, on the patches that they share.
+    """Compare models or defenses on the patches that they share, with paired tests.
 
     Tables of certify are compared by certified accuracy at --eps or --radius.
 

@@ -56,8 +56,8 @@ def evaluate(
     """Evaluate a classifier, or a defended one (-m, --defense): one row for each set, with 95 % intervals.
 
     A defense is judged on draws of its noise that no attack used: the mean over draws, majority votes, and all draws
-    correct. Name the clean set beside an attacked one, as its control. Sets with the same rows are compared in pairs,
-    and the row options select rows of each set. Patches of one slide resemble each other, so intervals are too narrow.
+    correct. Name the clean set beside an attacked one, as its control. Paired tests compare sets with the same rows.
+    The row options select rows of each set. Patches of one slide resemble each other, so intervals are too narrow.
     Predictions that --predictions wrote before are read, not made again. With -q, print the accuracy of each set.
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18

@@ -34,7 +34,7 @@ class ContentOptions:
         list[str] | None,
         typer.Option(help="NAME=FILE: certified accuracy over the radius, from certify. May be repeated."),
     ] = None
-    ladder: Annotated[Path | None, typer.Option(help="Folder of robustness.")] = None
+    suite: Annotated[Path | None, typer.Option(help="Folder of robustness.")] = None
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Purification against adversarial attacks"
 
 
@@ -67,7 +67,7 @@ def report(
     clean and attacked patches, which are purified on the first judging draw. The page holds the recipe of every number.
     With -q, print the path of the page.
 
-    Example: advdiff report --result undefended=plain.json --sweep sweep/ --ladder suite/ -o report/
+    Example: advdiff report --result undefended=plain.json --sweep sweep/ --suite suite/ -o report/
     """
     from advdiff_cli.certification.summary import certificate_curves
     from advdiff_cli.report.page import PAGE, PANEL, Report, accuracy_bar
@@ -76,9 +76,9 @@ def report(
     out = output.out
     output.require_folder("a report goes to")
     has_gallery = gallery.clean or gallery.attacked
-    if not (content.result or content.sweep or content.certificates or content.ladder or has_gallery):
+    if not (content.result or content.sweep or content.certificates or content.suite or has_gallery):
         raise AdvdiffError(
-            "nothing to report: give --result, --sweep, --certificates, --ladder, or --clean and --attacked"
+            "nothing to report: give --result, --sweep, --certificates, --suite, or --clean and --attacked"
         )
     named = [_named(text, "give --result NAME=FILE") for text in content.result or []]
     page = Report(content.title, read_results(named, Evaluation))
@@ -89,8 +89,8 @@ def report(
         if name in page.certificates:
             raise AdvdiffError(f"two tables of certificates are called {name}; give each its own name")
         page.certificates[name] = certificate_curves(path)
-    if content.ladder:
-        page.suite = read_result(_suite_file(content.ladder), Suite)
+    if content.suite:
+        page.suite = read_result(_suite_file(content.suite), Suite)
     with tempfile.TemporaryDirectory() as scratch:
         if has_gallery:
             page.panel = Path(scratch) / PANEL

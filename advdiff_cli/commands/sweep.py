@@ -17,7 +17,7 @@ from advdiff_cli.cli.sweep_options import SweepOptions
 if TYPE_CHECKING:
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.evaluation.metrics import Predictions
-    from advdiff_cli.robustness.certified_rung import CertifiedRung
+    from advdiff_cli.robustness.certified_accuracy import CertifiedAccuracy
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import SuiteRow
     from advdiff_cli.robustness.sweep import Criterion, SweepPoint
@@ -49,7 +49,7 @@ def sweep(
     """
     from advdiff_cli.data.recorded_files import check_summary
     from advdiff_cli.jobs.recipes import default_batch_size
-    from advdiff_cli.robustness.certified_rung import CHOOSING_DRAWS
+    from advdiff_cli.robustness.certified_accuracy import CHOOSING_DRAWS
     from advdiff_cli.robustness.runner import SuiteRunner
     from advdiff_cli.robustness.suite import Budget
     from advdiff_cli.robustness.sweep import unet_evaluations
@@ -150,7 +150,7 @@ def _run(
     }
 
 
-def _certify(point: "SweepPoint", eps: float, *, quiet: bool) -> "CertifiedRung":
+def _certify(point: "SweepPoint", eps: float, *, quiet: bool) -> "CertifiedAccuracy":
     job = point.runner.certify_job(eps)
     with console.progress(len(point.runner.patches), f"{point.name}: certify", quiet=quiet) as advance:
         return point.runner.certify(job, advance)

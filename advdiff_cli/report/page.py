@@ -56,7 +56,7 @@ class Report:
         """The page and its plots."""
         plots = ["bars"] * bool(self.results)
         plots += [f"sweep-{k}" for k in range(1, len(self.sweeps) + 1)] + ["certified"] * bool(self.certificates)
-        plots += ["ladder"] * (self.suite is not None)
+        plots += ["suite"] * (self.suite is not None)
         pictures = [PANEL] if self.panel else []
         return [PAGE, *pictures, *(f"{name}{suffix}" for name in plots for suffix in (".svg", ".png"))]
 
@@ -91,7 +91,7 @@ class Report:
             "bars": self._bars(paths("bars")) if self.results else None,
             "sweeps": [self._sweep(name, paths(f"sweep-{k}")) for k, name in enumerate(self.sweeps, 1)],
             "certificates": self._certificates(paths("certified")) if self.certificates else None,
-            "ladder": self._suite(self.suite, paths("ladder")) if self.suite else None,
+            "suite": self._suite(self.suite, paths("suite")) if self.suite else None,
             "gallery": self.gallery,
             "sources": self._sources(),
         }

@@ -18,7 +18,7 @@ from advdiff_cli.certification.confidence_sequence import least_sequential_draws
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.jobs.recipes import judging_batch_size
 from advdiff_cli.robustness.binarization import PROBE_PASSES
-from advdiff_cli.robustness.certified_rung import ALPHA
+from advdiff_cli.robustness.certified_accuracy import ALPHA
 from advdiff_cli.robustness.runner import SuiteRunner
 from advdiff_cli.robustness.suite import SuiteRow
 from advdiff_cli.robustness.suite_checks import CHECKED_PATCHES

@@ -30,7 +30,7 @@ from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
 from advdiff_cli.purification.defense_spec import DefenseSpec
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
-from advdiff_cli.robustness.certified_rung import CertifiedRung, certify_job, make_rung
+from advdiff_cli.robustness.certified_accuracy import CertifiedAccuracy, certify_job, certify_suite
 from advdiff_cli.robustness.suite import Budget, SuiteRow
 from advdiff_cli.robustness.timing_log import TimingLog, journal_path, recorded_seconds
 
@@ -72,7 +72,7 @@ class SuiteRunner:
     shard: Shard | None = None
     suite: Sequence[SuiteRow] = ()
     _judged: dict[str, Predictions] = field(default_factory=dict, init=False, repr=False)
-    _proved: dict[str, CertifiedRung] = field(default_factory=dict, init=False, repr=False)
+    _proved: dict[str, CertifiedAccuracy] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def processes(self) -> int:
@@ -215,17 +215,17 @@ class SuiteRunner:
         draws, size = self.budget.certify_draws, self.batch_size
         return certify_job(self.model, self.patches, eps, draws, seed=self.seed, batch_size=size, device=self.device)
 
-    def certify(self, job: CertifyJob, advance: Advance) -> CertifiedRung:
+    def certify(self, job: CertifyJob, advance: Advance) -> CertifiedAccuracy:
         """Make the certificates of a job, or those of this process's part of the patches, and return them."""
         key = canonical_json(job.recipe)
         if key not in self._proved:
             self._proved[key] = self._certify(job, advance)
         return self._proved[key]
 
-    def _certify(self, job: CertifyJob, advance: Advance) -> CertifiedRung:
+    def _certify(self, job: CertifyJob, advance: Advance) -> CertifiedAccuracy:
         out, n = self.out / f"{self.label}certified.csv", len(self.patches)
         is_current = is_complete_table(out, job.recipe, RowRange(0, n, n))
-        return make_rung(job, self._output(out, job.recipe, is_current=is_current), self.shard, self.group, advance)
+        return certify_suite(job, self._output(out, job.recipe, is_current=is_current), self.shard, self.group, advance)
 
     def _patch_set(self, row: SuiteRow) -> Path:
         return self.out / f"{row.name}.safetensors"

@@ -14,7 +14,7 @@ from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.statistics import mean_share
 from advdiff_cli.robustness.binarization import BinarizationResult
-from advdiff_cli.robustness.certified_rung import BrokenCertificates
+from advdiff_cli.robustness.certified_accuracy import BrokenCertificates
 from advdiff_cli.robustness.gradient_checks import GradientFindings
 from advdiff_cli.robustness.suite import EPS_CURVE, SuiteRow
 

@@ -11,7 +11,7 @@ from advdiff_cli.jobs.attack import AttackJob
 from advdiff_cli.jobs.certify import CertifyJob
 from advdiff_cli.jobs.result_cache import cached_result, store_result
 from advdiff_cli.robustness.binarization import BinarizationResult, run_binarization_test
-from advdiff_cli.robustness.certified_rung import BrokenCertificates, CertifiedRung, is_changed, votes_for
+from advdiff_cli.robustness.certified_accuracy import BrokenCertificates, CertifiedAccuracy, is_changed, votes_for
 from advdiff_cli.robustness.gradient_checks import GradientFindings, check_gradients
 from advdiff_cli.robustness.runner import Advance, SuiteRunner
 
@@ -26,14 +26,14 @@ class SuiteChecks:
     runner: SuiteRunner
 
     def certificates(
-        self, job: CertifyJob, rung: CertifiedRung, judged: Mapping[str, Predictions]
+        self, job: CertifyJob, certified: CertifiedAccuracy, judged: Mapping[str, Predictions]
     ) -> BrokenCertificates:
         """Return the certificates that attacks break, on fresh draws of the vote."""
         runner = self.runner
         rows = [r for r in runner.suite if r.name in judged]
 
         def check() -> JsonObject:
-            suspects = rung.suspects(rows, judged)
+            suspects = certified.suspects(rows, judged)
             opened = {r.name: runner.patches_of(r) for r in rows if r.name in {name for name, _ in suspects}}
             images = {}  # by patch and content, since later rows keep examples of earlier ones
             for name, i in suspects:
@@ -41,14 +41,14 @@ class SuiteChecks:
                 images[i, image.numpy().tobytes()] = image
             broken = set()
             for (i, _), image in images.items():
-                votes = votes_for(job, image, int(runner.patches.index[i]), int(rung.found.decision[i]))
+                votes = votes_for(job, image, int(runner.patches.index[i]), int(certified.found.decision[i]))
                 if is_changed(votes, len(images)):
                     broken.add(i)
             return {"suspects": len(images), "broken": len(broken)}
 
         recipes = [canonical_json(runner.judging_recipe(r)).encode() for r in rows]
         found = self._cached("certified", {"certificates": job.recipe, "attacks": digest(recipes)}, check)
-        return BrokenCertificates(len(rung.found), int(rung.proved.sum()), found["suspects"], found["broken"])
+        return BrokenCertificates(len(certified.found), int(certified.proved.sum()), found["suspects"], found["broken"])
 
     def gradients(self, advance: Advance) -> GradientFindings:
         """Return findings about the gradients at the first clean patches."""

@@ -8,7 +8,7 @@ from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions, vote_accuracies
 from advdiff_cli.evaluation.statistics import mean_share
 from advdiff_cli.robustness.binarization import BinarizationResult
-from advdiff_cli.robustness.certified_rung import BrokenCertificates, CertifiedRung
+from advdiff_cli.robustness.certified_accuracy import BrokenCertificates, CertifiedAccuracy
 from advdiff_cli.robustness.gradient_checks import GradientFindings
 from advdiff_cli.robustness.sanity_checks import NOT_TESTED, of_certificates, sanity_checks
 from advdiff_cli.robustness.suite import CLEAN, SuiteRow
@@ -21,7 +21,7 @@ def summarize(
     eps: float,
     gradients: GradientFindings | None = None,
     tested: BinarizationResult | None = None,
-    certified: tuple[CertifiedRung, BrokenCertificates] | None = None,
+    certified: tuple[CertifiedAccuracy, BrokenCertificates] | None = None,
 ) -> JsonObject:
     """Return the summary of judged rows, `clean` among them, and of checks and certificates if they were made."""
     clean = judged["clean"]

@@ -11,7 +11,7 @@ from advdiff_cli.evaluation.comparison import difference_of_means
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.statistics import mean_share, shares_difference
 from advdiff_cli.robustness import cost_estimate
-from advdiff_cli.robustness.certified_rung import CertifiedRung
+from advdiff_cli.robustness.certified_accuracy import CertifiedAccuracy
 from advdiff_cli.robustness.runner import SuiteRunner
 from advdiff_cli.robustness.suite import CLEAN, SuiteRow
 
@@ -63,7 +63,7 @@ class JudgedPoint:
 
     clean: Predictions
     attacked: Predictions
-    certified: CertifiedRung | None = None
+    certified: CertifiedAccuracy | None = None
 
 
 @dataclass(frozen=True)

@@ -75,15 +75,15 @@ def test_a_wrong_certificate_is_found(runner):
     runner.attack(rows[1], lambda count: None)
     judged = {row.name: runner.judge(row, lambda count: None) for row in rows}
     job, checks = runner.certificates, SuiteChecks(runner)
-    rung = runner.certify(job, lambda count: None)
-    assert rung.proved.any()
-    right = checks.certificates(job, rung, judged)
-    assert (right.certified, right.broken) == (rung.proved.sum(), 0)
+    certified = runner.certify(job, lambda count: None)
+    assert certified.proved.any()
+    right = checks.certificates(job, certified, judged)
+    assert (right.certified, right.broken) == (certified.proved.sum(), 0)
     (runner.out / "certified.json").unlink()
-    decision = rung.found.decision.copy()
-    wrong = np.flatnonzero(rung.proved)[-1]
+    decision = certified.found.decision.copy()
+    wrong = np.flatnonzero(certified.proved)[-1]
     decision[wrong] = 1 - decision[wrong]
-    found = checks.certificates(job, replace(rung, found=replace(rung.found, decision=decision)), judged)
+    found = checks.certificates(job, replace(certified, found=replace(certified.found, decision=decision)), judged)
     assert (found.suspects, found.broken) == (1, 1)
 
 

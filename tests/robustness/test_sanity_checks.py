@@ -150,10 +150,10 @@ def sound():
 
 
 def test_a_sound_evaluation_sounds_no_alarm():
-    rungs = build_suite(PRESETS["quick"], EPS, defended=True)
-    assert {r.name for r in rungs} == set(SOUND)
+    rows = build_suite(PRESETS["quick"], EPS, defended=True)
+    assert {r.name for r in rows} == set(SOUND)
     tested = BinarizationResult(60, wilson(60, 60), wilson(0, 60))
-    assert {a.status for a in sanity_checks(rungs, sound(), None, tested)} == {"pass"}
+    assert {a.status for a in sanity_checks(rows, sound(), None, tested)} == {"pass"}
 
 
 @pytest.mark.parametrize(
@@ -245,17 +245,17 @@ def run_suite(model, test_x, folder):
 
 
 def test_an_undefended_model_trips_no_alarm(test_x, tmp_path):
-    found = run_suite(Net(), test_x, tmp_path / "ladder")
+    found = run_suite(Net(), test_x, tmp_path / "suite")
     assert not found["warn"] | found["fail"]
 
 
 def test_rounding_inside_the_model_trips_alarms(test_x, tmp_path):
-    found = run_suite(Net(before=round_to_8_bits), test_x, tmp_path / "ladder")
+    found = run_suite(Net(before=round_to_8_bits), test_x, tmp_path / "suite")
     assert {"gradients are not zero", "the attack passes its unit test"} <= found["fail"]
 
 
 def test_a_saturating_softmax_trips_alarms(test_x, tmp_path):
-    found = run_suite(Net(after=lambda z: (z * 1e4).softmax(1)), test_x, tmp_path / "ladder")
+    found = run_suite(Net(after=lambda z: (z * 1e4).softmax(1)), test_x, tmp_path / "suite")
     assert {"gradients are not zero", "outputs are logits"} <= found["fail"]
 
 
@@ -332,16 +332,16 @@ def test_the_head_is_the_last_linear_layer_that_is_called(few):
 
 def test_the_worst_case_never_rises():
     judged = sound()
-    rungs = build_suite(PRESETS["quick"], EPS, defended=True)
-    few: list[SuiteRow] = [r for r in rungs if r.name in ("clean", "blind")]
+    rows = build_suite(PRESETS["quick"], EPS, defended=True)
+    few: list[SuiteRow] = [r for r in rows if r.name in ("clean", "blind")]
     accuracies = [worst_case(few, judged, EPS)[1].share.mean()]
-    for r in rungs:
+    for r in rows:
         if r not in few:
             few.append(r)
             accuracies.append(worst_case(few, judged, EPS)[1].share.mean())
     assert accuracies == sorted(accuracies, reverse=True)
-    names, _ = worst_case(rungs, judged, EPS)
+    names, _ = worst_case(rows, judged, EPS)
     assert "eps-1" in names
     assert "eps-4" not in names
     assert "fixed-noise" not in names
-    assert worst_case(rungs, judged, 4 / 255)[1].share.mean() <= worst_case(rungs, judged, EPS)[1].share.mean()
+    assert worst_case(rows, judged, 4 / 255)[1].share.mean() <= worst_case(rows, judged, EPS)[1].share.mean()

@@ -1,4 +1,4 @@
-"""The rung of certificates in a suite: which votes are taken again, and when an attack breaks a proof."""
+"""The certified of certificates in a suite: which votes are taken again, and when an attack breaks a proof."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from advdiff_cli.attacks.spec import AttackRequest, resolve
 from advdiff_cli.certification.certificate_file import CertifiedSet
 from advdiff_cli.certification.summary import Radius
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.robustness.certified_rung import VOTES, BrokenCertificates, CertifiedRung, is_changed
+from advdiff_cli.robustness.certified_accuracy import VOTES, BrokenCertificates, CertifiedAccuracy, is_changed
 from advdiff_cli.robustness.sanity_checks import of_certificates
 from advdiff_cli.robustness.suite import SuiteRow
 
@@ -15,29 +15,29 @@ EPS = 2 / 255
 
 
 @pytest.fixture
-def rung():
+def certified():
     """Four patches of label 1: certified right, certified wrong, certified too little, and an abstention."""
     decision, abstain = np.array([1, 0, 1, 1]), np.array([False, False, False, True])
     labels, index, ones = np.ones(4, np.int64), np.arange(4), np.ones(4)
     found = CertifiedSet(list("abcd"), index, labels, decision, abstain, np.array([2, 2, 0.1, 0]), labels, ones)
-    return CertifiedRung(found, Radius.linf(EPS, 3 * 96 * 96), 0.001, 0.6)
+    return CertifiedAccuracy(found, Radius.linf(EPS, 3 * 96 * 96), 0.001, 0.6)
 
 
 def row(name, eps):
     return SuiteRow(name, "white-box", resolve("pgd", "linf", eps, AttackRequest(), defended=True))
 
 
-def test_what_is_proved_counts_decisions_that_are_right(rung):
-    assert rung.proved.tolist() == [True, True, False, False]
-    told = rung.summary()
+def test_what_is_proved_counts_decisions_that_are_right(certified):
+    assert certified.proved.tolist() == [True, True, False, False]
+    told = certified.summary()
     assert (told["value"], told["vote_accuracy"]["value"], told["abstained"]) == (0.25, 0.75, 1)
 
 
-def test_votes_within_the_radius_that_are_not_the_certified_decision_are_taken_again(rung):
+def test_votes_within_the_radius_that_are_not_the_certified_decision_are_taken_again(certified):
     changed = Predictions(np.ones(4, np.int64), np.array([[0.1] * 3, [0.9] * 3, [0.1] * 3, [0.1] * 3]))
     rows = [row("pgd", EPS), row("large", 4 / 255), SuiteRow("clean", "control")]
     judged = {"pgd": changed, "large": changed, "clean": changed}
-    assert rung.suspects(rows, judged) == [("pgd", 0), ("pgd", 1)]
+    assert certified.suspects(rows, judged) == [("pgd", 0), ("pgd", 1)]
 
 
 def test_a_vote_is_changed_beyond_chance():

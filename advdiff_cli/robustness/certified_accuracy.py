@@ -1,4 +1,4 @@
-"""The rung `certified` of a suite: what is proved of the vote, and whether an attack breaks a proof.
+"""The row `certified` of a suite: what is proved of the vote, and whether an attack breaks a proof.
 
 The true robust accuracy of the vote over infinitely many draws lies between what is proved and what attacks leave.
 """
@@ -44,7 +44,7 @@ _CHANCE = 0.01  # more broken certificates than alpha explains, with this probab
 
 
 @dataclass(frozen=True)
-class CertifiedRung:
+class CertifiedAccuracy:
     """The certificates of the patches of a suite.
 
     Args:
@@ -75,7 +75,7 @@ class CertifiedRung:
         return found
 
     def summary(self) -> JsonObject:
-        """Return the figures of the rung."""
+        """Return the figures of the row."""
         whole = summarize(self.found, [self.radius])
         (certified,) = whole.pop("certified")
         return {**whole, **certified, "alpha": self.alpha, "sigma": self.sigma}
@@ -113,9 +113,9 @@ def certify_job(
     return CertifyJob(smoothed, spec, patches, settings, batch_size, device)
 
 
-def make_rung(
+def certify_suite(
     job: CertifyJob, output: OutputSpec, shard: Shard | None, group: ProcessGroup, advance: Callable[[int], None]
-) -> CertifiedRung:
+) -> CertifiedAccuracy:
     """Make the certificates of a job, or those of this process's part of the patches, and return them.
 
     Args:
@@ -135,7 +135,7 @@ def make_rung(
     ShardedOutput(output, n, job.batch_size, TableOutput(job.patches, HEADER, work)).make_beside(shard, group)
     is_whole = is_complete_table(output.path, job.recipe, RowRange(0, n, n))
     found = read_certificates(own_path(output.path, shard, is_whole=is_whole))
-    return CertifiedRung(found, Radius.linf(job.settings.eps[0], job.smoothed.dimension), ALPHA, job.smoothed.sigma)
+    return CertifiedAccuracy(found, Radius.linf(job.settings.eps[0], job.smoothed.dimension), ALPHA, job.smoothed.sigma)
 
 
 def votes_for(job: CertifyJob, image: Tensor, name: int, decision: int) -> int:
