@@ -15,6 +15,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.evaluation.predictions_csv import read_predictions
 from advdiff_cli.models.card import PurificationSettings
 from advdiff_cli.models.classifiers import load_classifier, save_classifier
 from advdiff_cli.models.ddpm import load_ddpm
@@ -209,7 +210,7 @@ def test_weight_interpolation(test_x, tmp_path):
             weights.mul_(1.01)
     save_classifier(second, tmp_path / "second", {})
     interpolate = example("weight_interpolation").main
-    settings = {"ddpm": "synthetic-ddpm", "t_star": [0.06]}
+    settings = {"ddpm": "synthetic-ddpm", "t_star": 0.06}
     for weight in (0.25, 1.0):
         interpolate(
             "synthetic-classifier", str(tmp_path / "second"), str(test_x), tmp_path / f"{weight}", weight, **settings
@@ -226,6 +227,30 @@ def test_weight_interpolation(test_x, tmp_path):
     assert torch.allclose(last(images).diff(dim=1)[:, 0], line, atol=1e-4)
     with pytest.raises(typer.BadParameter, match="exists"):
         interpolate("synthetic-classifier", "synthetic-classifier", str(test_x), tmp_path / "1.0")
+
+
+def test_classifier_mixture(test_x, tmp_path, advdiff):
+    """The mean of two probabilities on the draws of `evaluate`; the attack lowers that of the true class."""
+    mixture, out = example("classifier_mixture"), tmp_path / "mixture"
+    settings = {"robust": "synthetic-classifier", "ddpm": "synthetic-ddpm", "t_star": 0.06, "weight": 0.25}
+    for _ in range(2):  # the second time, from the batches of the first one
+        mixture.main(str(test_x), out, "synthetic-classifier", **settings, steps=2, limit=6, batch_size=4)
+    clean, attacked = (s.predictions for s in read_predictions(out / "predictions.csv"))
+
+    few = ["--shuffle-seed", 0, "--limit", 6, "-c", "synthetic-classifier"]
+
+    def evaluate(name, *options):
+        advdiff("evaluate", test_x, *few, "--predictions", tmp_path / name, *options)
+        return read_predictions(tmp_path / name)[0].predictions.p1
+
+    advdiff("attack", test_x, *few, "--steps", 2, "-o", tmp_path / "adv.h5")
+    alone = evaluate("alone.csv", tmp_path / "adv.h5")
+    purified = evaluate("purified.csv", "-m", "synthetic-ddpm", "--t-star", 0.06, "--sampler-steps", 1, "--draws", 11)
+    assert clean.p1 == pytest.approx(0.25 * purified + 0.75 * alone, abs=1e-5)
+    sign = 2 * clean.labels[:, None] - 1
+    assert (sign * attacked.p1).mean() < (sign * clean.p1).mean()
+    compared = json.loads(advdiff("compare", tmp_path / "alone.csv", out / "predictions.csv", "--json").out)
+    assert [c["n"] for c in compared["comparisons"]] == [6, 6]
 
 
 @pytest.mark.parametrize("classifier", [None, "synthetic-classifier"])
