@@ -170,12 +170,20 @@ def certified_curves(
 def suite_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Draw the accuracy under each row of a suite (robustness.json), and the worst case last."""
     rows = [*result["rungs"], result["worst"]]
-    colors = {"control": STANDARD, "black-box": "#67a9cf", "white-box": ROBUST, "curve": "#ef8a62", "check": PLAIN}
-    figure, axes = plt.subplots(figsize=(6.4, 0.6 + 0.27 * len(rows)), dpi=150, layout="constrained")
+    kinds = {
+        "control": (STANDARD, "no attack, or chance"),
+        "white-box": (ROBUST, "white-box"),
+        "black-box": ("#67a9cf", "blind, transferred or black-box"),
+        "check": (PLAIN, "check of the suite"),
+        "curve": ("#ef8a62", "other sizes"),
+        "worst": ("black", "worst for each patch"),
+    }
+    figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.27 * len(rows)), dpi=150, layout="constrained")
     for i, row in enumerate(rows):
-        estimate, color = row["accuracy"], "black" if row is rows[-1] else colors[row["kind"]]
+        estimate, (color, label) = row["accuracy"], kinds["worst" if row is rows[-1] else row["kind"]]
         value, low, high = (100 * estimate[k] for k in ("value", "low", "high"))
-        axes.barh(i, value, 0.7, color=color, alpha=0.85)
+        first = label not in axes.get_legend_handles_labels()[1]
+        axes.barh(i, value, 0.7, color=color, alpha=0.85, label=label if first else None)
         axes.errorbar(
             value, i, xerr=[[value - low], [high - value]], fmt="none", ecolor="gray", capsize=2, linewidth=0.9
         )
@@ -186,6 +194,7 @@ def suite_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
     draws = f", {result['draws']} draws" if result["draws"] > 1 else ""
     axes.set_title(f"n = {result['n']}{draws}, eps {result['eps'] * 255:g}/255", fontsize=8)
     axes.grid(axis="x", alpha=0.25)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3, frameon=False)
     _save(figure, paths)
 
 
