@@ -7,8 +7,7 @@ The first classifier reads the purified patch, and the second one, trained adver
 probabilities are averaged. It also shows how to attack a defense of your own: derive it from `DefendedClassifier`.
 
 The attack is PGD with momentum, whose gradients average two draws of the noise. OUT/predictions.csv has the form of
-`evaluate --predictions`, with 11 draws that the attack did not use. The same command resumes; other settings need
-another OUT.
+`evaluate --predictions`, with 11 draws that the attack did not use. The same command resumes.
 """
 
 import math
@@ -21,10 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from advdiff_cli import DefendedClassifier, DiffusionPurifier, load_classifier, load_ddpm, open_patches, pgd
+from advdiff_cli.data.provenance import canonical_json, recipe
 from advdiff_cli.data.selection import Selection, row_batches
 from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.predictions_csv import write_predictions
+from advdiff_cli.models.fingerprint import folder_fingerprint
+from advdiff_cli.models.registry import find_classifier, find_ddpm
 from advdiff_cli.purification.defended_classifier import logits_of_draws
 
 
@@ -61,7 +63,14 @@ def main(
     model = ClassifierMixture(purifier, load_classifier(classifier), load_classifier(robust), weight)
     model = model.to(device).requires_grad_(False).eval()
     rows = open_patches(patches, selection=Selection(limit=limit, shuffle_seed=0))
+    models = [folder_fingerprint(find_classifier(name)) for name in (classifier, robust)]
+    settings = {"weight": weight, "t_star": t_star, "eps": eps, "steps": steps, "batch_size": batch_size}
+    sources = {"data": rows.recipe_input(), "classifiers": models, "ddpm": folder_fingerprint(find_ddpm(ddpm))}
+    made, record = canonical_json(recipe("classifier_mixture.py", settings, **sources)), out / "recipe.json"
+    if record.exists() and record.read_text() != made:
+        raise typer.BadParameter(f"{out} holds batches of other settings, models or patches", param_hint="--out")
     out.mkdir(parents=True, exist_ok=True)
+    record.write_text(made)
     found = []
     for number, chosen in enumerate(row_batches(len(rows), batch_size)):
         file = out / f"{number:05}.safetensors"

@@ -236,6 +236,10 @@ def test_classifier_mixture(test_x, tmp_path, advdiff):
     for _ in range(2):  # the second time, from the batches of the first one
         mixture.main(str(test_x), out, "synthetic-classifier", **settings, steps=2, limit=6, batch_size=4)
     clean, attacked = (s.predictions for s in read_predictions(out / "predictions.csv"))
+    with pytest.raises(typer.BadParameter, match="other settings"):
+        mixture.main(
+            str(test_x), out, "synthetic-classifier", **settings | {"weight": 0.5}, steps=2, limit=6, batch_size=4
+        )
 
     few = ["--shuffle-seed", 0, "--limit", 6, "-c", "synthetic-classifier"]
 

@@ -1,4 +1,4 @@
-"""The certified of certificates in a suite: which votes are taken again, and when an attack breaks a proof."""
+"""The row `certified` of a suite: which votes are taken again, and when an attack breaks a proof."""
 
 import numpy as np
 import pytest
