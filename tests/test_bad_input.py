@@ -246,6 +246,8 @@ def test_hdf5_that_fails_while_writing_is_one_line(advdiff, classifier, test_x, 
 
 def test_options_that_do_not_fit_the_data(advdiff, classifier, test_x, tmp_path):
     refused(advdiff("evaluate", test_x, "--split", "train", "-c", classifier, code=1).err, "is a file; --split")
+    certify = ["certify", test_x, "-c", classifier, "-o", tmp_path / "c.csv", "--radius"]
+    refused(advdiff(*certify, "1e9", code=1).err, r"--radius 1e\+09 is longer")
     refused(advdiff("evaluate", test_x, "--labels", "x.csv", "-c", classifier, code=1).err, "holds its own labels")
     assert "shuffle-seed" in advdiff("evaluate", test_x, "--shuffle-seed", "-1", "-c", classifier, code=2).err
     assert "max-t" in advdiff("train-ddpm", test_x, "--max-t", "300", "-o", tmp_path / "d", code=2).err
@@ -307,3 +309,65 @@ def test_a_draw_number_that_no_memory_holds(advdiff, classifier, test_x, tmp_pat
     table.write_text("\n".join([*lines[:-1], ",".join(cells)]) + "\n")
     (tmp_path / "q.csv").write_bytes(table.read_bytes())
     assert "is damaged" in advdiff("compare", table, tmp_path / "q.csv", code=1).err
+
+
+def test_no_input_is_replaced(advdiff, classifier, ddpm, patches, tmp_path):
+    own = tmp_path / "own.h5"
+    advdiff("synthesize", "-n", 4, "-o", own)
+    pcam = tmp_path / "a_x.h5"
+    h5(pcam, x=np.full((4, 48, 48, 3), 128, np.uint8))
+    h5(tmp_path / "a_y.h5", y=LABELS.reshape(4, 1, 1, 1))
+    folder, labels = patches / "images" / "test", tmp_path / "l.csv"
+    labels.write_text("file,label\n" + "".join(f"{f.relative_to(folder)},1\n" for f in folder.rglob("*.*")))
+    proved = tmp_path / "proved.csv"
+    few = ["--limit", 2, "-c", classifier]
+    noise = ["--defense", "noise", "--t-star", 0.3]
+    certify = ["certify", folder, "--labels", labels, *few, *noise, "--radius", 0, "--n", 8, "-o", proved]
+    advdiff(*certify)
+    before = {f: f.read_bytes() for f in tmp_path.iterdir()}
+    evaluate = ["evaluate", folder, "--labels", labels, *few, *noise, "--predictions"]
+    purify = [*noise, "-o"]
+    for command in (
+        ["purify", own, *purify, own],
+        ["purify", pcam, *purify, pcam],
+        ["purify", pcam, *purify, tmp_path / "a_y.h5"],
+        ["attack", own, "-c", classifier, "--steps", 1, "-o", own],
+        ["merge", own, "-o", own],
+        [*evaluate, labels],
+        [*evaluate, proved, "--certificates", proved],
+        [*certify, "--tsv", labels],
+    ):
+        refused(advdiff(*command, "--overwrite", code=1).err, "is an input of this command, which is never replaced")
+    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_an_attack_does_not_go_on_from_a_purified_set(advdiff, classifier, ddpm, test_x, tmp_path):
+    out = tmp_path / "p.h5"
+    advdiff("purify", test_x, "--defense", "noise", "--t-star", 0.3, "--limit", 2, "-o", out)
+    attack = [
+        "attack",
+        test_x,
+        "-c",
+        classifier,
+        "--defense",
+        "noise",
+        "--t-star",
+        0.3,
+        "--limit",
+        2,
+        "--steps",
+        1,
+        "-o",
+        out,
+    ]
+    refused(advdiff(*attack, code=1).err, "p\\.h5 was made with other settings .*command")
+
+
+def test_the_set_that_differs_is_named(advdiff, classifier, ddpm, test_x, tmp_path):
+    evaluate = ["evaluate", test_x, "-c", classifier, "--limit", 2, "--predictions", tmp_path / "p.csv"]
+    advdiff(*evaluate)
+    other = tmp_path / "other" / test_x.name
+    other.parent.symlink_to(test_x.parent)
+    refused(
+        advdiff("evaluate", other, *evaluate[2:], code=1).err, r"made with other settings \(data\.0\.name .* -> .*\)"
+    )

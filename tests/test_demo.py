@@ -35,6 +35,10 @@ def test_printed_commands_have_the_same_results(advdiff, data):
             assert again.json["sets"] == json.loads(Path(result).read_text())["sets"]
         elif not line.startswith("report"):
             assert "is up to date" in again.err
+    ours = Path("out", "DDPM.json").read_bytes()
+    Path("out", "DDPM.json").write_text('{"sets": "mine"}')
+    assert "DDPM.json exists and was not made by this command" in advdiff(*run, code=1).err
+    Path("out", "DDPM.json").write_bytes(ours)
     summary = advdiff(*run, "--json").json
     assert {p: p.stat().st_mtime_ns for p in Path("out").glob("*.safetensors")} == made
     assert summary["n"] == 4

@@ -1,5 +1,6 @@
 """Folders in, folders out: one lossless file for each, bad files named, re-runs that touch nothing."""
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from advdiff_cli.data.folder_writer import FolderWriter
 from advdiff_cli.data.image_files import read_image
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import OutputSpec
+from advdiff_cli.data.provenance import recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs import folder_images
 from advdiff_cli.jobs.purify_rows import PurifyJob
@@ -197,6 +199,8 @@ def test_a_list_of_files(advdiff, folder, ddpm, tmp_path, monkeypatch):
     assert "no such.png does not exist" in result.err
     listed.write_text("../elsewhere.png\n")
     assert "is not below" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
+    monkeypatch.chdir(folder)
+    assert "is not below" in purify(advdiff, ".", out, ddpm, "--files-from", listed, code=1).err
     listed.write_text("notes.txt\n")
     assert "not named as an image" in purify(advdiff, folder, out, ddpm, "--files-from", listed, code=1).err
     listed.write_text("\n")
@@ -265,6 +269,8 @@ def test_shards_share_a_folder(advdiff, folder, ddpm, tmp_path):
     counts = [purify(advdiff, folder, out, ddpm, "--shard", f"{i}/3", code=code).json for i, code in ((1, 0), (0, 0))]
     assert [(c["files"], c["purified"]) for c in counts] == [(2, 2), (2, 2)]
     assert sorted(p.name for p in out.glob("*.jsonl")) == ["advdiff.0of3.jsonl", "advdiff.1of3.jsonl"]
+    told = advdiff("info", out, "--json").json
+    assert (told["current"], told["provenance"]["recipe"]["command"]) == (4, "purify")
     assert "made with other settings" in purify(advdiff, folder, out, ddpm, "--shard", "2/3", "--seed", 1, code=1).err
     purify(advdiff, folder, out, ddpm, "--shard", "2/3", code=3)
     result = purify(advdiff, folder, out, ddpm, code=3).json
@@ -478,6 +484,9 @@ def test_a_damaged_journal_line_is_told(advdiff, folder, ddpm, tmp_path):
     result = purify(advdiff, folder, out, ddpm)
     assert "2 lines of the journal are damaged" in result.err
     assert (result.json["purified"], result.json["kept"]) == (2, 3)
+    journal.write_text("x" + journal.read_text())
+    assert "give --overwrite or another --out" in purify(advdiff, folder, out, ddpm, code=1).err
+    assert purify(advdiff, folder, out, ddpm, "--overwrite").json["purified"] == 5
 
 
 def test_one_odd_file_does_not_stop_a_folder(advdiff, folder, ddpm, tmp_path):
@@ -590,3 +599,22 @@ def test_overwriting_a_few_keeps_the_others_and_is_finished_later(advdiff, folde
     assert (result["purified"], result["kept"], result["failed"]) == (3, 2, 0)
     purify(advdiff, folder, tmp_path / "whole", ddpm, "--seed", 1)
     assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_rename_that_fails_is_told_and_the_rest_is_named_later(tmp_path, monkeypatch):
+    spec, image = OutputSpec(tmp_path / "out", recipe("purify", {})), np.zeros((4, 4, 3), np.uint8)
+    real, failures = os.replace, [OSError(errno.EDQUOT, "Disk quota exceeded")]
+
+    def replace(source, target):
+        if str(target).endswith("b.png") and failures:
+            raise failures.pop()
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="Disk quota exceeded"), FolderWriter(spec) as writer:
+        for name in ("a.png", "b.png", "c.png"):
+            writer.write(FolderEntry(name, "0", name), image)
+        writer._commit()
+    assert sorted(files(tmp_path / "out")) == ["a.png", "b.png", "c.png"]
+    with FolderWriter(spec) as writer:
+        assert all(writer.is_done(FolderEntry(name, "0", name)) for name in ("a.png", "b.png", "c.png"))

@@ -110,7 +110,7 @@ class ComputeOptions:
 
         if self.precision == "fp16":
             raise AdvdiffError("--precision fp16: gradients underflow; attack in bf16 or fp32")
-        through = "t_star" in resume and AttackSpec.from_parameters(resume).computes_defense
+        through = {"t_star", "method"} <= resume.keys() and AttackSpec.from_parameters(resume).computes_defense
         return self.resolve_precision(device, resume if through else NOTHING)
 
     def load_classifier(self, name: str, device: torch.device) -> EvaluatedModel:

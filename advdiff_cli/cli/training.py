@@ -15,6 +15,7 @@ from advdiff_cli.cli import options
 from advdiff_cli.cli.compute_options import SeededComputeOptions
 from advdiff_cli.cli.output_options import OutputOptions
 from advdiff_cli.data.distributed import world_size
+from advdiff_cli.data.pcam_files import holds_pcam
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class TrainingDataOptions:
         from advdiff_cli.data.patches import open_patches, open_sets
 
         view = self.view
-        valid_split = None if self.split is None or self.valid is None or Path(self.valid).is_file() else "valid"
+        valid_split = "valid" if self.split and self.valid and holds_pcam(Path(self.valid)) else None
         sets = [patches.viewed(view) for patches in open_sets(data, split=self.split)]
         valid = None if self.valid is None else open_patches(self.valid, split=valid_split).viewed(view)
         if valid is not None:

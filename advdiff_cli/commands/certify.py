@@ -52,6 +52,9 @@ def certify(
     patches.require_shape()
     compute.refuse_auto_for_parts()
     if certificate.tsv is not None:
+        from advdiff_cli.data.recorded_files import check_not_input
+
+        check_not_input(certificate.tsv, list(filter(None, (patches.path, rows.labels))))
         _check_tsv(certificate.tsv, output, patches, sharded=compute.shard is not None)
     resume = {} if output.overwrite else table_resume_params(out)
     if resume and not output.dry_run and _is_finished(classifier, settings, defense, compute, patches, resume, out):

@@ -15,6 +15,7 @@ from advdiff_cli.cli.compute_options import SeededComputeOptions
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import OutputOptions
 from advdiff_cli.cli.progress import follow_rows
+from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,8 @@ def demo(
 ) -> None:
     """Attack, purify and evaluate real patches with the bundled models, and write a report.
 
-    Each step is printed as the command that does the same. Its result is kept in the folder, so that nothing is done
-    twice. With -q, print the folder.
+    Each step is printed as the command that does the same. Attacked and purified patches are kept in the folder, and
+    not made again. With -q, print the folder.
 
     Example: advdiff demo
     """
@@ -163,7 +164,10 @@ class _Pipeline:
         from advdiff_cli.evaluation.comparison import compare
         from advdiff_cli.jobs.evaluate import evaluate_set
 
-        self._log(f"evaluate {clean.path} {attacked.path} -c {CLASSIFIER} --json", f" > {self._result(name)}")
+        out = self._result(name)
+        if out.exists() and not self.output.overwrite and not _is_result(out):
+            raise AdvdiffError(f"{out} exists and was not made by this command; give --overwrite or another --out")
+        self._log(f"evaluate {clean.path} {attacked.path} -c {CLASSIFIER} --json", f" > {out}")
         with console.progress(len(clean) + len(attacked), "evaluate", quiet=self.output.quiet) as advance:
             sets = [
                 evaluate_set(str(s.path), s, self.model, self.device, draws=range(1), seed=self.seed, advance=advance)
@@ -172,7 +176,7 @@ class _Pipeline:
         classifier = {"name": CLASSIFIER, "fingerprint": self.model.fingerprint}
         judged = [s.as_dict() for s in sets]
         result = {"classifier": classifier, "defense": None, "sets": judged, "comparisons": compare(sets)}
-        with atomic_write(self._result(name)) as part:
+        with atomic_write(out) as part:
             part.write_text(json.dumps(result, indent=2) + "\n")
         return result
 
@@ -194,6 +198,16 @@ class _Pipeline:
             gallery = build_gallery(pairs, judged, by, EPS, count, panel)
             Report(TITLE, results, gallery=gallery, panel=panel).write(out, overwrite=self.output.overwrite)
         return out / PAGE
+
+
+def _is_result(file: Path) -> bool:
+    """Return whether a file is a result of an earlier demo."""
+    from advdiff_cli.data.provenance import parse_json_object
+
+    try:
+        return parse_json_object(file.read_bytes(), file).keys() == {"classifier", "defense", "sets", "comparisons"}
+    except (OSError, AdvdiffError):
+        return False
 
 
 def _text(summary: "JsonObject") -> str:

@@ -62,14 +62,10 @@ def evaluate(
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
-    _check_predictions_path(settings.predictions, data, sharded=compute.shard is not None)
+    _check_predictions_path(settings, data, rows.labels, sharded=compute.shard is not None)
     sets = rows.open_sets(data)
     for patches in sets:
-        if patches.labels is None:
-            raise AdvdiffError(
-                f"{patches.path} has no labels: sort images into 0/ and 1/, give --labels FILE.csv, or add a labels "
-                "tensor to the file; advdiff predict needs no labels"
-            )
+        patches.require_labels()
         patches.require_shape()
 
     from advdiff_cli.data.distributed import process_group, world_size
@@ -98,7 +94,7 @@ def evaluate(
     sets = [job.part(patches) for patches in sets]
     result: JsonObject = {
         "classifier": {"name": Path(classifier).name, "fingerprint": model.fingerprint},
-        "defense": None if protection is None else {**protection.spec.parameters(), **job.judging},
+        "defense": protection and {**protection.spec.parameters(), "ddpm": model.ddpm_fingerprint, **job.judging},
         "sets": [e.as_dict() for e in evaluated],
         "comparisons": compare(evaluated),
         **({"fidelity": _fidelity(sets, evaluated)} if settings.fidelity else {}),
@@ -112,13 +108,17 @@ def evaluate(
     output.emit(result, _text(result), brief)
 
 
-def _check_predictions_path(path: Path | None, data: list[str], *, sharded: bool) -> None:
+def _check_predictions_path(settings: EvaluateOptions, data: list[str], labels: Path | None, *, sharded: bool) -> None:
+    from advdiff_cli.data.recorded_files import check_not_input
+
+    path = settings.predictions
     if path is None:
         if sharded:
             raise AdvdiffError("--shard: give --predictions FILE.csv; merge joins the files of all shards")
         return
     if not path.parent.is_dir():
         raise AdvdiffError(f"--predictions {path}: there is no folder {path.parent}")
+    check_not_input(path, list(filter(None, (labels, settings.certificates))))
     if len(set(data)) < len(data):
         raise AdvdiffError("--predictions: the file tells sets apart by their names; name each set once")
 

@@ -28,7 +28,7 @@ def info(
 
     Example: advdiff info purified.safetensors
     """
-    from advdiff_cli.data.folder_journal import JOURNAL
+    from advdiff_cli.data.folder_journal import journals
     from advdiff_cli.data.provenance import file_digest, parse_provenance
     from advdiff_cli.data.table_writer import read_csv, recorded_table
     from advdiff_cli.models import registry
@@ -38,7 +38,7 @@ def info(
         file = bundled
     if not file.exists():
         raise AdvdiffError(f"no such file or folder: {file}")
-    journal = file / JOURNAL
+    purified = journals(file)
     if file.is_dir() and registry.is_model(file):
         facts: JsonObject = {"kind": "model", "fingerprint": folder_fingerprint(file)}
         made = registry.recorded_provenance(file)
@@ -46,9 +46,9 @@ def info(
         facts, made = {"kind": "table", "n": len(read_csv(file)[1]), "fingerprint": file_digest(file)}, known
     else:
         facts, made = _patch_set(file)
-        if journal.is_file():
-            made = parse_provenance(journal.read_text().partition("\n")[0], journal)
-    if journal.is_file():
+        if purified:
+            made = parse_provenance(purified[0].read_text().partition("\n")[0], purified[0])
+    if purified:
         facts |= _purified(file)
     lines = [f"{file}: " + ", ".join(f"{k} {v}" for k, v in facts.items())]
     lines += _chain(made, "") if made else ["no provenance recorded"]

@@ -68,7 +68,7 @@ def purify(
     counts = ", ".join(f"{v} {k}" for k, v in result.items() if isinstance(v, int))
     output.emit(result, f"{out}: {result['status']}, {counts}", out)
     if result.get("failed"):
-        raise SomeInputsFailed(f"{result['failed']} of {result['files']} files failed; {out}/advdiff.jsonl names each")
+        raise SomeInputsFailed(f"{result['failed']} of {result['files']} files failed; {out}/advdiff*.jsonl name each")
 
 
 def _purify_rows(plan: PurifyPlan, patches: "PatchSet", output: PlannedOutputOptions) -> "JsonObject":

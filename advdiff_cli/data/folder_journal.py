@@ -8,6 +8,7 @@ advdiff.IofN.jsonl, so that machines with a shared disk never write to the same 
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from advdiff_cli.data.journal import complete_lines
 from advdiff_cli.data.provenance import parse_provenance
+from advdiff_cli.errors import AdvdiffError
 
 JOURNAL = "advdiff.jsonl"
 _LOSSY = (".jpg", ".jpeg")
@@ -72,9 +74,10 @@ def journals(out: Path) -> list[Path]:
 def folder_resume_params(out: Path) -> Mapping[str, object]:
     """Return the parameters that the files in `out` were made with; empty if there is no journal."""
     for journal in journals(out):
-        if lines := complete_lines(journal):
-            parameters: Mapping[str, object] = parse_provenance(lines[0], journal)["recipe"]["parameters"]
-            return parameters
+        with suppress(AdvdiffError):  # of a damaged first line, about which the writer decides
+            if lines := complete_lines(journal):
+                parameters: Mapping[str, object] = parse_provenance(lines[0], journal)["recipe"]["parameters"]
+                return parameters
     return {}
 
 

@@ -113,7 +113,7 @@ class FolderWriter:
         if journal.is_symlink():
             raise AdvdiffError(f"{journal} is a symbolic link, which advdiff does not write through; remove it")
         head, *texts = complete_lines(journal) or [""]
-        have: Provenance | None = parse_provenance(head, journal)["recipe"] if head else None
+        have: Provenance | None = _recipe(head, journal, overwrite=output.overwrite) if head else None
         same = matches_recipe(self.out, have, output.recipe, overwrite=output.overwrite)
         lines = list(parse_lines(texts))
         for line in filter(None, lines):
@@ -193,14 +193,21 @@ class FolderWriter:
         if self._pending:
             self._append(JournalLine(line.file, "writing", line.sha256, line.out) for _, _, line in self._pending)
             sync(self._journal)
-            for fresh, target, line in self._pending:
-                os.replace(fresh, target)
-                self._written.setdefault(line.file, set()).add(str(line.out))
-            for folder in {target.parent for _, target, _ in self._pending}:
-                sync(folder)
-            self._append(line for _, _, line in self._pending)
-            self._lines |= {line.file: line for _, _, line in self._pending}
-            self._pending.clear()
+            done = list[JournalLine]()
+            folders = set[Path]()
+            try:
+                while self._pending:
+                    fresh, target, line = self._pending[0]
+                    os.replace(fresh, target)
+                    del self._pending[0]
+                    done.append(line)
+                    folders.add(target.parent)
+                    self._written.setdefault(line.file, set()).add(str(line.out))
+            finally:
+                for folder in folders:
+                    sync(folder)
+                self._append(done)
+                self._lines |= {line.file: line for line in done}
         self._committed = time.monotonic()
 
     def record_failure(self, file: str, sha256: str | None, reason: str) -> None:
@@ -245,6 +252,23 @@ class FolderWriter:
         ):
             return
         (self.out / path).unlink(missing_ok=True)
+
+
+def _recipe(head: str, journal: Path, *, overwrite: bool) -> Provenance | None:
+    """Return the recipe in the first line of a journal.
+
+    A damaged line is one of another recipe, which may be overwritten.
+
+    Raises:
+        AdvdiffError: The line is damaged, and may not be overwritten.
+    """
+    try:
+        recipe: Provenance = parse_provenance(head, journal)["recipe"]
+    except AdvdiffError:
+        if overwrite:
+            return {}
+        raise AdvdiffError(f"the first line of {journal} is damaged; give --overwrite or another --out") from None
+    return recipe
 
 
 def _is_temporary(file: Path, parent: Path, known: set[str]) -> bool:

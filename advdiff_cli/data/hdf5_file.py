@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from advdiff_cli.data.atomic_files import reserve
 from advdiff_cli.data.output_spec import FileLayout
 from advdiff_cli.data.patch_source import Images, Rows, check_index, check_labels, check_layout
+from advdiff_cli.data.pcam_files import labels_file
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError, FileInUse
@@ -68,8 +69,8 @@ class Hdf5Source:
 
     def _pcam_labels(self) -> NDArray[Any] | None:
         """Return the labels (N,) from the _y.h5 file next to PCam's _x.h5 file, or None if there is none."""
-        sibling = self.path.with_name(self.path.name.replace("_x.h5", "_y.h5"))
-        if sibling == self.path or not sibling.exists():
+        sibling = labels_file(self.path)
+        if sibling is None or not sibling.exists():
             return None
         with _name_read_errors(sibling), h5py.File(sibling, "r") as file:
             labels = _dataset(file, sibling, "y")

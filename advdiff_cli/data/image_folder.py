@@ -120,12 +120,12 @@ def named_images(root: Path, names: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for name in filter(None, names):
-        file = Path(os.path.normpath(root / name))
-        if not file.is_relative_to(os.path.normpath(root)):
+        file = Path(os.path.relpath(root / name, root))
+        if os.pardir in file.parts:
             raise AdvdiffError(f"{name} is not below {root}; the listed names are relative to it")
         if not _has_image_name(file):
             raise AdvdiffError(f"{name} is not named as an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        found[root / file.relative_to(os.path.normpath(root))] = None
+        found[root / file] = None
     return list(found)
 
 

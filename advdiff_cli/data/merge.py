@@ -12,6 +12,7 @@ from advdiff_cli.data.patch_source import Images, Rows
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import Provenance, canonical_json, recipe
+from advdiff_cli.data.recorded_files import check_not_input
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.table_writer import TableWriter, read_csv, recorded_table
 from advdiff_cli.errors import AdvdiffError
@@ -63,6 +64,7 @@ def merge_sets(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwri
     Raises:
         AdvdiffError: The sets differ in size or type, share rows, or are not all the shards of their recipe.
     """
+    check_not_input(out, paths)
     sets = [open_patches(p) for p in paths]
     _check_alike(sets)
     output = OutputSpec(out, {}, device, overwrite)

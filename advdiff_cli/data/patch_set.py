@@ -9,6 +9,7 @@ import numpy as np
 
 from advdiff_cli.data.fingerprint_cache import cached_fingerprint
 from advdiff_cli.data.patch_source import Images, PatchSource, Rows
+from advdiff_cli.data.pcam_files import labels_file
 from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.selection import ALL, Selection
@@ -147,11 +148,15 @@ class PatchSet:
             AdvdiffError: The set has no labels.
         """
         if self.labels is None:
-            raise AdvdiffError(
-                f"{self.path} has no labels; add a labels tensor to the file, sort images into 0/ and 1/, "
-                "or give --labels FILE.csv"
-            )
+            raise AdvdiffError(f"{self.path} has no labels; {self._remedy()} (advdiff predict needs none)")
         return self.labels
+
+    def _remedy(self) -> str:
+        """Return how a set without labels gets them."""
+        if self.path.is_dir() or not self.path.is_file():
+            return "sort images into 0/ and 1/, or give --labels FILE.csv"
+        beside = labels_file(self.path)
+        return "add a labels tensor to the file" if beside is None else f"PCam's are in {beside}, which is missing"
 
     def require_shape(self) -> tuple[int, int]:
         """Return the (H, W) that all images of the set share.

@@ -11,7 +11,7 @@ from advdiff_cli.data.hdf5_file import open_hdf5
 from advdiff_cli.data.image_folder import open_folder
 from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_source import MIN_SIZE, PatchSource
-from advdiff_cli.data.pcam_files import find_split
+from advdiff_cli.data.pcam_files import find_split, holds_pcam
 from advdiff_cli.data.safetensors_file import open_safetensors
 from advdiff_cli.data.selection import ALL, Selection
 from advdiff_cli.errors import AdvdiffError
@@ -37,11 +37,13 @@ def open_patches(
         AdvdiffError: There is no patch set at `path`, or it cannot be read.
     """
     place = Path(path)
-    if split is not None and place.is_file():
-        raise AdvdiffError(f"{path} is a file; --split chooses from a folder of PCam's files")
-    if labels is not None and place.suffix in PATCH_FILES:
-        raise AdvdiffError(f"{path} holds its own labels; --labels is for folders of images")
+    if split is not None and not place.is_dir():
+        raise AdvdiffError(
+            f"{path} is {'a file' if place.is_file() else 'no folder'}; --split chooses from a folder of PCam's files"
+        )
     source = _open_source(path, split, labels)
+    if labels is not None and source.path.suffix in PATCH_FILES:
+        raise AdvdiffError(f"{source.path} holds its own labels; --labels is for folders of images")
     if source.shape is not None and min(source.shape) < MIN_SIZE:
         raise AdvdiffError(
             f"the patches of {path} are {source.shape[0]}x{source.shape[1]}; at least {MIN_SIZE}x{MIN_SIZE} is needed"
@@ -58,14 +60,14 @@ def open_sets(
 
     Args:
         paths: As for `open_patches`.
-        split: For the folders among them.
+        split: For the folders of PCam's files among them.
         labels: For those that do not hold their own labels.
         selection: Which rows to use, of each set.
 
     Raises:
         AdvdiffError: As for `open_patches`, or no set takes `split` or `labels`.
     """
-    folders = [path for path in paths if not Path(path).is_file()] or paths
+    folders = [path for path in paths if holds_pcam(Path(path))] or paths
     unlabeled = [path for path in paths if Path(path).suffix not in PATCH_FILES] or paths
     return [
         open_patches(

@@ -20,9 +20,20 @@ def split_name(split: str) -> str:
     return name
 
 
+def labels_file(images: Path) -> Path | None:
+    """Return where the labels of PCam's _x.h5 file are, the _y.h5 file next to it; None for another file."""
+    sibling = images.with_name(images.name.replace("_x.h5", "_y.h5"))
+    return None if sibling == images else sibling
+
+
 def pcam_folder(data_dir: Path) -> Path:
     """Return the folder of the files: `data_dir` if it holds them, else torchvision's <root>/pcam."""
     return data_dir if any(data_dir.glob(f"{PREFIX}_*")) else data_dir / "pcam"
+
+
+def holds_pcam(folder: Path) -> bool:
+    """Return whether there are PCam's image files in or below a folder."""
+    return any(pcam_folder(folder).glob(f"{PREFIX}_*_x.h5"))
 
 
 def find_split(folder: Path, split: str | None) -> Path | None:
@@ -38,7 +49,9 @@ def find_split(folder: Path, split: str | None) -> Path | None:
         return None
     available = [f.name.removeprefix(f"{PREFIX}_").removesuffix("_x.h5") for f in files]
     if split is None:
-        raise AdvdiffError(f"{folder} holds the PCam splits {', '.join(available)}; choose one with --split")
+        raise AdvdiffError(
+            f"{folder} holds the PCam splits {', '.join(available)}; choose one with --split, or name its _x.h5 file"
+        )
     if split_name(split) not in available:
         raise AdvdiffError(f"{folder} has no split {split_name(split)}, only {', '.join(available)}")
     return pcam_folder(folder) / f"{PREFIX}_{split_name(split)}_x.h5"

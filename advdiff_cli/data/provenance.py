@@ -49,15 +49,22 @@ def difference(recorded: Provenance, wanted: Provenance) -> str:
     """Name the first three differences between two recipes, for an error message."""
     old, new = _flat(recorded), _flat(wanted)
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    shown = [f"{k.removeprefix('parameters.')} {old.get(k, 'unset')} -> {new.get(k, 'unset')}" for k in keys[:3]]
+    shown = [f"{k.removeprefix('parameters.')} {_short(old.get(k))} -> {_short(new.get(k))}" for k in keys[:3]]
     return ", ".join(shown) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
     if isinstance(value, Mapping):
         return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}{name}.").items()}
-    text = canonical_json(value)
-    return {prefix.rstrip("."): text if len(text) <= 40 else text[:37] + "..."}
+    return {prefix.rstrip("."): canonical_json(value)}
+
+
+def _short(text: str | None) -> str:
+    if text is None:
+        return "unset"
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def history(made: Provenance | None) -> list[Provenance]:

@@ -29,6 +29,16 @@ def record_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.advdiff")
 
 
+def check_not_input(file: Path, inputs: Sequence[Path]) -> None:
+    """Check that a file is none of those that a command reads, which are never replaced.
+
+    Raises:
+        AdvdiffError: It is one.
+    """
+    if any(file.exists() and i.exists() and file.samefile(i) for i in inputs):
+        raise AdvdiffError(f"{file} is an input of this command, which is never replaced; give another name")
+
+
 def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
     """Check that files may be written: each is new, or was made by the same recipe, or may be overwritten.
 
@@ -41,8 +51,7 @@ def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequenc
         AdvdiffError: A file may not be written.
     """
     for file in files:
-        if any(file.exists() and i.exists() and file.samefile(i) for i in inputs):
-            raise AdvdiffError(f"{file} is an input of this command, which is never replaced; give another name")
+        check_not_input(file, inputs)
         if file.is_dir():
             raise AdvdiffError(f"{file} is a folder; give another name")
     existing = [file for file in files if file.exists()]

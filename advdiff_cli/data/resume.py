@@ -41,7 +41,7 @@ def resume_params(out: Path) -> Mapping[str, object]:
 
     A command takes its batch size and precision from them, so that it resumes work begun on another machine.
     """
-    record = unfinished(out) or (recorded(out) if out.is_file() else None)
+    record = (recorded(out) if out.is_file() else None) or unfinished(out)
     parameters: Mapping[str, object] = (record or {}).get("recipe", {}).get("parameters", {})
     return parameters
 

@@ -63,7 +63,7 @@ def unfinished_table(out: Path) -> Provenance | None:
 
 def table_resume_params(out: Path) -> Mapping[str, object]:
     """Return the parameters of the table or the unfinished work at `out`; empty if there is neither."""
-    record = unfinished_table(out) or recorded_table(out) or {"recipe": {"parameters": {}}}
+    record = recorded_table(out) or unfinished_table(out) or {"recipe": {"parameters": {}}}
     parameters: Mapping[str, object] = record["recipe"]["parameters"]
     return parameters
 

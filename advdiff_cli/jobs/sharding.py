@@ -12,8 +12,9 @@ from advdiff_cli.data.merge import merge_sets, merge_tables
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
 from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_writer import PatchWriter
+from advdiff_cli.data.pcam_files import labels_file
 from advdiff_cli.data.provenance import Provenance, same_recipe
-from advdiff_cli.data.recorded_files import record_of
+from advdiff_cli.data.recorded_files import check_not_input, record_of
 from advdiff_cli.data.table_writer import Line, TableWriter
 from advdiff_cli.errors import AdvdiffError
 
@@ -23,6 +24,10 @@ Shard = tuple[int, int]
 
 class RowOutput(Protocol):
     """An output that is made row by row."""
+
+    @property
+    def inputs(self) -> Sequence[Path]:
+        """Files that the command reads, and which are never replaced."""
 
     def make(self, output: OutputSpec, rows: RowRange) -> Status:
         """Make the missing ones of some rows."""
@@ -45,6 +50,12 @@ class PatchSetOutput:
 
     patches: PatchSet
     work: Callable[[PatchWriter], None]
+
+    @property
+    def inputs(self) -> Sequence[Path]:
+        """The file of the rows, and that of their labels."""
+        labels = labels_file(self.patches.path)
+        return [self.patches.path] if labels is None else [self.patches.path, labels]
 
     def make(self, output: OutputSpec, rows: RowRange) -> Status:
         """Make the missing ones of some rows."""
@@ -73,19 +84,19 @@ class TableOutput:
         patches: The rows that it is made from.
         header: The names of the columns.
         work: Computes and writes the missing lines of a writer, and closes it.
-        read: Files that the command reads, and which are never replaced.
+        inputs: Files that the command reads, and which are never replaced.
     """
 
     patches: PatchSet
     header: Line
     work: Callable[[TableWriter], None]
-    read: Sequence[Path] = ()
+    inputs: Sequence[Path] = ()
 
     def make(self, output: OutputSpec, rows: RowRange) -> Status:
         """Make the missing ones of some rows."""
         known, origin = self.patches.provenance, self.patches.origin()
         inputs = [known] if known else []
-        writer = TableWriter(output, self.header, rows, inputs=inputs, origin=origin, read=self.read)
+        writer = TableWriter(output, self.header, rows, inputs=inputs, origin=origin, read=self.inputs)
         if writer.up_to_date:
             return "up to date"
         self.work(writer)
@@ -142,6 +153,7 @@ class ShardedOutput:
         Raises:
             AdvdiffError: As the writer, or a shard is asked for under torchrun.
         """
+        check_not_input(self.output.path, self.kind.inputs)
         if group.size == 1:
             return self.kind.make(self.output, shard_rows(self.n, self.batch_size, shard))
         if shard is not None:

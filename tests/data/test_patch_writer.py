@@ -261,6 +261,14 @@ def test_damaged_unfinished_work_is_made_again_and_told(tmp_path, source, suffix
         assert "damaged" in caplog.text
 
 
+def test_unfinished_work_that_would_replace_a_result_does_not_hide_it(tmp_path, source):
+    out = tmp_path / "a.h5"
+    write(out, source)
+    write(out, source, made=OTHER, overwrite=True, stop_after=1)
+    assert resume_params(out)["batch_size"] == B
+    assert write(out, source) == 0
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
 def test_killed_right_after_the_rename(tmp_path, source, suffix):
     out = tmp_path / f"a{suffix}"

@@ -73,6 +73,10 @@ def test_pcam_folder_takes_a_split(patches, test_x):
         open_patches(patches)
     with pytest.raises(AdvdiffError, match="no PCam split is called tset"):
         open_patches(patches, split="tset")
+    with pytest.raises(AdvdiffError, match=r"test_x\.h5 holds its own labels"):
+        open_patches(patches, split="test", labels=patches / "no such.csv")
+    with pytest.raises(AdvdiffError, match="is no folder; --split"):
+        open_patches(patches / "images" / "test" / "0" / "*.png", split="test")
 
 
 def test_reads_the_real_layout(test_x):

@@ -182,8 +182,10 @@ def test_only_rows_of_one_origin_are_paired():
 def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
     folder = patches / "images" / "test"
     csv = tmp_path / "p.csv"
-    result = advdiff("evaluate", folder, patches, "--split", "test", "-c", classifier, "--json", code=1)
+    result = advdiff("evaluate", folder, "--split", "test", "-c", classifier, "--json", code=1)
     assert "holds no PCam files" in result.err
+    both = advdiff("evaluate", folder, patches, "--split", "test", "-c", classifier, "--json").json
+    assert both["sets"][0]["n"] == both["sets"][1]["n"] == len(open_patches(folder))
     result = advdiff("evaluate", folder, "-c", classifier, "--predictions", csv, "--json").json
     json.dumps(result, allow_nan=False)
     (row,) = result["sets"]
