@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.report.gallery import Confidences, PairedSets, most_changed
+from advdiff_cli.report.page import accuracy_bar, inline_svg
 
 N = 24
 
@@ -134,6 +137,37 @@ def test_rows_can_be_asked_for(advdiff, page, inputs, tmp_path):
     assert [i for i in found.ids if i.startswith("patch-")] == ["patch-7", "patch-3"]
     assert "has no such row" in advdiff(*gallery, "--index", "999", "-o", tmp_path / "q", code=1).err
     assert not (tmp_path / "q").exists()
+    advdiff(*gallery, "--index", "7,3", "-o", tmp_path / "r")  # the same page
+    assert "made with other settings" in advdiff(*gallery, "--index", "3,7", "-o", tmp_path / "r", code=1).err
+
+
+def test_who_an_attack_knew_is_told(advdiff, inputs, tmp_path):
+    x, c = inputs["x"], inputs["c"]
+    noise, few = ["--defense", "noise", "--t-star", "0.05"], ["--limit", 2]
+    advdiff("attack", x, "-c", c, *noise, *few, "--steps", 1, "-o", tmp_path / "adv.h5")
+    for told, judge in (
+        ("knows the defense", noise),
+        ("made on another model: transferred", [*noise[:-1], "0.1"]),
+        ("made on another model: transferred", []),
+    ):
+        result = advdiff("evaluate", x, tmp_path / "adv.h5", *few, "-c", c, *judge, "--json").json
+        assert accuracy_bar("a", result)["attack"].split("; ")[1] == told
+
+
+def test_the_worst_case_takes_the_pages_color(page):
+    svg = page.with_name("suite.svg").read_text()
+    worst, legend = "#010101", 1
+    assert svg.count(f"fill: {worst}") == 1 + legend
+    assert inline_svg(page.with_name("suite.svg"), "a").count("fill: currentColor") >= 1 + legend
+    assert worst not in page.read_text()
+
+
+def test_logits_that_are_not_finite_are_told(advdiff, inputs, tmp_path, monkeypatch):
+    root, x, c = (inputs[k] for k in ("root", "x", "c"))
+    monkeypatch.setattr(DefendedClassifier, "classify", lambda self, images: torch.full((len(images), 2), torch.nan))
+    gallery = ["--clean", x, "--attacked", root / "adv.safetensors", "-c", c, "--defense", "noise"]
+    assert "are not finite" in advdiff("report", *gallery, "-o", tmp_path / "r", code=1).err
+    assert not (tmp_path / "r").exists()
 
 
 def test_what_cannot_be_reported_is_said(advdiff, page, inputs, tmp_path):

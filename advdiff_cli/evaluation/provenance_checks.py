@@ -39,7 +39,7 @@ def provenance_warnings(sets: Sequence[EvaluatedSet], judge: Judge) -> Iterator[
                 f"{second.name} has rows and labels of {first.name}, but is not compared with it: if it was made from "
                 "it, record its origin (docs/guide.md, Attacks that know the defense)"
             )
-    clean = {s.origin for s in sets if not any(made["command"] == "attack" for made in s.history)}
+    clean = {s.origin for s in sets if not any(_is_attack(made) for made in s.history)}
     for s in sets:
         purified = any(made["command"] == "purify" for made in s.history)
         for made in s.history:
@@ -58,16 +58,43 @@ def _same_rows(first: EvaluatedSet, second: EvaluatedSet) -> bool:
     return len(shared) == len(second.index) and bool(same.all())
 
 
-def _attack_warnings(made: Provenance, judge: Judge, *, purified: bool) -> Iterator[str]:
+def _is_attack(made: Provenance) -> bool:
+    """Return whether a step of a history is an attack, of advdiff or of another program."""
+    return made["command"] == "attack" or "eps" in made.get("parameters", {})
+
+
+def _attacked_defense(made: Provenance) -> DefenseSpec | None:
+    """Return the defense that an attack computed, or None."""
     parameters = made["parameters"]
-    attack, attacked = AttackSpec.from_parameters(parameters), DefenseSpec.from_parameters(parameters)
-    through = attacked if attack.computes_defense else None
+    attack = AttackSpec.from_parameters(parameters)
+    return DefenseSpec.from_parameters(parameters) if attack.computes_defense else None
+
+
+def transfer_differences(made: Provenance, judge: Judge, *, purified: bool) -> list[str]:
+    """Return in what the model that an attack was made on differs from the one that judges it.
+
+    Args:
+        made: The record of the attack.
+        judge: The model that judges.
+        purified: Whether the attacked set was purified before it is judged, as a defense of its own.
+    """
+    through = _attacked_defense(made)
     different = ["classifier"] if made.get("classifier", judge.classifier) != judge.classifier else []
-    if through is not None and judge.defense is None and not purified:
-        yield "was attacked through a defense, and is judged without it"
     if through is not None and judge.defense is not None:
         different += through.differences(judge.defense)
         different += ["diffusion model"] if made.get("ddpm", judge.ddpm) != judge.ddpm else []
+    elif through is not None and not purified:
+        different.append("no defense")
+    return different
+
+
+def _attack_warnings(made: Provenance, judge: Judge, *, purified: bool) -> Iterator[str]:
+    parameters = made["parameters"]
+    attack, through = AttackSpec.from_parameters(parameters), _attacked_defense(made)
+    different = transfer_differences(made, judge, purified=purified)
+    if "no defense" in different:
+        yield "was attacked through a defense, and is judged without it"
+        different.remove("no defense")
     if different:
         names = ", ".join(different)
         yield f"was attacked on another model ({names}): a transferred attack is weaker than one on this model"

@@ -18,7 +18,7 @@ from advdiff_cli.data.provenance import JsonObject, history, recipe
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.statistics import wilson
-from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.purification.defended_classifier import DefendedClassifier, check_finite
 from advdiff_cli.purification.defense import EvaluatedModel
 from advdiff_cli.report.plots import Column, amplified, panel
 
@@ -113,10 +113,14 @@ class GalleryModel:
         labels, index = clean.labels[:n].cpu(), clean.index[:n]
         return Stages(view.apply(clean.images[:n]), attacked[:n], noised[:n], purified[:n], labels, index)
 
-    def confidence(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the classifier's probability of the true class (B,)."""
-        logits = self.defended.classify(images)
-        return logits.cpu().double().softmax(1)[torch.arange(len(labels)), labels]
+    def confidence(self, images: Tensor, stages: Stages, path: Path) -> Tensor:
+        """Return the classifier's probability of the true class (B,) for images of one stage of rows of `path`.
+
+        Raises:
+            AdvdiffError: A logit is not finite, so that there is no decision.
+        """
+        logits = check_finite(self.defended.classify(images), stages.index, path)
+        return logits.cpu().double().softmax(1)[torch.arange(len(stages.labels)), stages.labels]
 
 
 @torch.inference_mode()
@@ -126,7 +130,7 @@ def judge_pairs(pairs: PairedSets, by: GalleryModel, advance: Callable[[int], No
     for rows in row_batches(len(pairs), _BATCH):
         stages = by.stages(pairs, rows.tolist())
         for name, column in found.items():
-            column.append(by.confidence(getattr(stages, name), stages.labels))
+            column.append(by.confidence(getattr(stages, name), stages, pairs.attacked.path))
         advance(len(rows))
     return Confidences(*(torch.cat(column).numpy() for column in found.values()))
 
@@ -158,7 +162,7 @@ def pictures(
     for chosen in row_batches(len(rows), _BATCH):
         batch = [rows[i] for i in chosen]
         stages = by.stages(pairs, batch)
-        noised = by.confidence(stages.noised, stages.labels)
+        noised = by.confidence(stages.noised, stages, pairs.attacked.path)
         for i, row in enumerate(batch):
             clean, attacked, purified = (x[i : i + 1] for x in (stages.clean, stages.attacked, stages.purified))
             change = amplified(purified, attacked, _FULL_CONTRAST)
@@ -196,7 +200,7 @@ def build_gallery(
     by_change = "whose confidence changed most, rescued and lost alternately"
     made_by = recipe(
         "report",
-        {**by.model.parameters, "seed": by.seed},
+        {**by.model.parameters, "seed": by.seed, "index": [patch["index"] for patch in shown]},
         data=pairs.clean.recipe_input(),
         attacked=pairs.attacked.recipe_input(),
         classifier=by.model.fingerprint,

@@ -18,8 +18,10 @@ from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.provenance import JsonObject, Provenance, digest, recipe
 from advdiff_cli.data.recorded_files import check_replaceable, record_files
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.evaluation.provenance_checks import Judge, transfer_differences
 from advdiff_cli.evaluation.statistics import Estimate
-from advdiff_cli.report.plots import ROBUST, STANDARD, accuracy_bars, certified_curves, suite_bars, sweep_curves
+from advdiff_cli.purification.defense_spec import DefenseSpec
+from advdiff_cli.report.plots import ROBUST, STANDARD, WORST, accuracy_bars, certified_curves, suite_bars, sweep_curves
 from advdiff_cli.robustness.sweep import axis_label
 
 PAGE = "report.html"
@@ -62,8 +64,8 @@ class Report:
 
     def recipe(self) -> Provenance:
         """Return the recipe of the page: all that it shows."""
-        shown = [self.results, self.sweeps, self.suite, self.gallery and self.gallery["recipe"]]
-        shown += [self.certificates] if self.certificates else []  # pages of earlier versions stay up to date
+        named = [list(one.items()) for one in (self.results, self.sweeps, self.certificates)]  # in their order
+        shown = [*named, self.suite, self.gallery and self.gallery["recipe"]]
         content = [json.dumps(one, sort_keys=True).encode() for one in shown]
         return recipe("report", {"title": self.title}, content=digest(content))
 
@@ -166,7 +168,7 @@ def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
     if attack is None or _attack(sets[0]):
         raise AdvdiffError(
             f"the result called {name} needs a clean and an attacked set, in this order: "
-            "advdiff evaluate CLEAN ATTACKED -c ... --json"
+            "advdiff evaluate CLEAN ATTACKED -c ... --json, where ATTACKED was made by advdiff attack"
         )
     n, draws = sets[1]["n"], sets[1]["draws"]
     pair = (sets[0]["data"], sets[1]["data"])
@@ -176,11 +178,26 @@ def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
             f"the sets of the result called {name} do not hold the same rows; evaluate them with the same selection"
         )
     knowledge = "knows the defense" if attack.knows_defense else "knows the classifier alone"
+    if _is_transferred(sets[1]["history"], result):
+        knowledge = "made on another model: transferred"
     notes = [attack.describe()]
     notes += [] if attack.method == "random" else [knowledge]
     notes += [f"{draws} draws"] if draws > 1 else []
     accuracies = {"standard": sets[0]["accuracy"], "robust": sets[1]["accuracy"]}
     return {"name": name, "n": n, **accuracies, "attack": "; ".join(notes)}
+
+
+def _is_transferred(made: Sequence[Provenance], result: Mapping[str, Any]) -> bool:
+    """Return whether the last attack in a history was made on another model than that of a result."""
+    defense = result.get("defense") or result.get("defence") or {}  # spelled so by version 0.1.0
+    attack = [step for step in made if step["command"] == "attack"][-1]
+    judge = Judge(
+        str((result.get("classifier") or {}).get("fingerprint", attack.get("classifier"))),
+        DefenseSpec.from_parameters(defense),
+        defense.get("ddpm", attack.get("ddpm")),  # not told by earlier versions
+    )
+    purified = any(step["command"] == "purify" for step in made)
+    return bool(transfer_differences(attack, judge, purified=purified))
 
 
 def _attack(evaluated: Mapping[str, Any]) -> AttackSpec | None:
@@ -212,6 +229,7 @@ def inline_svg(path: Path, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     colors = {
         "#000000": "currentColor",
+        WORST: "currentColor",
         STANDARD: "var(--standard)",
         ROBUST: "var(--robust)",
         "fill: #ffffff": "fill: none",

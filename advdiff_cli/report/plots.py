@@ -61,6 +61,7 @@ def panel(columns: Sequence[Column], row_names: Sequence[str], path: Path) -> No
 
 _LETTERS_PER_INCH = 13  # in titles
 STANDARD, ROBUST, CERTIFIED, PLAIN = "#2166ac", "#b2182b", "#1b6e3c", "#666666"
+WORST = "#010101"  # not black, which an SVG leaves out, so that the page's colors could not replace it
 _SERIES = (CERTIFIED, STANDARD, "#7b3294", "#b35806", "#666666")  # of certificates
 
 
@@ -176,7 +177,7 @@ def suite_bars(result: Mapping[str, Any], paths: Sequence[Path]) -> None:
         "black-box": ("#67a9cf", "blind, transferred or black-box"),
         "check": (PLAIN, "check of the suite"),
         "curve": ("#ef8a62", "other sizes"),
-        "worst": ("black", "worst for each patch"),
+        "worst": (WORST, "worst for each patch"),
     }
     figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.27 * len(rows)), dpi=150, layout="constrained")
     for i, row in enumerate(rows):
