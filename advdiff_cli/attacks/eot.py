@@ -114,7 +114,7 @@ class Objective:
             raise ValueError("no iterates to choose from")
         if not self.random:
             return kept[0], losses[0]
-        return self.best([*kept, x])
+        return self.best(kept if kept[-1] is x else [*kept, x])
 
     def best(self, candidates: Sequence[Tensor], purpose: str = "attack-choice") -> tuple[Tensor, Tensor]:
         """Return the candidate with the largest loss for each patch, on the draws of `purpose`, and that loss (B,)."""

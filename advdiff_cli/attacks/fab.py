@@ -40,7 +40,9 @@ def fab(
     check_images(images)
     found = []
     for i in range(len(images)):
-        one = model.defended.fixed(model.frozen[i : i + 1]) if isinstance(model, FixedNoiseClassifier) else model
+        one: nn.Module = model
+        if isinstance(model, FixedNoiseClassifier):
+            one = model.defended.fixed(model.frozen[i : i + 1] if len(model.frozen) > 1 else model.frozen)
         attack = FABAttack_PT(
             one, norm={"linf": "Linf", "l2": "L2"}[norm], n_restarts=1, n_iter=steps, eps=eps, device=images.device
         )

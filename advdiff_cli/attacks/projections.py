@@ -7,6 +7,7 @@ from advdiff_cli.attacks.spec import Norm
 from advdiff_cli.data.philox import DeviceStreams
 from advdiff_cli.data.rng import RowStreams
 
+_TINY = 1e-6  # values below it are scaled up, so that their squares are not 0
 _ROUNDING_SLACK = 1e-4  # of 1/255: float error of an 8-bit value
 
 
@@ -40,7 +41,11 @@ def random_surface_point(images: Tensor, eps: float, norm: Norm, streams: RowStr
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """Return the unit step of steepest ascent: the sign for l-inf, the direction for l2; NaN counts as 0."""
     gradient = gradient.nan_to_num(0)
-    return gradient.sign() if norm == "linf" else _unit(gradient)
+    if norm == "linf":
+        return gradient.sign()
+    largest = gradient.abs().amax((1, 2, 3), keepdim=True)
+    tiny = (largest > 0) & (largest < _TINY)
+    return _unit(gradient / torch.where(tiny, largest, 1))
 
 
 def project(points: Tensor, images: Tensor, eps: float, norm: Norm) -> Tensor:

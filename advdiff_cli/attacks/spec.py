@@ -149,6 +149,7 @@ def resolve(method: Method, norm: Norm, eps: float, asked: AttackRequest = NO_RE
     for name in given:
         if name not in settings or name in _FIXED.get(method, ()):
             attack = f"--gradient {gradient}" if "gradient" in settings else "a defense"
+            attack += " and --fixed-draw" if asked.fixed_draw else ""
             against = f"with {attack}" if defended else "without a defense (-m or --defense)"
             raise AdvdiffError(f"--{name.replace('_', '-')} does not apply to --method {method} {against}")
     spec = AttackSpec(method, norm, eps, **(settings | given))  # type: ignore[arg-type]  # by asdict()
@@ -190,11 +191,13 @@ def _check_combination(spec: AttackSpec, *, defended: bool, deterministic: bool)
     if spec.method == "paper" and defended:
         raise AdvdiffError("--method paper attacks the classifier alone: leave out -m and --defense")
     if spec.method == "fab" and not deterministic:
-        raise AdvdiffError("--method fab is for deterministic models: give --fixed-draw, or no defense")
+        raise AdvdiffError(
+            "--method fab is for deterministic models: give --fixed-draw or --gradient blind, or no defense"
+        )
     if spec.momentum is not None and not 0 < spec.momentum <= 1:
         raise AdvdiffError(f"--momentum {spec.momentum:g} is not in (0, 1]")
     if spec.gradient == "surrogate" and spec.attack_sampler_steps is None:
-        raise AdvdiffError("--gradient surrogate needs --attack-sampler-steps, fewer than those of the defense")
+        raise AdvdiffError("--gradient surrogate needs --attack-sampler-steps")
 
 
 def fab_is_installed() -> bool:

@@ -25,7 +25,7 @@ def square(
     labels: Tensor,
     *,
     eps: float,
-    queries: int = 500,
+    queries: int = 1000,
     loss: LossName = "margin",
     eot: int = 1,
     restarts: int = 1,

@@ -84,6 +84,8 @@ def build_points(request: SweepRequest, undefended: SuiteRunner, precision: Prec
     names = [p.name for p in points]
     if len(set(names)) < len(names):
         repeated = next(n for n in names if names.count(n) > 1)
+        if request.over == "ddpm":
+            raise AdvdiffError(f"--values: two models are called {repeated}; give each folder a name of its own")
         raise AdvdiffError(f"--values: {repeated} is repeated")
     return sorted(points, key=lambda p: p.value)
 

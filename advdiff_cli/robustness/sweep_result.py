@@ -32,6 +32,7 @@ def sweep_settings(
         "draws": undefended.budget.draws,
         "values": [p.value for p in points],
         "attack": attack,
+        **({"ddpms": [p.runner.model.ddpm_fingerprint for p in points]} if request.over == "ddpm" else {}),
     }
     made_by = recipe(
         "sweep",

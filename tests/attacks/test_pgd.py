@@ -12,7 +12,7 @@ from advdiff_cli.attacks.ankile2022 import ankile2022
 from advdiff_cli.attacks.apgd import apgd
 from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.pgd import Ball, iterates, pgd
-from advdiff_cli.attacks.projections import project, random_point, round_inside, surface_counts
+from advdiff_cli.attacks.projections import project, random_point, round_inside, steepest, surface_counts
 from advdiff_cli.data.rng import RowStreams
 
 EPS = 2 / 255
@@ -182,3 +182,9 @@ def test_an_attack_that_starts_at_an_example_ends_at_no_worse_one(attack, model,
     before, after = (cross_entropy(model(x), labels, reduction="none") for x in (start, adv))
     assert (after >= before).all()
     assert (after > before).any()
+
+
+def test_a_tiny_gradient_still_makes_a_unit_step():
+    gradient = torch.tensor([1.0, 1e-13, 1e-30, 0.0]).view(-1, 1, 1, 1) * torch.ones(4, 3, 5, 5)
+    lengths = steepest(gradient, "l2").flatten(1).norm(dim=1)
+    assert lengths.tolist() == pytest.approx([1, 1, 1, 0])

@@ -9,6 +9,7 @@ from torch import nn
 from advdiff_cli.attacks.bpda import BpdaClassifier
 from advdiff_cli.attacks.dispatch import AttackBatch, build_target, run_attack
 from advdiff_cli.attacks.fab import fab
+from advdiff_cli.attacks.model_passes import attack_cost
 from advdiff_cli.attacks.spec import AttackRequest, AttackSpec, resolve
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
@@ -90,6 +91,7 @@ def test_parameters_are_read_back(method, defended):
         ({"defended": False, "gradient": "bpda"}, "--gradient does not apply"),
         ({"gradient": "blind", "eot": 4}, "--eot does not apply to --method pgd with --gradient blind"),
         ({"gradient": "bpda", "fixed_draw": True}, "--fixed-draw does not apply"),
+        ({"fixed_draw": True, "eot": 4}, "--eot does not apply to --method pgd with --gradient full and --fixed-draw"),
         ({"gradient": "surrogate"}, "needs --attack-sampler-steps"),
         ({"attack_sampler_steps": 1}, "--attack-sampler-steps does not apply"),
         ({"method": "fgsm", "steps": 3}, "--steps does not apply to --method fgsm"),
@@ -236,3 +238,37 @@ def test_fab_finds_what_apgd_finds_and_leaves_torch_alone(classifier, batch):
     assert (classifier(adv).argmax(1) != labels).all()
     assert (adv - images).abs().max() <= 0.1 + 1e-7
     assert torch.equal(adv[2:3], fab(classifier, images[2:3], labels[2:3], eps=0.1, steps=20))
+
+
+def test_fab_takes_a_draw_that_patches_share(classifier, batch):
+    images, labels = batch
+    defended = DefendedClassifier(NoisePurifier(linear_alpha_bar(), 0.01), classifier).eval()
+    noise = defended.noise(images[:1], rows=[0], seed=0, purpose="evaluate")
+    shared, each = (defended.fixed(noise.expand(k, *noise.shape[1:])) for k in (1, 4))
+    assert torch.equal(*(fab(model, images, labels, eps=0.1, steps=3) for model in (shared, each)))
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("pgd", {"steps": 7, "eot": 2}),
+        ("pgd", {"steps": 2, "eot": 3}),
+        ("pgd", {"steps": 3, "gradient": "bpda", "eot": 2}),
+        ("pgd", {"steps": 3, "fixed_draw": True}),
+        ("fgsm", {"eot": 2}),
+        ("apgd", {"steps": 6, "eot": 2}),
+        ("square", {"queries": 9, "eot": 2}),
+    ],
+)
+def test_the_cost_that_is_told_is_what_an_attack_computes(classifier, ddpm, batch, method, asked):
+    unet = load_ddpm(ddpm).requires_grad_(False)
+    computed = [0, 0]  # rows of the U-Net: in all, and of those that are differentiated
+
+    def count(module, inputs, output):
+        computed[0] += len(output)
+        computed[1] += len(output) * output.requires_grad
+
+    unet.register_forward_hook(count)
+    spec = resolved(method, **asked)
+    run(classifier, DiffusionPurifier(unet, 0.05, "ddpm", 1).eval(), spec, *batch, [0, 1, 2, 3], 0)
+    assert tuple(rows / 4 for rows in computed) == attack_cost(spec, defended=True).unet_evaluations(1)
