@@ -31,6 +31,11 @@ class Stopped(BaseException):
         self.exit_code = 128 + signum
 
 
+def first_line(problem: Exception) -> str:
+    """Return the first line of what an exception says, or its kind if it says nothing."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
 def is_debugging() -> bool:
     """Return whether ADVDIFF_DEBUG=1 asks for tracebacks."""
     return os.environ.get("ADVDIFF_DEBUG") == "1"

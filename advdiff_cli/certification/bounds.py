@@ -36,7 +36,8 @@ def threshold(radius: float, sigma: float, *, distance: float = 0.0) -> Threshol
     Args:
         radius: In l2, at least 0.
         sigma: Standard deviation of the noise, in the units of `radius`.
-        distance: Total variation between the noise that is drawn and a normal distribution.
+        distance: Twice the total variation between the noise that is drawn and a normal distribution: once for the
+            draws that are counted, and once for those on the perturbed patch.
     """
     z = radius / sigma * (1 + _ROUNDING) + _SMALLEST
     return Threshold(min(float(ndtr(z)) + distance, 1.0), max(float(ndtr(-z)) - distance, 0.0))

@@ -18,7 +18,7 @@ class Procedure:
         n0: Draws that choose the class.
         n: Draws that bound its probability; at most, if there are `targets`.
         alpha: The probability that a certificate of a patch is wrong, at most.
-        targets: l2 radii to be decided in turn, by as few draws as that takes; None for exactly n draws.
+        targets: l2 radii to be decided together, by as few draws as that takes; None for exactly n draws.
     """
 
     n0: int
@@ -55,7 +55,7 @@ class Certifier:
         Args:
             procedure: How.
             sigma: Standard deviation of the noise in pixels of the patch, rounded down.
-            distance: Total variation between the noise that is drawn and a normal distribution.
+            distance: As for `threshold`.
         """
         self._how, self._sigma, self._distance = procedure, sigma, distance
         self._seen = self._ones = 0  # of the draws that choose

@@ -12,6 +12,7 @@ not rejected are an interval [L, 1], and one error alpha covers all thresholds o
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,7 @@ def log_wealth_above(successes: Counts, failures: Counts, q: Threshold) -> NDArr
     a, b = successes + 1.0, failures + _SHAPE
     tail = betainc(b, a, q.complement)  # 1 - I_q(a, b)
     null = successes * math.log1p(-q.complement) + (failures + _SHAPE) * math.log(q.complement)
-    wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + _log_normal(tail) - null
+    wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + _log_or_nothing(tail) - null
     return wealth
 
 
@@ -44,11 +45,11 @@ def log_wealth_below(successes: Counts, failures: Counts, q: Threshold) -> NDArr
         return np.full(np.shape(successes), np.inf)
     a, b = successes + _SHAPE, failures + 1.0
     null = failures * math.log(q.complement) + (successes + _SHAPE) * math.log1p(-q.complement)
-    wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + _log_normal(betainc(a, b, q.value)) - null
+    wealth: NDArray[np.float64] = math.log(_SHAPE) + betaln(a, b) + _log_or_nothing(betainc(a, b, q.value)) - null
     return wealth
 
 
-def _log_normal(tail: NDArray[np.float64]) -> NDArray[np.float64]:
+def _log_or_nothing(tail: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the log of probabilities; -inf, which wins nothing, of those too small to have all digits."""
     with np.errstate(divide="ignore"):
         return np.where(tail < np.finfo(np.float64).tiny, -np.inf, np.log(tail))
@@ -75,9 +76,11 @@ def least_sequential_draws(q: Threshold, alpha: float, max_draws: int) -> int | 
     """Return how many draws certify a threshold if all succeed; None if `max_draws` do not."""
     if q.complement <= 0:
         return None
-    draws = np.arange(1, max_draws + 1)
-    reached = log_wealth_above(draws, np.zeros_like(draws), q) >= -math.log(alpha)
-    return int(draws[np.argmax(reached)]) if reached.any() else None
+
+    def certify(draws: int) -> bool:
+        return bool(log_wealth_above(np.array([draws]), np.array([0]), q)[0] >= -math.log(alpha))
+
+    return bisect_left(range(max_draws), True, key=lambda k: certify(k + 1)) + 1 if certify(max_draws) else None
 
 
 class SequentialTest:

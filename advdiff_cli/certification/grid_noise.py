@@ -53,7 +53,7 @@ class GridNoise:
         self._values = above[:-1].astype(np.int32)
         self._ambiguous = above[1:] != above[:-1]
 
-    def distance(self, values: int) -> float:
+    def total_variation(self, values: int) -> float:
         """Return a bound on the total variation between `values` draws and rounded normal variables.
 
         The table is rounded to 2^-63, and float64 computes its entries to a relative error of 2^-46.

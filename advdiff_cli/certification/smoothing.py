@@ -94,7 +94,7 @@ class SmoothedClassifier:
 
         It is twice the total variation between the two, for a patch and for a perturbed one; 0 if not `sound`.
         """
-        return 2 * self._grid.distance(math.prod(self.noise_shape[1:])) if self.sound else 0.0
+        return 2 * self._grid.total_variation(math.prod(self.noise_shape[1:])) if self.sound else 0.0
 
     @property
     def _levels(self) -> int:

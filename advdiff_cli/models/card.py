@@ -23,15 +23,14 @@ SamplerName = Literal["ddpm", "ddim"]
 
 @dataclass(frozen=True)
 class PurificationSettings:
-    """Noise level as a fraction of T, reverse process, and U-Net evaluations (None: one for each noise level)."""
+    """Noise level as a fraction of T, reverse process, and U-Net evaluations (None: one for each noise level).
+
+    The defaults are those of Ankile et al. 2022.
+    """
 
     t_star: float = 0.04
     sampler: SamplerName = "ddpm"
     sampler_steps: int | None = None
-
-
-PAPER = PurificationSettings()
-"""The settings of Ankile et al. 2022."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from advdiff_cli.data.atomic_files import name_write_errors
 from advdiff_cli.data.provenance import parse_json_object
 from advdiff_cli.data.safetensors_file import read_header
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.errors import AdvdiffError, first_line
 from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, DdpmCard, load_card, read_timesteps, save_card
 from advdiff_cli.models.device import memory_layout
 
@@ -81,9 +81,8 @@ class Ddpm(nn.Module):
         try:
             torch.compile(torch.neg)(torch.zeros(1, device=self.alpha_bar.device))
         except Exception as e:  # the backends raise many kinds
-            why = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise AdvdiffError(
-                f"--compile: torch cannot compile on this machine ({why}); leave the option out"
+                f"--compile: torch cannot compile on this machine ({first_line(e)}); leave the option out"
             ) from None
         self._compiled = torch.compile(Ddpm._predict, dynamic=False)
 
@@ -150,8 +149,7 @@ def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
         )
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     except Exception as e:  # diffusers raises many kinds for an invalid configuration
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise AdvdiffError(f"{folder} is not a diffusion model folder: {why}") from None
+        raise AdvdiffError(f"{folder} is not a diffusion model folder: {first_line(e)}") from None
     card = load_card(folder)
     if scheduler.config.prediction_type != "epsilon":
         raise AdvdiffError(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from advdiff_cli.data.provenance import digest, file_digest
-from advdiff_cli.errors import AdvdiffError, is_debugging
+from advdiff_cli.errors import AdvdiffError, first_line, is_debugging
 
 TIATOOLBOX = "tiatoolbox:"
 """Prefix of TIAToolbox's architectures, followed by the name of the backbone in torchvision."""
@@ -136,7 +136,8 @@ def load_callable(name: str) -> nn.Module:
         raise AdvdiffError(f"{name}: {_own_line(e)}") from None
     if not isinstance(made, nn.Module):
         raise AdvdiffError(f"{name} returned {type(made).__name__}, not a torch module")
-    _check_logits(name, made.eval())
+    made = made.cpu().eval()
+    _check_logits(name, made)
     return TwoLogits(made).eval()
 
 
@@ -178,7 +179,7 @@ def _check_logits(name: str, module: nn.Module) -> None:
     try:
         found, again = module(images), module(images)
     except (RuntimeError, ValueError, AssertionError, TypeError) as e:
-        raise AdvdiffError(f"{name} does not take patches (B, 3, 96, 96) ({str(e).splitlines()[0]})") from None
+        raise AdvdiffError(f"{name} does not take patches (B, 3, 96, 96) ({first_line(e)})") from None
     shape = list(found.shape) if isinstance(found, Tensor) else [type(found).__name__]
     if shape not in ([len(images)], [len(images), 1], [len(images), 2]):
         raise AdvdiffError(f"{name} returns {shape} for {len(images)} patches; one or two logits each are needed")

@@ -66,4 +66,4 @@ def _tensor_parts(state: "dict[str, Tensor]") -> Iterable[bytes]:
 
     for name, tensor in sorted(state.items()):
         yield f"\n{name} {tensor.dtype} {list(tensor.shape)}".encode()
-        yield tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from advdiff_cli.data.provenance import KEY, JsonObject, Provenance, parse_json_object, parse_provenance
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.errors import AdvdiffError, first_line
 from advdiff_cli.models.card import CARD, PICKLED_UNET, UNET_WEIGHTS, load_card
 from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS
 
@@ -181,16 +181,17 @@ def _find(name: str, kind: str, weights: str, *, allow_pickle: bool = False) -> 
 def _download(name: str, kind: str, allow_pickle: bool) -> Path:
     """Return the local copy of a Hub repository's configuration and weights."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     pickled = [PICKLED_UNET] if allow_pickle else []
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *pickled]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
+    except Exception as e:  # of the network and the disk, which raise many kinds
+        missing = isinstance(e, HFValidationError | RepositoryNotFoundError)
+        why = "does not have it" if missing else "could not be asked, or its answer not be stored"
         raise AdvdiffError(
-            f"no {kind} is called {name}: it is neither a folder nor a bundled model, and the Hub does not have it "
-            f"({reason})"
+            f"no {kind} is called {name}: it is neither a folder nor a bundled model, and the Hub {why} "
+            f"({first_line(e)})"
         ) from None
 
 

@@ -49,7 +49,7 @@ CLEAN = TrainingInput()
 
 
 def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation of each channel over n random rows."""
+    """Return mean and standard deviation of each channel over n random rows; that of a constant one is 1e-4."""
     chosen = np.sort(stream(seed, "statistics").permutation(len(rows))[:n])
     sums = torch.zeros(2, 3, dtype=torch.float64)  # of the values and of their squares
     for start in range(0, len(chosen), _STATISTICS_BATCH):
@@ -57,7 +57,7 @@ def channel_statistics(rows: TrainingRows, seed: int, n: int = 2048) -> tuple[Ch
         sums += torch.stack([images.sum((0, 2, 3)), images.square().sum((0, 2, 3))])
     count = len(chosen) * math.prod(rows.shape)
     mean = sums[0] / count
-    std = ((sums[1] - count * mean.square()) / (count - 1)).sqrt()
+    std = ((sums[1] - count * mean.square()) / (count - 1)).clamp(min=1e-8).sqrt()
 
     def rounded(v: Tensor) -> Channels:
         return round(v[0].item(), 4), round(v[1].item(), 4), round(v[2].item(), 4)

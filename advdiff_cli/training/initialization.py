@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.errors import AdvdiffError, first_line
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier, load_classifier
 from advdiff_cli.models.ddpm import Ddpm, load_ddpm
@@ -26,8 +26,7 @@ def initial_classifier(init: str | None, config: ClassifierConfig, seed: int, sh
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, *shape))
     except (AssertionError, RuntimeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise AdvdiffError(f"{config.arch} does not take patches of {shape[0]}x{shape[1]} ({reason})") from None
+        raise AdvdiffError(f"{config.arch} does not take patches of {shape[0]}x{shape[1]} ({first_line(e)})") from None
     return model
 
 

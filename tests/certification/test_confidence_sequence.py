@@ -129,6 +129,7 @@ def test_radii_of_many_deviations_are_refuted_at_once(deviations):
 def test_the_least_draws_are_those_of_draws_that_agree():
     q = threshold(0.869, 0.617)
     assert least_sequential_draws(q, ALPHA, 500) == run(np.ones(500, bool), (q,)).draws == 98
+    assert least_sequential_draws(q, ALPHA, 10**12) == 98
     assert least_sequential_draws(q, ALPHA, 97) is None
     with pytest.raises(ValueError, match="below 1/2"):
         SequentialTest((q,), 0.5, 10)

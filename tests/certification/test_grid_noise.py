@@ -51,7 +51,7 @@ def test_values_drawn_on_a_device_are_those_of_the_table():
 
 
 def test_distance_from_normal_is_negligible():
-    assert 0 < GridNoise(157.3).distance(3 * 96 * 96) < 1e-6
+    assert 0 < GridNoise(157.3).total_variation(3 * 96 * 96) < 1e-6
 
 
 def test_draws_have_streams_of_their_own():

@@ -141,6 +141,9 @@ NUMBER = 5
 def broken(): return 1 / 0
 class Noisy(nn.Module):
     def forward(self, x): return x + torch.randn_like(x)
+class Silent(nn.Module):
+    def forward(self, x): assert x.shape[-1] == 224
+def silent(): return Silent()
 def noisy(): return Net(2, Noisy())
 class Keeping(nn.Module):
     def forward(self, x):
@@ -187,6 +190,7 @@ def test_a_module_that_keeps_what_it_computes_is_judged_a_batch_at_a_time(module
         ("sigmoid", "seems to return probabilities"),
         ("three", r"returns \[12, 3\] for 12 patches"),
         ("fixed", "does not take patches"),
+        ("silent", r"does not take patches .*\(AssertionError\)"),
         ("noisy", "returns different values for the same patches"),
         ("nothing", "returned int, not a torch module"),
         ("nowhere", "has no attribute 'nowhere'"),

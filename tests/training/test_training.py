@@ -306,6 +306,14 @@ def test_statistics(rows):
     assert std == pytest.approx(images.std((0, 2, 3)).tolist(), abs=1e-3)
 
 
+def test_statistics_of_a_constant_channel(tmp_path):
+    images = np.random.default_rng(0).random((4, 3, 32, 32), np.float32)
+    images[:, 2] = 0.3
+    save_file({"images": images, "labels": np.array([0, 1, 0, 1])}, tmp_path / "blue.safetensors")
+    _, std = channel_statistics(TrainingRows([open_patches(tmp_path / "blue.safetensors")], labeled=True), 0)
+    assert std[2] == 1e-4 < std[0]
+
+
 def test_work_of_another_recipe_is_not_taken_over(tmp_path):
     work(tmp_path)
     with pytest.raises(AdvdiffError, match="unfinished work of another recipe"):
