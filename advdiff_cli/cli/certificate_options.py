@@ -101,7 +101,7 @@ class CertificateOptions:
         for eps in asked:
             options.attack_radius("linf", eps)
         for radius in filter(None, radii):
-            options.attack_radius("l2", radius)
+            options.attack_radius("l2", radius, "radius")
         n0, n = _SEQUENTIAL if (asked or radii) and not self.fixed else _FIXED
         decided = ((), ()) if self.fixed else (asked, radii)
         return CertifySettings(self.n0 or n0, self.n or n, self.alpha, *decided, self.sound)

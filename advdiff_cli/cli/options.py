@@ -72,8 +72,8 @@ def resolve_draws(draws: int | None, *, defended: bool) -> int:
     return (draws or DRAWS) if defended else 1
 
 
-def attack_radius(norm: str, eps: float | None) -> float:
-    """Return the radius asked for, or the default of the norm.
+def attack_radius(norm: str, eps: float | None, option: str = "eps") -> float:
+    """Return the radius asked for by an option, or the default of the norm.
 
     Raises:
         AdvdiffError: There is no default, or the radius does not fit pixels in [0, 1].
@@ -81,11 +81,11 @@ def attack_radius(norm: str, eps: float | None) -> float:
     if eps is None and norm == "l2":
         raise AdvdiffError("--norm l2 needs --eps, the length of the perturbation of a whole patch, such as 0.5")
     radius = 2 / 255 if eps is None else eps
-    require_positive(eps=radius)
+    require_positive(**{option: radius})
     if norm == "linf" and radius > 1:
-        raise AdvdiffError(f"--eps {radius:g} exceeds the range of pixels, [0, 1]; did you mean {radius:g}/255?")
+        raise AdvdiffError(f"--{option} {radius:g} exceeds the range of pixels, [0, 1]; did you mean {radius:g}/255?")
     if norm == "l2" and radius > _MAX_LENGTH:
-        raise AdvdiffError(f"--eps {radius:g} is longer than any change of a patch; give an l2 radius such as 0.5")
+        raise AdvdiffError(f"--{option} {radius:g} is longer than any change of a patch; give an l2 radius such as 0.5")
     return radius
 
 

@@ -47,7 +47,7 @@ class SizeOptions:
             )
         for norm, size in given:
             if norm == "linf" or size != 0:
-                options.attack_radius(norm, size)
+                options.attack_radius(norm, size, "eps" if norm == "linf" else "radius")
         return given[0] if given else None
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from advdiff_cli.data.pcam_files import PREFIX, pcam_folder
 from advdiff_cli.datasets.download import hash_of
-from advdiff_cli.datasets.pcam import METADATA, REGISTRY, Registry, RemoteFile
+from advdiff_cli.datasets.pcam import METADATA, REGISTRY, Registry
 from advdiff_cli.errors import AdvdiffError
 
 Status = Literal["pass", "warn", "fail"]
@@ -54,7 +54,11 @@ def verify(splits: tuple[str, ...], data_dir: Path, registry: Registry = REGISTR
     for split in available:
         x, y, meta = (folder / f"{PREFIX}_{split}_{end}" for end in ("x.h5", "y.h5", "meta.csv"))
         for path in (x, y):
-            yield _hash(path, registry.get(f"{path.name}.gz"))
+            file = registry.get(f"{path.name}.gz")
+            yield _hash(path, None if file is None else file.unpacked_md5)
+        if meta.is_file():
+            file = registry.get(meta.name)
+            yield _hash(meta, None if file is None else file.md5)
         try:
             with h5py.File(x, "r") as images, h5py.File(y, "r") as labels:
                 truth = labels["y"][:].reshape(-1)
@@ -68,12 +72,12 @@ def verify(splits: tuple[str, ...], data_dir: Path, registry: Registry = REGISTR
             yield from _slides(meta, split, truth)
 
 
-def _hash(path: Path, known: RemoteFile | None) -> Finding:
+def _hash(path: Path, known: str | None) -> Finding:
     if not path.is_file():
         return Finding(path.name, "hash", "fail", "is missing")
-    if known is None or known.unpacked_md5 is None:
+    if known is None:
         return Finding(path.name, "hash", "warn", "no hash is known for this file")
-    right = hash_of(path, "md5") == known.unpacked_md5
+    right = hash_of(path, "md5") == known
     found = "as in the registry" if right else "not as in the registry: another file, or a damaged one"
     return Finding(path.name, "hash", "pass" if right else "fail", found)
 

@@ -4,6 +4,7 @@ SSIM is that of Wang et al. 2004, IEEE TIP 13(4), with a Gaussian window of 1.5 
 hematoxylin of dark pixels in the center, where PCam's label is decided.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,12 @@ def _ratio(
 ) -> dict[str, float | None] | None:
     if not before.sum():
         return None
-    return bootstrap(lambda rows: float(after[rows].sum() / max(before[rows].sum(), 1e-12)), labels).as_dict()
+
+    def ratio(rows: NDArray[np.int64]) -> float:
+        mass = float(before[rows].sum())
+        return float(after[rows].sum()) / mass if mass else math.nan  # a resample without nuclei: no interval
+
+    return bootstrap(ratio, labels).as_dict()
 
 
 def _share(which: NDArray[np.bool_]) -> dict[str, float | None] | None:

@@ -110,6 +110,7 @@ def bootstrap(
     """Return a statistic with its percentile bootstrap interval; rows are resampled within each label.
 
     Where no label has two rows, there is nothing to resample, and the interval is NaN.
+    So it is if the statistic of any resample is NaN.
 
     Args:
         statistic: Takes row numbers (N,) and returns a number.

@@ -207,7 +207,7 @@ def test_a_folder_is_checked(tmp_path, mirror, registry):
     with h5py.File(place / f"{PREFIX}_train_y.h5", "r+") as file:
         file["y"][:] = 1
     bad = found()
-    assert bad["valid_x.h5", "hash"].status == "fail"
+    assert bad["valid_x.h5", "hash"].status == bad["valid_meta.csv", "hash"].status == "fail"
     assert "slides of another split" in bad["valid_meta.csv", "slides"].found
     n = len(open_patches(place / f"{PREFIX}_test_x.h5"))
     assert f"1 of {n} patches repeat an earlier one" in bad["train_x.h5", "duplicates"].found

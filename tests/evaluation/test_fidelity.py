@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.stain import mix, separate
-from advdiff_cli.evaluation.fidelity import nuclear_mass, patch_fidelity
+from advdiff_cli.evaluation.fidelity import _ratio, nuclear_mass, patch_fidelity
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,11 @@ def test_what_was_made_of_something_else_is_refused(advdiff, test_x, classifier,
     evaluate = ["evaluate", test_x, "-c", classifier, "--fidelity"]
     assert "was not made from rows of" in advdiff(*evaluate, tmp_path / "o.safetensors", code=1).err
     assert "--fidelity compares sets with the first" in advdiff(*evaluate, code=1).err
+
+
+def test_where_a_resample_may_hold_no_nucleus_there_is_no_interval():
+    before, after, labels = np.array([0.0, 0.0, 4.0]), np.array([1.0, 1.0, 2.0]), np.array([1, 1, 1])
+    found = _ratio(before, after, labels)
+    assert found == {"value": 1.0, "low": None, "high": None}
+    found = _ratio(before + 1, after, labels)
+    assert found["low"] < found["value"] == 4 / 7 < found["high"]
