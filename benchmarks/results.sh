@@ -16,6 +16,8 @@ mkdir -p "$OUT"
 split=$PCAM/pcam/camelyonpatch_level_2_split
 TRAIN=${split}_train_x.h5 VALID=${split}_valid_x.h5 TEST=${split}_test_x.h5
 LOSSLESS=$PCAM/images/lossless_valid
+training=("$TRAIN")
+[ ! -d "$PCAM/images/lossless_train" ] || training+=("$PCAM"/images/lossless_train{,})
 frozen=(-c pcam-resnet18 -m pcam-ddpm) adapted=(-c pcam-resnet18-adapted -m pcam-ddpm)
 
 evaluate() { # NAME SETS AND OPTIONS...
@@ -43,13 +45,14 @@ blind() { # the attack knows only the classifier
         purify "$data" $set-clean-noise --defense noise --t-star 0.085
         purify "$adv" $set-adv-noise --defense noise --t-star 0.085
         evaluate $set-blind "$data" "$adv" "${ddpm[@]}" "$OUT"/$set-{clean,adv}-noise.safetensors -c pcam-resnet18
+        evaluate $set-votes "$data" "$adv" "${frozen[@]}" --t-star 0.2 --draws 11
     done
 }
 
 unseen() { # the attack knows only a classifier that the purifier was not trained with
     local arch set
-    for arch in googlenet shufflenet_v2_x1_0 mobilenet_v2; do
-        advdiff train-classifier "$TRAIN" "$PCAM"/images/lossless_train{,} --valid "$VALID" --arch $arch --epochs 4 -o "$OUT/$arch" -q
+    for arch in shufflenet_v2_x1_0 mobilenet_v3_small squeezenet1_1; do
+        advdiff train-classifier "${training[@]}" --valid "$VALID" --arch $arch --epochs 4 -o "$OUT/$arch" -q
         for set in test lossless; do
             local data=$TEST adv=$OUT/$arch-$set-adv.safetensors
             [ $set = test ] || data=$LOSSLESS
@@ -87,7 +90,7 @@ suite() { # the suite of attacks; then adversarial training and the purifier alo
 
 certificates() { # of the bundled pairs, and of NoiseDefense with a classifier trained on its noise
     local sizes=(--eps 2/255 --eps 1/255 --eps 0.5/255 --radius 0 --radius 0.25 --radius 0.5 --radius 1)
-    advdiff train-classifier "$TRAIN" "$PCAM"/images/lossless_train{,} --valid "$VALID" --init pcam-resnet18 --epochs 4 \
+    advdiff train-classifier "${training[@]}" --valid "$VALID" --init pcam-resnet18 --epochs 4 \
         --learning-rate 5e-4 --augment noise:0.25 --crop 64 -o "$OUT/noise64" -q
     advdiff certify "$TEST" "${adapted[@]}" "${sizes[@]}" --n 1000 -o "$OUT/certified-adapted.csv" -q
     advdiff certify "$TEST" "${frozen[@]}" "${sizes[@]}" --n 500 -o "$OUT/certified-frozen.csv" -q

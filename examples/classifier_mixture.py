@@ -25,6 +25,7 @@ from advdiff_cli.data.selection import Selection, row_batches
 from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.predictions_csv import write_predictions
+from advdiff_cli.models.device import resolve_device
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.registry import find_classifier, find_ddpm
 from advdiff_cli.purification.defended_classifier import logits_of_draws
@@ -58,7 +59,7 @@ def main(
     batch_size: int = 32,
 ) -> None:
     """Attack PATCHES, and write the predictions of the mixture to OUT."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device("auto")
     purifier = DiffusionPurifier(load_ddpm(ddpm), t_star, sampler_steps=1)
     model = ClassifierMixture(purifier, load_classifier(classifier), load_classifier(robust), weight)
     model = model.to(device).requires_grad_(False).eval()

@@ -51,6 +51,7 @@ def main(
     """Write the fine-tuned model to OUT."""
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
+    torch.manual_seed(seed)  # of the noise that training adds
     model = load_ddpm(find_ddpm(ddpm)).to(device).train()
     judge = classifier and load_classifier(find_classifier(classifier)).to(device).requires_grad_(False)
     sets = [open_patches(name) for name in train]

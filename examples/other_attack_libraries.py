@@ -21,11 +21,12 @@ from advdiff_cli import DefendedClassifier, DiffusionPurifier
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.models.classifiers import load_classifier
 from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.device import resolve_device
 from advdiff_cli.models.registry import find_classifier, find_ddpm
 
 EPS = 2 / 255
 
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+device = resolve_device("auto")
 patches = open_patches(sys.argv[1]).first(4)
 images = patches.read(range(len(patches))).to(device)
 labels = torch.from_numpy(patches.require_labels()).to(device)
