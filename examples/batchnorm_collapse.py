@@ -19,7 +19,7 @@ from advdiff_cli import pgd
 from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.statistics import Estimate, wilson
-from advdiff_cli.models.classifiers import load_classifier
+from advdiff_cli.models.classifiers import read_classifier
 from advdiff_cli.models.registry import find_classifier
 from advdiff_cli.training.adversarial import TrainingInput
 from advdiff_cli.training.recipes import Adversary
@@ -74,7 +74,7 @@ def main(classifier: str, valid: str, test: str, n: int = 1000) -> None:
     training, evaluation = read(valid, n), read(test, n)
     print(f"{'% [95 %]':58}{'clean':>20}{'attacked':>20}")
     for name, variant in {"unchanged": None, **VARIANTS}.items():
-        model = load_classifier(find_classifier(classifier))
+        model = read_classifier(find_classifier(classifier))
         if variant is not None:
             batch, rate, update = variant
             train(model, *training, batch, rate, update=update)

@@ -22,8 +22,8 @@ from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import provenance, recipe
 from advdiff_cli.data.rng import stream
 from advdiff_cli.models.card import PurificationSettings
-from advdiff_cli.models.classifiers import load_classifier
-from advdiff_cli.models.ddpm import load_ddpm, save_ddpm
+from advdiff_cli.models.classifiers import read_classifier
+from advdiff_cli.models.ddpm import read_ddpm, save_ddpm
 from advdiff_cli.models.device import autocast, resolve_device, resolve_precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.registry import find_classifier, find_ddpm
@@ -52,8 +52,8 @@ def main(
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     torch.manual_seed(seed)  # of the noise that training adds
-    model = load_ddpm(find_ddpm(ddpm)).to(device).train()
-    judge = classifier and load_classifier(find_classifier(classifier)).to(device).requires_grad_(False)
+    model = read_ddpm(find_ddpm(ddpm)).to(device).train()
+    judge = classifier and read_classifier(find_classifier(classifier)).to(device).requires_grad_(False)
     sets = [open_patches(name) for name in train]
     rows = TrainingRows(sets, labeled=bool(judge))
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from advdiff_cli import DefendedClassifier, DiffusionPurifier
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.models.classifiers import load_classifier
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.classifiers import read_classifier
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.device import resolve_device
 from advdiff_cli.models.registry import find_classifier, find_ddpm
 
@@ -30,8 +30,8 @@ device = resolve_device("auto")
 patches = open_patches(sys.argv[1]).first(4)
 images = patches.read(range(len(patches))).to(device)
 labels = torch.from_numpy(patches.require_labels()).to(device)
-classifier = load_classifier(find_classifier(sys.argv[2])).requires_grad_(False)
-ddpm = load_ddpm(find_ddpm(sys.argv[3])).requires_grad_(False)
+classifier = read_classifier(find_classifier(sys.argv[2])).requires_grad_(False)
+ddpm = read_ddpm(find_ddpm(sys.argv[3])).requires_grad_(False)
 defended = DefendedClassifier(DiffusionPurifier(ddpm, t_star=0.04, sampler_steps=1), classifier).to(device).eval()
 
 torch.manual_seed(0)  # calls without noise draw it from torch's global generator

@@ -16,8 +16,8 @@ import typer
 from advdiff_cli import DiffusionPurifier
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import provenance, recipe
-from advdiff_cli.models.classifiers import load_classifier, save_classifier
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.classifiers import read_classifier, save_classifier
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.device import resolve_device
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.registry import find_classifier, find_ddpm
@@ -40,7 +40,7 @@ def main(
     if out.exists():
         raise typer.BadParameter(f"{out} exists", param_hint="--out")
     folders = [find_classifier(name) for name in (before, after)]
-    first, model = map(load_classifier, folders)
+    first, model = map(read_classifier, folders)
     if first.config.arch != model.config.arch:
         raise typer.BadParameter(f"{before} is a {first.config.arch}, and {after} is a {model.config.arch}")
     state, start = model.state_dict(), first.state_dict()
@@ -49,7 +49,7 @@ def main(
     view, device = model.config.view, resolve_device("auto")
     rows = open_patches(valid).viewed(view)
     model.config = replace(model.config, slope=1.0, bias=0.0, crop=None, pool=1)  # rows are cut already
-    denoiser = load_ddpm(find_ddpm(ddpm)).to(device).eval().requires_grad_(False)
+    denoiser = read_ddpm(find_ddpm(ddpm)).to(device).eval().requires_grad_(False)
     inputs = TrainingInput([DiffusionPurifier(denoiser, t_star, sampler_steps=1)], None, "fp32", seed)
     slope, bias = fit_platt(*Validation(model.to(device), rows, 64, inputs, device).logits())
     model.config = replace(model.config, slope=slope, bias=bias, crop=view.crop, pool=view.pool)

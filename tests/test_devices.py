@@ -11,7 +11,7 @@ from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.attacks.pgd import Ball, iterates
 from advdiff_cli.certification.smoothing import SmoothedClassifier
 from advdiff_cli.data.patches import open_patches
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.registry import load_frozen_classifier
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier
@@ -33,7 +33,7 @@ def unsynchronized(device):
 
 @pytest.fixture
 def defended(classifier, ddpm, device):
-    purifier = DiffusionPurifier(load_ddpm(ddpm), 0.1, sampler_steps=2, noise_kind="philox")
+    purifier = DiffusionPurifier(read_ddpm(ddpm), 0.1, sampler_steps=2, noise_kind="philox")
     model = DefendedClassifier(purifier, load_frozen_classifier(str(classifier), device)[0])
     return model.to(device).requires_grad_(False).eval()
 
@@ -68,7 +68,7 @@ def test_draws_of_a_certificate_do_not_wait(defended, batch, device):
 @pytest.mark.parametrize("sound", [False, True])
 def test_a_gpu_draws_and_decides_as_a_cpu(sound, defended, batch, classifier, ddpm):
     on_cpu = DefendedClassifier(
-        DiffusionPurifier(load_ddpm(ddpm), 0.1, sampler_steps=2, noise_kind="philox"),
+        DiffusionPurifier(read_ddpm(ddpm), 0.1, sampler_steps=2, noise_kind="philox"),
         load_frozen_classifier(str(classifier), torch.device("cpu"))[0],
     ).eval()
     image = batch.images[0]

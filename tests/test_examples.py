@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.predictions_csv import read_predictions
 from advdiff_cli.models.card import PurificationSettings
-from advdiff_cli.models.classifiers import load_classifier, save_classifier
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.classifiers import read_classifier, save_classifier
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.registry import find_classifier, find_ddpm
 
@@ -189,9 +189,9 @@ def test_batchnorm_collapse():
     collapse = example("batchnorm_collapse")
     images, labels = torch.rand(4, 3, 96, 96), torch.tensor([0, 1, 0, 1])
     classifier = find_classifier("synthetic-classifier")
-    before = load_classifier(classifier).state_dict()
+    before = read_classifier(classifier).state_dict()
     for batch, rate, update in collapse.VARIANTS.values():
-        model = load_classifier(classifier)
+        model = read_classifier(classifier)
         collapse.train(model, images, labels, batch, rate, update=update)
         moved = {
             k for k, v in model.state_dict().items() if v.is_floating_point() and (v - before[k]).abs().max() > 1e-7
@@ -204,7 +204,7 @@ def test_batchnorm_collapse():
 
 def test_weight_interpolation(test_x, tmp_path):
     """Weights on the line between two classifiers; at its end the decisions of the second, calibrated."""
-    second = load_classifier(find_classifier("synthetic-classifier"))
+    second = read_classifier(find_classifier("synthetic-classifier"))
     with torch.no_grad():
         for weights in second.parameters():
             weights.mul_(1.01)
@@ -215,14 +215,14 @@ def test_weight_interpolation(test_x, tmp_path):
         interpolate(
             "synthetic-classifier", str(tmp_path / "second"), str(test_x), tmp_path / f"{weight}", weight, **settings
         )
-    states = [load_classifier(tmp_path / f"{weight}").state_dict() for weight in (0.25, 1.0)]
-    before = load_classifier(find_classifier("synthetic-classifier")).state_dict()
+    states = [read_classifier(tmp_path / f"{weight}").state_dict() for weight in (0.25, 1.0)]
+    before = read_classifier(find_classifier("synthetic-classifier")).state_dict()
     for name, end in second.state_dict().items():
         assert torch.equal(states[1][name], end)
         if end.is_floating_point():
             assert torch.allclose(states[0][name], 0.75 * before[name] + 0.25 * end, atol=1e-6)
     images = open_patches(test_x).batch(range(8), "cpu").images
-    last, raw = load_classifier(tmp_path / "1.0"), second.backbone((images - second.mean) / second.std)
+    last, raw = read_classifier(tmp_path / "1.0"), second.backbone((images - second.mean) / second.std)
     line = raw.diff(dim=1)[:, 0] * last.config.slope + last.config.bias
     assert torch.allclose(last(images).diff(dim=1)[:, 0], line, atol=1e-4)
     with pytest.raises(typer.BadParameter, match="exists"):
@@ -260,10 +260,10 @@ def test_classifier_mixture(test_x, tmp_path, advdiff):
 @pytest.mark.parametrize("classifier", [None, "synthetic-classifier"])
 def test_one_step_purifier(test_x, tmp_path, classifier):
     """A diffusion model of the same form, whose weights have moved, and which says so."""
-    before = load_ddpm(find_ddpm("synthetic-ddpm"))
+    before = read_ddpm(find_ddpm("synthetic-ddpm"))
     options = {"classifier": classifier, "steps": 2, "batch_size": 2}
     example("one_step_purifier").main("synthetic-ddpm", [str(test_x)], tmp_path / "d", **options)
-    after = load_ddpm(tmp_path / "d")
+    after = read_ddpm(tmp_path / "d")
     moved = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
     assert 0 < max(moved) < 1e-2
     settings = PurificationSettings(0.2, sampler_steps=1)

@@ -13,7 +13,7 @@ from advdiff_cli.attacks.spec import DEFAULTS, AttackRequest
 from advdiff_cli.cli.compute_options import ComputeOptions
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.evaluation.metrics import Predictions
-from advdiff_cli.models.ddpm import Ddpm, load_ddpm, save_ddpm
+from advdiff_cli.models.ddpm import Ddpm, read_ddpm, save_ddpm
 from advdiff_cli.robustness.sweep import Criterion, JudgedPoint
 
 N = 16
@@ -108,7 +108,7 @@ def test_a_sweep_is_made_once_and_drawn_alike(advdiff, common, tmp_path):
 
 def test_steps_are_limited_by_the_timesteps_of_the_model(advdiff, common, ddpm, tmp_path):
     """t* 0.1 of T = 100 has 10 noise levels, of T = 1000 it has 100."""
-    model = load_ddpm(ddpm)
+    model = read_ddpm(ddpm)
     save_ddpm(Ddpm(model.unet, DDPMScheduler(num_train_timesteps=100), model.card), tmp_path / "short")
     sweep = [*common, "-m", tmp_path / "short", *"--limit 2 --values 0.1,0.3 --sampler-steps 20 --steps 1".split()]
     found = advdiff(*sweep, "--draws", 1, "-o", tmp_path / "s", "--json").json

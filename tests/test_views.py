@@ -9,7 +9,7 @@ import torch
 from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.view import View
-from advdiff_cli.models.classifiers import load_classifier
+from advdiff_cli.models.classifiers import read_classifier
 from advdiff_cli.models.registry import load_ddpm
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier
@@ -25,7 +25,7 @@ def cropped(classifier, tmp_path):
 
 
 def test_what_is_not_read_is_neither_purified_nor_attacked(cropped, classifier, ddpm, test_x):
-    model, whole = load_classifier(cropped), load_classifier(classifier)
+    model, whole = read_classifier(cropped), read_classifier(classifier)
     images = open_patches(test_x).read(range(2))
     torch.testing.assert_close(model(images), whole(images[..., 16:80, 16:80]))
     purifier = DiffusionPurifier(load_ddpm(ddpm), 0.05, sampler_steps=1)
@@ -50,7 +50,7 @@ def test_a_pair_is_trained_under_a_view(advdiff, test_x, ddpm, classifier, tmp_p
     train = ["train-classifier", test_x, "--valid", test_x, "--arch", "squeezenet1_1", "--epochs", 1]
     train += ["--batch-size", 20, *view, "--augment", f"purify:{tmp_path / 'd'}:0.05:1"]
     advdiff(*train, "-o", tmp_path / "c")
-    assert load_classifier(tmp_path / "c").config.view == View(64, 2)
+    assert read_classifier(tmp_path / "c").config.view == View(64, 2)
     told = advdiff(*train, "-o", tmp_path / "c")
     assert "up to date" in told.err
     through = ["--t-star", "0.05", "--sampler-steps", 1, "--limit", 4]

@@ -73,7 +73,7 @@ def save_classifier(model: Classifier, folder: Path, provenance: Provenance) -> 
         save_file(state, folder / WEIGHTS, {"format": "pt", KEY: canonical_json(provenance)})
 
 
-def load_classifier(folder: Path) -> Classifier:
+def read_classifier(folder: Path) -> Classifier:
     """Load a classifier folder, in eval mode, fp32.
 
     Raises:

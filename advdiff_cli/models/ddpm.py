@@ -128,7 +128,7 @@ def save_ddpm(model: Ddpm, folder: Path) -> None:
     save_card(model.card, folder)
 
 
-def load_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
+def read_ddpm(folder: Path, *, allow_pickle: bool = False) -> Ddpm:
     """Load a diffusion model folder, in eval mode, fp32.
 
     Raises:

@@ -86,7 +86,7 @@ def load_frozen_classifier(name: str, device: "torch.device", *, allow_pickle: b
     """
     import torch
 
-    from advdiff_cli.models.classifiers import Classifier, load_classifier, load_tiatoolbox
+    from advdiff_cli.models.classifiers import Classifier, load_tiatoolbox, read_classifier
     from advdiff_cli.models.external import load_callable, source_digest
     from advdiff_cli.models.fingerprint import folder_fingerprint, module_fingerprint
 
@@ -99,7 +99,7 @@ def load_frozen_classifier(name: str, device: "torch.device", *, allow_pickle: b
         fingerprint = module_fingerprint(f"{name} {source_digest(name)}", model)
     else:
         folder = find_classifier(name)
-        model, fingerprint = load_classifier(folder), folder_fingerprint(folder)
+        model, fingerprint = read_classifier(folder), folder_fingerprint(folder)
     model = model.to(device)
     if isinstance(model, Classifier):
         model = model.to(memory_format=torch.channels_last)  # faster; external modules may not support it
@@ -131,7 +131,7 @@ def load_ddpm(name: str | Path, *, allow_pickle: bool = False) -> "Ddpm":
     """
     from advdiff_cli.models import ddpm
 
-    return ddpm.load_ddpm(find_ddpm(str(name), allow_pickle=allow_pickle), allow_pickle=allow_pickle)
+    return ddpm.read_ddpm(find_ddpm(str(name), allow_pickle=allow_pickle), allow_pickle=allow_pickle)
 
 
 def bundled_names(weights: str) -> list[str]:

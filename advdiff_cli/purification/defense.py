@@ -10,7 +10,7 @@ from torch import nn
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
-from advdiff_cli.models.ddpm import Ddpm, load_ddpm
+from advdiff_cli.models.ddpm import Ddpm, read_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.precision import Precision
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, check_view, classifier_view
@@ -63,7 +63,7 @@ def load_named_ddpm(name: str, allow_pickle: bool) -> tuple[Ddpm, str]:
         AdvdiffError: There is no such model, or it is damaged.
     """
     folder = registry.find_ddpm(name, allow_pickle=allow_pickle)
-    return load_ddpm(folder, allow_pickle=allow_pickle), folder_fingerprint(folder)
+    return read_ddpm(folder, allow_pickle=allow_pickle), folder_fingerprint(folder)
 
 
 def build_defense(request: DefenseRequest, load: DdpmLoader = load_named_ddpm) -> Defense:

@@ -7,8 +7,8 @@ import torch
 
 from advdiff_cli.errors import AdvdiffError, first_line
 from advdiff_cli.models.classifier_config import ClassifierConfig
-from advdiff_cli.models.classifiers import Classifier, load_classifier
-from advdiff_cli.models.ddpm import Ddpm, load_ddpm
+from advdiff_cli.models.classifiers import Classifier, read_classifier
+from advdiff_cli.models.ddpm import Ddpm, read_ddpm
 from advdiff_cli.models.registry import find_classifier, find_ddpm
 
 
@@ -18,7 +18,7 @@ def initial_classifier(init: str | None, config: ClassifierConfig, seed: int, sh
     Raises:
         AdvdiffError: `init` has another architecture, or the architecture does not take patches of `shape` (H, W).
     """
-    model = _random_classifier(config, seed) if init is None else load_classifier(find_classifier(init))
+    model = _random_classifier(config, seed) if init is None else read_classifier(find_classifier(init))
     model.config = replace(model.config, crop=None, pool=1)  # it is trained on patches that are cut already
     if model.config.arch != config.arch:
         raise AdvdiffError(f"--init {init} is a {model.config.arch}; give --arch {model.config.arch}")
@@ -58,7 +58,7 @@ def initial_ddpm(
             )
     if init is None:
         return fresh
-    start = load_ddpm(find_ddpm(init, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
+    start = read_ddpm(find_ddpm(init, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
     if list(start.unet.config.block_out_channels) != list(fresh.unet.config.block_out_channels):
         raise AdvdiffError(f"--init {init} has another preset than {preset}; give its own --preset")
     if start.card.data_range != fresh.card.data_range:

@@ -9,7 +9,7 @@ from torch import nn
 from advdiff_cli.attacks.apgd import apgd
 from advdiff_cli.attacks.eot import Objective
 from advdiff_cli.attacks.pgd import Ball, iterates
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
@@ -41,7 +41,7 @@ def batch(classifier):
 @pytest.fixture(scope="module")
 def frozen(classifier, ddpm):
     """A defense of frozen noise, the same for any batch."""
-    defended = DefendedClassifier(DiffusionPurifier(load_ddpm(ddpm).requires_grad_(False), 0.1, "ddpm", 3), classifier)
+    defended = DefendedClassifier(DiffusionPurifier(read_ddpm(ddpm).requires_grad_(False), 0.1, "ddpm", 3), classifier)
     noise = torch.randn(1, *defended.purifier.noise_shape(40, 40), generator=torch.Generator().manual_seed(3))
     return defended.fixed(noise).eval()
 

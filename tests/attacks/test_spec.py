@@ -13,7 +13,7 @@ from advdiff_cli.attacks.model_passes import attack_cost
 from advdiff_cli.attacks.spec import AttackRequest, AttackSpec, resolve
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.purification import defended_classifier
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.defense import Defense, EvaluatedModel
@@ -33,7 +33,7 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def purifier(ddpm):
-    return DiffusionPurifier(load_ddpm(ddpm).requires_grad_(False), 0.05, "ddpm", 2).eval()
+    return DiffusionPurifier(read_ddpm(ddpm).requires_grad_(False), 0.05, "ddpm", 2).eval()
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_fab_takes_a_draw_that_patches_share(classifier, batch):
     ],
 )
 def test_the_cost_that_is_told_is_what_an_attack_computes(classifier, ddpm, batch, method, asked):
-    unet = load_ddpm(ddpm).requires_grad_(False)
+    unet = read_ddpm(ddpm).requires_grad_(False)
     computed = [0, 0]  # rows of the U-Net: in all, and of those that are differentiated
 
     def count(module, inputs, output):

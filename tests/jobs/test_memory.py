@@ -8,7 +8,7 @@ from advdiff_cli.data.resume import resume_params
 from advdiff_cli.jobs import memory
 from advdiff_cli.jobs.memory import auto_batch_size, parallel_batches
 from advdiff_cli.models import device
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.device import free_memory
 from advdiff_cli.purification.purifier import DiffusionPurifier
 
@@ -61,7 +61,7 @@ def test_a_batch_is_not_filled_up_for_few_images(monkeypatch):
 
 
 def test_the_noise_of_every_step_counts_and_one_step_is_computed(monkeypatch, ddpm):
-    model = load_ddpm(ddpm)
+    model = read_ddpm(ddpm)
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)
     monkeypatch.setattr(memory, "CPU_BATCH", 10**6)
     calls = []

@@ -17,7 +17,7 @@ from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.jobs.predict import predict
 from advdiff_cli.models import external, registry
 from advdiff_cli.models.card import DdpmCard, load_card
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 
 CPU = torch.device("cpu")
@@ -242,8 +242,8 @@ def test_pickled_unets_are_read_only_where_allowed(ddpm, tmp_path):
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(AdvdiffError, match=r"diffusion_pytorch_model\.bin holds pickled weights; give --allow-pickle"):
-        load_ddpm(tmp_path / "m")
-    ours, theirs = load_ddpm(ddpm), load_ddpm(tmp_path / "m", allow_pickle=True)
+        read_ddpm(tmp_path / "m")
+    ours, theirs = read_ddpm(ddpm), read_ddpm(tmp_path / "m", allow_pickle=True)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert folder_fingerprint(tmp_path / "m") == folder_fingerprint(ddpm)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
-from advdiff_cli.models.classifiers import load_classifier
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.classifiers import read_classifier
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 
 NASTY = [None, True, -1, 0, 3, 10**12, 1e308, float("nan"), "x", "../../../etc/passwd", [], [0, 0, 0], {}, {"a": 1}]
@@ -55,7 +55,7 @@ def attempt(folder, load):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "file"), [*(("c", f) for f in CLASSIFIER), *(("d", f) for f in DDPM)])
 def test_a_config_that_lies(kind, file, classifier, ddpm, tmp_path):
-    folder, load = tmp_path / kind, load_classifier if kind == "c" else load_ddpm
+    folder, load = tmp_path / kind, read_classifier if kind == "c" else read_ddpm
     shutil.copytree(classifier if kind == "c" else ddpm, folder)
     document, seen = json.loads((folder / file).read_text()), set()
     assert attempt(folder, load) == "loaded"
@@ -74,7 +74,7 @@ def test_a_config_that_lies(kind, file, classifier, ddpm, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "[", "[" * 200_000, "7", "\0\0", '{"a":'])
 def test_a_config_that_is_none(text, classifier, ddpm, tmp_path):
-    for kind, source, files, load in (("c", classifier, CLASSIFIER, load_classifier), ("d", ddpm, DDPM[:3], load_ddpm)):
+    for kind, source, files, load in (("c", classifier, CLASSIFIER, read_classifier), ("d", ddpm, DDPM[:3], read_ddpm)):
         for file in files:
             folder = tmp_path / f"{kind} {file.replace('/', ' ')}"
             shutil.copytree(source, folder)
@@ -87,7 +87,7 @@ def test_a_config_that_is_none(text, classifier, ddpm, tmp_path):
     ("kind", "file"), [("c", "model.safetensors"), ("d", "unet/diffusion_pytorch_model.safetensors")]
 )
 def test_weights_that_lie(kind, file, classifier, ddpm, tmp_path):
-    folder, load = tmp_path / kind, load_classifier if kind == "c" else load_ddpm
+    folder, load = tmp_path / kind, read_classifier if kind == "c" else read_ddpm
     shutil.copytree(classifier if kind == "c" else ddpm, folder)
     whole, seen = (folder / file).read_bytes(), set()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -116,4 +116,4 @@ def test_a_configuration_that_the_weights_do_not_warrant(key, value, ddpm, tmp_p
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
     with pytest.raises(AdvdiffError, match="describes a larger U-Net than"):
-        load_ddpm(folder)
+        read_ddpm(folder)

@@ -15,8 +15,8 @@ from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
 from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, PurificationSettings, load_card, save_card
 from advdiff_cli.models.classifier_config import ClassifierConfig
-from advdiff_cli.models.classifiers import Classifier, load_classifier, save_classifier
-from advdiff_cli.models.ddpm import PRESETS, build_ddpm, load_ddpm
+from advdiff_cli.models.classifiers import Classifier, read_classifier, save_classifier
+from advdiff_cli.models.ddpm import PRESETS, build_ddpm, read_ddpm
 from advdiff_cli.models.device import resolve_device, resolve_precision
 from advdiff_cli.models.fingerprint import folder_fingerprint
 
@@ -30,7 +30,7 @@ def test_on_cuda_convolutions_are_exact_and_deterministic(monkeypatch):
 
 
 def test_diffusers_loads_unet_and_scheduler_unchanged(ddpm):
-    ours = load_ddpm(ddpm)
+    ours = read_ddpm(ddpm)
     pipeline = DDPMPipeline.from_pretrained(ddpm)
     unet = UNet2DModel.from_pretrained(ddpm / "unet")
     scheduler = DDPMScheduler.from_pretrained(ddpm / "scheduler")
@@ -51,7 +51,7 @@ def test_paper_preset_is_the_papers_unet():
 
 
 def test_space_to_depth_is_only_a_permutation(ddpm):
-    model = load_ddpm(ddpm)
+    model = read_ddpm(ddpm)
     x, t = torch.randn(2, 3, 96, 96), torch.tensor([5, 200])
     folded = torch.nn.functional.pixel_unshuffle(x, 2)
     direct = torch.nn.functional.pixel_shuffle(model.unet(folded, t).sample, 2)
@@ -98,9 +98,9 @@ def test_bundling_halves_the_weights_and_keeps_the_model(classifier, ddpm, tmp_p
         assert all(torch.allclose(full[k].float(), half[k].float(), atol=1e-3) for k in full)
     images = torch.rand(2, 3, 96, 96)
     assert torch.allclose(
-        load_classifier(classifier)(images), load_classifier(tmp_path / "classifier")(images), atol=1e-2
+        read_classifier(classifier)(images), read_classifier(tmp_path / "classifier")(images), atol=1e-2
     )
-    assert next(load_ddpm(tmp_path / "ddpm").parameters()).dtype == torch.float32
+    assert next(read_ddpm(tmp_path / "ddpm").parameters()).dtype == torch.float32
     assert registry.recorded_recipe(tmp_path / "classifier") == recipe("test", {})
 
 
@@ -119,7 +119,7 @@ def test_models_that_do_not_predict_noise_are_refused(ddpm, tmp_path):
     config = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"epsilon"', '"v_prediction"'))
     with pytest.raises(AdvdiffError, match="predicts v_prediction"):
-        load_ddpm(tmp_path / "m")
+        read_ddpm(tmp_path / "m")
 
 
 def test_what_is_recommended_is_not_part_of_the_model(ddpm, tmp_path):
@@ -133,13 +133,13 @@ def test_any_architecture_gives_two_logits(tmp_path, arch):
     model = Classifier(ClassifierConfig(arch, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))).eval()
     save_classifier(model, tmp_path / "c", {})
     images = torch.rand(2, 3, 96, 96)
-    back = load_classifier(tmp_path / "c")
+    back = read_classifier(tmp_path / "c")
     assert torch.equal(back(images), model(images))
     assert back(images).shape == (2, 2)
 
 
 def test_normalization_is_inside(classifier):
-    model = load_classifier(classifier)
+    model = read_classifier(classifier)
     images = torch.rand(1, 3, 96, 96)
     mean, std = torch.tensor([0.7, 0.55, 0.7]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.2]).view(3, 1, 1)
     assert torch.allclose(model(images), model.backbone((images - mean) / std))
@@ -153,9 +153,9 @@ def test_unknown_names_list_what_there_is(tmp_path):
     with pytest.raises(AdvdiffError, match="no classification architecture resnet19"):
         Classifier(ClassifierConfig("resnet19", (0, 0, 0), (1, 1, 1)))
     with pytest.raises(AdvdiffError, match=r"config\.json is missing"):
-        load_classifier(tmp_path)
+        read_classifier(tmp_path)
     with pytest.raises(AdvdiffError, match="is not a diffusion model folder"):
-        load_ddpm(tmp_path)
+        read_ddpm(tmp_path)
 
 
 def test_weights_that_do_not_fit_are_refused(classifier, tmp_path):
@@ -164,13 +164,13 @@ def test_weights_that_do_not_fit_are_refused(classifier, tmp_path):
     weights.popitem()
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(AdvdiffError, match=r"model\.safetensors does not fit squeezenet1_1"):
-        load_classifier(tmp_path)
+        read_classifier(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 64)
     with pytest.raises(AdvdiffError, match=r"model\.safetensors is not a complete safetensors file"):
-        load_classifier(tmp_path)
+        read_classifier(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"arch": "resnet18"}))
     with pytest.raises(AdvdiffError, match="is not a classifier config"):
-        load_classifier(tmp_path)
+        read_classifier(tmp_path)
 
 
 def test_a_missing_device_is_an_error():

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch.nn.functional import mse_loss
 
 from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.equations import forward_process, noise_levels, sampler_timesteps
 from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
@@ -16,7 +16,7 @@ from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, 
 
 @pytest.fixture(scope="module")
 def model(ddpm):
-    return load_ddpm(ddpm).requires_grad_(False)
+    return read_ddpm(ddpm).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_ancestral_sampling_is_diffusers_loop_step_for_step(model, images):
 
 def test_the_papers_model_is_sampled_as_its_code_does(ddpm, images):
     """Images in [0, 1] noised to index 40, then DDPMScheduler.step at 39, ..., 0: fields of its card."""
-    model = load_ddpm(ddpm).requires_grad_(False)
+    model = read_ddpm(ddpm).requires_grad_(False)
     model.card = replace(model.card, data_range=(0.0, 1.0), index_offset=1)
     purifier = DiffusionPurifier(model, 0.04)
     noise = torch.randn(len(images), *purifier.noise_shape(96, 96))

@@ -12,7 +12,7 @@ from advdiff_cli.attacks.eot import Objective, ObjectiveSpec
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.card import DdpmCard
-from advdiff_cli.models.ddpm import Ddpm, load_ddpm
+from advdiff_cli.models.ddpm import Ddpm, read_ddpm
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 
@@ -21,7 +21,7 @@ ROWS = ["a", "b", "c"]
 
 @pytest.fixture(scope="module")
 def model(ddpm):
-    return load_ddpm(ddpm).requires_grad_(False)
+    return read_ddpm(ddpm).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_checkpointing_changes_nothing(model, classifier, images, sampler, steps
 def test_a_compiled_unet_has_the_same_gradient_and_the_forward_pass_stays_as_it_is(
     ddpm, classifier, images, monkeypatch
 ):
-    model = load_ddpm(ddpm).requires_grad_(False)
+    model = read_ddpm(ddpm).requires_grad_(False)
     names = list(model.state_dict())
     defended = DefendedClassifier(DiffusionPurifier(model, 0.1, "ddpm", 1), classifier)
     noise = defended.noise(images, rows=ROWS, seed=0, purpose="x")
@@ -95,7 +95,7 @@ def test_a_machine_that_cannot_compile_says_so(ddpm, monkeypatch):
     with pytest.raises(
         AdvdiffError, match=r"cannot compile on this machine \(no C\+\+ compiler found\); leave the option out"
     ):
-        load_ddpm(ddpm).compile_unet()
+        read_ddpm(ddpm).compile_unet()
 
 
 def test_bf16_bends_the_gradient_a_little(model, classifier, images):

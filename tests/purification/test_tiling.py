@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.registry import find_ddpm
 from advdiff_cli.purification import tiling
 from advdiff_cli.purification.purifier import DiffusionPurifier
@@ -53,7 +53,7 @@ def test_no_seam_shows(monkeypatch):
     rng = np.random.default_rng(0)
     tissue = gaussian_filter(rng.standard_normal((3, 96, 640)), (0, 4, 4))
     images = torch.from_numpy(tissue / np.abs(tissue).max() * 0.5 + 0.5).float()[None]
-    purifier = DiffusionPurifier(load_ddpm(find_ddpm("pcam-ddpm")), 0.25, "ddpm", 1)
+    purifier = DiffusionPurifier(read_ddpm(find_ddpm("pcam-ddpm")), 0.25, "ddpm", 1)
     noise = torch.randn(1, *purifier.noise_shape(96, 640), generator=torch.Generator().manual_seed(0))
 
     def seam():

@@ -281,10 +281,10 @@ def binarised(model, classifier, few, attack):
 
 
 def test_the_unit_test_tells_an_attack_from_none(few, ddpm):
-    from advdiff_cli.models.ddpm import load_ddpm
+    from advdiff_cli.models.ddpm import read_ddpm
 
     net = Net()
-    defended = DefendedClassifier(DiffusionPurifier(load_ddpm(ddpm).requires_grad_(False), 0.02, "ddpm", 2), net)
+    defended = DefendedClassifier(DiffusionPurifier(read_ddpm(ddpm).requires_grad_(False), 0.02, "ddpm", 2), net)
     for model in (net, defended.eval()):
         tested = binarised(model, net, few, lambda m, x, y: pgd(m, x, y, eps=8 / 255, steps=20, loss="margin"))
         assert tested.exists.float().mean() >= 0.75

@@ -12,7 +12,7 @@ from advdiff_cli.data.philox import DeviceStreams
 from advdiff_cli.data.rng import RowStreams
 from advdiff_cli.models.classifier_config import ClassifierConfig
 from advdiff_cli.models.classifiers import Classifier
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, row_noise
 from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, linear_alpha_bar
 from advdiff_cli.training.adversarial import TrainingInput, consistency_loss
@@ -161,7 +161,7 @@ def test_consistency_trains_each_patch_on_two_draws(model, batch):
 
 def test_an_adversary_goes_through_the_purifier(model, batch, ddpm):
     images, labels = batch
-    purifier = DiffusionPurifier(load_ddpm(ddpm), 0.1, sampler_steps=1).requires_grad_(False).eval()
+    purifier = DiffusionPurifier(read_ddpm(ddpm), 0.1, sampler_steps=1).requires_grad_(False).eval()
     adversary = Adversary(EPS, 3, "madry")
     through = TrainingInput((purifier,), adversary).perturb(model, images, labels, ROWS)
     assert not torch.equal(through, TrainingInput(adversary=adversary).perturb(model, images, labels, ROWS))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from advdiff_cli.models.card import UNET_WEIGHTS
-from advdiff_cli.models.ddpm import load_ddpm
+from advdiff_cli.models.ddpm import read_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.training import checkpoints
 from advdiff_cli.training.fit_classifier import BEST
@@ -121,7 +121,7 @@ def test_an_overflow_of_the_unet_is_not_a_black_image(train, advdiff, test_x, tm
         {k: v.clamp(-3e38, 3e38) * (1e30 if k == "conv_out.weight" else 1) for k, v in weights.items()},
         tmp_path / "m" / UNET_WEIGHTS,
     )
-    assert all(bool(p.isfinite().all()) for p in load_ddpm(tmp_path / "m").parameters())
+    assert all(bool(p.isfinite().all()) for p in read_ddpm(tmp_path / "m").parameters())
     told = advdiff("purify", test_x, "-m", tmp_path / "m", "-o", tmp_path / "p.h5", "--limit", 2, code=1).err
     assert "purified patches are not finite" in told
     assert not (tmp_path / "p.h5").exists()

@@ -18,8 +18,8 @@ from advdiff_cli.data.selection import Selection
 from advdiff_cli.data.view import View
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifier_config import ClassifierConfig
-from advdiff_cli.models.classifiers import Classifier, load_classifier
-from advdiff_cli.models.ddpm import Ddpm, build_ddpm, load_ddpm
+from advdiff_cli.models.classifiers import Classifier, read_classifier
+from advdiff_cli.models.ddpm import Ddpm, build_ddpm, read_ddpm
 from advdiff_cli.purification.equations import forward_process
 from advdiff_cli.purification.purifier import NoisePurifier, linear_alpha_bar
 from advdiff_cli.training import loader
@@ -341,7 +341,7 @@ def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
     assert "give --arch shufflenet_v2_x0_5" in advdiff(*more, "--arch", "resnet18", code=1).err
     assert [p.name for p in tmp_path.iterdir()] == ["clf"]  # nothing was begun
     advdiff(*more)
-    assert load_classifier(tmp_path / "more").config.arch == "shufflenet_v2_x0_5"
+    assert read_classifier(tmp_path / "more").config.arch == "shufflenet_v2_x0_5"
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "training.jsonl"]
     assert "up to date" in advdiff(*command).err
     assert "made with other settings (seed 0 -> 1)" in advdiff(*command, "--seed", 1, code=1).err
@@ -349,7 +349,7 @@ def test_trained_folders_work_end_to_end(advdiff, patches, tmp_path):
     second = ["train-ddpm", train, "-o", tmp_path / "ddpm", "--preset", "tiny", "--steps", 2, "--batch-size", 4]
     papers = [*second[:3], tmp_path / "papers", *second[4:], "--precision", "fp32"]
     advdiff(*papers, "--data-range", "0,1")
-    card = load_ddpm(tmp_path / "papers").card
+    card = read_ddpm(tmp_path / "papers").card
     assert card.data_range == (0.0, 1.0)
     assert (card.recommended.t_star, card.certification.t_star) == (0.2, 0.3)
     assert "trained on pixels in [0, 1]" in advdiff(*papers, "--overwrite", "--init", tmp_path / "papers", code=1).err
