@@ -83,6 +83,9 @@ def test_up_to_date(advdiff, commands, tmp_path, name):
     for key, value in first.items():
         if key not in ("status", "purified", "kept"):
             assert told[key] == value, key
+    if name in ("attack", "purify, file", "predict", "certify"):
+        assert "up to date" in advdiff(*command, "--dry-run").err
+        assert advdiff(*command, "--dry-run", "--overwrite", "--json").json["status"].startswith("would")
 
 
 @pytest.mark.parametrize(

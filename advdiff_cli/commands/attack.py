@@ -52,7 +52,7 @@ def attack(
     patches = rows.open(data)
     patches.require_labels()
     resume = {} if output.overwrite else resume_params(out)
-    if resume and not output.dry_run:
+    if resume:
         done = _finished(classifier, settings, defense, compute, patches, resume, output)
         if done is not None:
             console.log(f"{out} is up to date")

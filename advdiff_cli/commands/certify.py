@@ -57,7 +57,7 @@ def certify(
         check_not_input(certificate.tsv, list(filter(None, (patches.path, rows.labels))))
         _check_tsv(certificate.tsv, output, patches, sharded=compute.shard is not None)
     resume = {} if output.overwrite else table_resume_params(out)
-    if resume and not output.dry_run and _is_finished(classifier, settings, defense, compute, patches, resume, out):
+    if resume and _is_finished(classifier, settings, defense, compute, patches, resume, out):
         console.log(f"{out} is up to date")
         _emit(output, certificate, "up to date")
         return
@@ -201,7 +201,7 @@ def _emit(output: PlannedOutputOptions, certificate: CertificateOptions, status:
 
     made, found = certificate_provenance(output.out), read_certificates(output.out)
     parameters = made["recipe"]["parameters"]
-    if certificate.tsv is not None:
+    if certificate.tsv is not None and not output.dry_run:
         from advdiff_cli.data.recorded_files import recorded_write
 
         written = _tsv_output(output, certificate.tsv, made["recipe"])

@@ -80,7 +80,7 @@ def predict(
     patches = rows.open(data)
     patches.require_shape()
     resume = {} if output.overwrite else table_resume_params(out)
-    if resume and not output.dry_run and _is_finished(classifier, vote, defense, compute, patches, resume, out):
+    if resume and _is_finished(classifier, vote, defense, compute, patches, resume, out):
         console.log(f"{out} is up to date")
         _emit(output, "up to date", resume)
         return

@@ -76,7 +76,7 @@ def _purify_rows(plan: PurifyPlan, patches: "PatchSet", output: PlannedOutputOpt
     from advdiff_cli.data.resume import is_complete
 
     out, pair = output.out, plan.compute.shard_pair
-    if plan.known is not None and not output.dry_run:
+    if plan.known is not None:
         made_by, size = plan.known
         if is_complete(out, made_by, part := shard_rows(len(patches), size, pair)):
             console.log(f"{out} is up to date")
