@@ -333,6 +333,8 @@ def test_no_input_is_replaced(advdiff, classifier, ddpm, patches, tmp_path):
         ["purify", pcam, *purify, tmp_path / "a_y.h5"],
         ["attack", own, "-c", classifier, "--steps", 1, "-o", own],
         ["merge", own, "-o", own],
+        ["merge", pcam, "-o", tmp_path / "a_y.h5"],
+        ["evaluate", pcam, "-c", classifier, "--predictions", tmp_path / "a_y.h5"],
         [*evaluate, labels],
         [*evaluate, proved, "--certificates", proved],
         [*certify, "--tsv", labels],

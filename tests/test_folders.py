@@ -618,3 +618,10 @@ def test_a_rename_that_fails_is_told_and_the_rest_is_named_later(tmp_path, monke
     assert sorted(files(tmp_path / "out")) == ["a.png", "b.png", "c.png"]
     with FolderWriter(spec) as writer:
         assert all(writer.is_done(FolderEntry(name, "0", name)) for name in ("a.png", "b.png", "c.png"))
+
+
+def test_the_working_folder_is_an_input_like_others(advdiff, folder, ddpm, tmp_path, monkeypatch):
+    (folder / "c.tif").unlink()
+    monkeypatch.chdir(folder)
+    out = tmp_path / "rows.h5"
+    assert advdiff("purify", ".", "-m", ddpm, "-o", out, "--t-star", 0.02, "--json").json["patches"] == 4

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from advdiff_cli.data.patches import open_patches
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
 from advdiff_cli.report.gallery import Confidences, PairedSets, most_changed
 from advdiff_cli.report.page import accuracy_bar, inline_svg
@@ -152,6 +153,9 @@ def test_who_an_attack_knew_is_told(advdiff, inputs, tmp_path):
     ):
         result = advdiff("evaluate", x, tmp_path / "adv.h5", *few, "-c", c, *judge, "--json").json
         assert accuracy_bar("a", result)["attack"].split("; ")[1] == told
+    result["defense"] = {"t_star": 0.1}
+    with pytest.raises(AdvdiffError, match="a defense that advdiff does not know"):
+        accuracy_bar("a", result)
 
 
 def test_the_worst_case_takes_the_pages_color(page):

@@ -149,7 +149,7 @@ def resolve(method: Method, norm: Norm, eps: float, asked: AttackRequest = NO_RE
     for name in given:
         if name not in settings or name in _FIXED.get(method, ()):
             attack = f"--gradient {gradient}" if "gradient" in settings else "a defense"
-            attack += " and --fixed-draw" if asked.fixed_draw else ""
+            attack += " and --fixed-draw" if asked.fixed_draw and name == "eot" else ""
             against = f"with {attack}" if defended else "without a defense (-m or --defense)"
             raise AdvdiffError(f"--{name.replace('_', '-')} does not apply to --method {method} {against}")
     spec = AttackSpec(method, norm, eps, **(settings | given))  # type: ignore[arg-type]  # by asdict()

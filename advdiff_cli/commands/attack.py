@@ -76,6 +76,7 @@ def _attack(
     from advdiff_cli.data.distributed import process_group
     from advdiff_cli.data.output_spec import OutputSpec, shard_rows
     from advdiff_cli.data.patches import open_patches
+    from advdiff_cli.data.resume import is_complete
     from advdiff_cli.jobs.attack import AttackJob
     from advdiff_cli.jobs.outcome_cache import cached_outcome, store_outcome
     from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
@@ -94,8 +95,10 @@ def _attack(
     part = shard_rows(n, size, compute.shard_pair)
     parameters = job.recipe["parameters"]
     if output.dry_run:
-        plan = {"out": str(out), "status": "would attack", "patches": len(part), "parameters": parameters}
-        output.emit(plan, f"{out}: would attack {len(part)} patches", out)
+        is_done = not output.overwrite and is_complete(out, job.recipe, part)
+        status = "up to date" if is_done else "would attack"
+        plan = {"out": str(out), "status": status, "patches": len(part), "parameters": parameters}
+        output.emit(plan, f"{out}: {status}, {len(part)} patches", out)
         return
 
     made = OutputSpec(out, job.recipe, device.type, output.overwrite)

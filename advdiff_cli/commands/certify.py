@@ -43,7 +43,7 @@ def certify(
 
     Example: advdiff certify patches/ -c pcam-resnet18-adapted --eps 2/255 -o proved.csv
     """
-    from advdiff_cli.data.table_writer import table_resume_params
+    from advdiff_cli.data.table_writer import is_complete_table, table_resume_params
 
     out, settings = output.out, certificate.settings()
     if out.suffix.lower() != ".csv":
@@ -54,7 +54,7 @@ def certify(
     if certificate.tsv is not None:
         from advdiff_cli.data.recorded_files import check_not_input
 
-        check_not_input(certificate.tsv, list(filter(None, (patches.path, rows.labels))))
+        check_not_input(certificate.tsv, patches.inputs)
         _check_tsv(certificate.tsv, output, patches, sharded=compute.shard is not None)
     resume = {} if output.overwrite else table_resume_params(out)
     if resume and _is_finished(classifier, settings, defense, compute, patches, resume, out):
@@ -70,24 +70,18 @@ def certify(
 
     job = _job(classifier, settings, defense, compute, patches, resume)
     _warn_of_unreachable_sizes(job)
-    n = len(shard_rows(len(patches), 1, compute.shard_pair))
+    part = shard_rows(len(patches), 1, compute.shard_pair)
     if output.dry_run:
-        most = settings.n0 + settings.n
-        plan = {
-            "out": str(out),
-            "status": "would certify",
-            "patches": n,
-            "most_draws": most,
-            "sigma": job.smoothed.sigma,
-        }
-        output.emit(plan, f"{out}: would certify {n} patches, at most {most:,} draws each", out)
+        is_done = not output.overwrite and is_complete_table(out, job.recipe, part)
+        status, n, most = "up to date" if is_done else "would certify", len(part), settings.n0 + settings.n
+        plan = {"out": str(out), "status": status, "patches": n, "most_draws": most, "sigma": job.smoothed.sigma}
+        output.emit(plan, f"{out}: {status}, {n} patches, at most {most:,} draws each", out)
         return
     if certificate.tsv is not None:
         _tsv_output(output, certificate.tsv, job.recipe)  # refused now rather than after all draws
     made = OutputSpec(out, job.recipe, job.device.type, output.overwrite)
     work = follow_rows(job.run, "certify", quiet=output.quiet)
-    inputs = [Path(data), *filter(None, [rows.labels])]
-    sharded = ShardedOutput(made, len(patches), 1, TableOutput(patches, HEADER, work, inputs))
+    sharded = ShardedOutput(made, len(patches), 1, TableOutput(patches, HEADER, work))
     with process_group(job.device) as group:
         status = sharded.make(compute.shard_pair, group)
     if status == "up to date":

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 CLASSIFIER, DDPM = "pcam-resnet18", "pcam-ddpm"
 EPS, EPS_TEXT = 2 / 255, "2/255"
-_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,18 +180,20 @@ class _Pipeline:
         return result
 
     def report(self, results: "dict[str, JsonObject]", clean: "PatchSet", adv: "PatchSet", defense: "Defense") -> Path:
-        from advdiff_cli.report.gallery import GalleryModel, PairedSets, build_gallery, judge_pairs
+        from advdiff_cli.report.gallery import DEFAULT_COUNT, GalleryModel, PairedSets, build_gallery, judge_pairs
         from advdiff_cli.report.page import PAGE, PANEL, TITLE, Report
 
         out = self.output.out
         named = " ".join(f"--result {name}={self._result(name)}" for name in results)
-        gallery_options = f"--clean {clean.path} --attacked {adv.path} -c {CLASSIFIER} -m {DDPM} --patches {_SHOWN}"
+        gallery_options = (
+            f"--clean {clean.path} --attacked {adv.path} -c {CLASSIFIER} -m {DDPM} --patches {DEFAULT_COUNT}"
+        )
         self._log(f"report {named} {gallery_options} -o {out}")
         by = GalleryModel(self.model.behind(defense, self.device, self.precision), self.device, self.seed)
         pairs = PairedSets.match(clean, adv)
         with console.progress(len(pairs), "report: judge", quiet=self.output.quiet) as advance:
             judged = judge_pairs(pairs, by, advance)
-        count = min(_SHOWN, len(pairs))
+        count = min(DEFAULT_COUNT, len(pairs))
         with tempfile.TemporaryDirectory() as scratch:
             panel = Path(scratch) / PANEL
             gallery = build_gallery(pairs, judged, by, EPS, count, panel)

@@ -62,13 +62,14 @@ def evaluate(
 
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
-    _check_predictions_path(settings, data, rows.labels, sharded=compute.shard is not None)
+    _check_predictions_path(settings.predictions, data, sharded=compute.shard is not None)
     sets = rows.open_sets(data)
     for patches in sets:
-        patches.require_labels()
+        patches.require_labels("; advdiff predict needs no labels")
         patches.require_shape()
 
     from advdiff_cli.data.distributed import process_group, world_size
+    from advdiff_cli.data.recorded_files import check_not_input
     from advdiff_cli.data.table_writer import table_resume_params
     from advdiff_cli.evaluation.comparison import compare
     from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
@@ -84,6 +85,8 @@ def evaluate(
     draws = range(options.resolve_draws(settings.draws, defended=protection is not None))
     certificates = settings.certificates
     if certificates is not None:
+        if table is not None:
+            check_not_input(table, [certificates])
         check_certified_model(certificates, model)
     job = EvaluateJob(model, list(zip(data, sets, strict=True)), draws, compute.seed, device, compute.shard_pair)
     share = -(-job.n // world_size())
@@ -108,17 +111,13 @@ def evaluate(
     output.emit(result, _text(result), brief)
 
 
-def _check_predictions_path(settings: EvaluateOptions, data: list[str], labels: Path | None, *, sharded: bool) -> None:
-    from advdiff_cli.data.recorded_files import check_not_input
-
-    path = settings.predictions
+def _check_predictions_path(path: Path | None, data: list[str], *, sharded: bool) -> None:
     if path is None:
         if sharded:
             raise AdvdiffError("--shard: give --predictions FILE.csv; merge joins the files of all shards")
         return
     if not path.parent.is_dir():
         raise AdvdiffError(f"--predictions {path}: there is no folder {path.parent}")
-    check_not_input(path, list(filter(None, (labels, settings.certificates))))
     if len(set(data)) < len(data):
         raise AdvdiffError("--predictions: the file tells sets apart by their names; name each set once")
 

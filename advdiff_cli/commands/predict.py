@@ -72,7 +72,7 @@ def predict(
 
     Example: advdiff predict patches/ -c pcam-resnet18-adapted -m pcam-ddpm -o decisions.csv
     """
-    from advdiff_cli.data.table_writer import table_resume_params
+    from advdiff_cli.data.table_writer import is_complete_table, table_resume_params
 
     out = output.out
     if out.suffix.lower() != ".csv":
@@ -98,15 +98,16 @@ def predict(
     precision = "fp32" if protection is None else compute.resolve_precision(device, resume)
     model = undefended.behind(protection, device, precision)
     job = PredictJob(model, patches, draws, vote.alpha, compute.seed, device)
-    n = len(shard_rows(len(patches), job.batch_size, compute.shard_pair))
+    part = shard_rows(len(patches), job.batch_size, compute.shard_pair)
     if output.dry_run:
-        plan = {"out": str(out), "status": "would predict", "patches": n, "draws": draws}
-        output.emit(plan, f"{out}: would predict {n} patches, {draws} draws", out)
+        is_done = not output.overwrite and is_complete_table(out, job.recipe, part)
+        status = "up to date" if is_done else "would predict"
+        plan = {"out": str(out), "status": status, "patches": len(part), "draws": draws}
+        output.emit(plan, f"{out}: {status}, {len(part)} patches, {draws} draws", out)
         return
     made = OutputSpec(out, job.recipe, device.type, output.overwrite)
     work = follow_rows(job.run, "predict", quiet=output.quiet)
-    inputs = [Path(data), *filter(None, [rows.labels])]
-    sharded = ShardedOutput(made, len(patches), job.batch_size, TableOutput(patches, HEADER, work, inputs))
+    sharded = ShardedOutput(made, len(patches), job.batch_size, TableOutput(patches, HEADER, work))
     with process_group(device) as group:
         status = sharded.make(compute.shard_pair, group)
     if status == "up to date":

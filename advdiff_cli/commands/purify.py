@@ -88,9 +88,11 @@ def _purify_rows(plan: PurifyPlan, patches: "PatchSet", output: PlannedOutputOpt
     from advdiff_cli.jobs.sharding import PatchSetOutput, ShardedOutput
 
     job = plan.job
-    count = len(shard_rows(len(patches), job.batch_size, pair))
+    part = shard_rows(len(patches), job.batch_size, pair)
+    count = len(part)
     if output.dry_run:
-        return {"out": str(out), "status": "would purify", "patches": count}
+        is_done = not output.overwrite and is_complete(out, job.recipe(patches), part)
+        return {"out": str(out), "status": "up to date" if is_done else "would purify", "patches": count}
     made = OutputSpec(out, job.recipe(patches), job.device.type, output.overwrite)
     work = follow_rows(partial(purify_rows, job, patches), "purify", quiet=output.quiet)
     sharded = ShardedOutput(made, len(patches), job.batch_size, PatchSetOutput(patches, work))

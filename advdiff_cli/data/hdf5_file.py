@@ -50,6 +50,8 @@ class Hdf5Source:
         self.labels = check_labels(path, labels)
         self.index = check_index(path, index, shape[0])
         self.keys: Sequence[RowKey] = self.index.tolist()
+        beside = labels_file(path) if self._pcam else None
+        self.inputs: Sequence[Path] = [path] if beside is None else [path, beside]
         self.provenance: Provenance | None = None
         if KEY in self._file:
             record = _dataset(self._file, path, KEY)

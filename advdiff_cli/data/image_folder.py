@@ -27,6 +27,7 @@ class FolderSource:
         self.keys: Sequence[RowKey] = [f.relative_to(root).as_posix() for f in files]
         self.labels = labels
         self.index: Rows = np.arange(len(files))
+        self.inputs: Sequence[Path] = []
         self.provenance: Provenance | None = None
         sizes = {image_size(f) for f in files} - {None}  # an unreadable file fails when its row is read
         self.shape: tuple[int, int] | None = next(iter(sizes)) if len(sizes) == 1 else None
@@ -52,7 +53,9 @@ def open_folder(path: str, labels: Path | None = None) -> FolderSource:
     if not found.files:
         raise AdvdiffError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}")
     table = None if labels is None else read_labels(labels)
-    return FolderSource(Path(path), found.root, found.files, _labels(found, labels, table))
+    source = FolderSource(Path(path), found.root, found.files, _labels(found, labels, table))
+    source.inputs = [] if labels is None else [labels]
+    return source
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class _Concatenated:
 
     def __init__(self, sets: Sequence[PatchSet], provenance: Provenance) -> None:
         self.path = sets[0].path
+        self.inputs: Sequence[Path] = [file for s in sets for file in s.inputs]
         self.shape = sets[0].shape
         self.index: Rows = np.concatenate([s.index for s in sets])
         self.keys: Sequence[RowKey] = self.index.tolist()
@@ -64,8 +65,8 @@ def merge_sets(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwri
     Raises:
         AdvdiffError: The sets differ in size or type, share rows, or are not all the shards of their recipe.
     """
-    check_not_input(out, paths)
     sets = [open_patches(p) for p in paths]
+    check_not_input(out, [file for s in sets for file in s.inputs])
     _check_alike(sets)
     output = OutputSpec(out, {}, device, overwrite)
     if any("part" in (s.provenance or {}) for s in sets):

@@ -9,7 +9,6 @@ import numpy as np
 
 from advdiff_cli.data.fingerprint_cache import cached_fingerprint
 from advdiff_cli.data.patch_source import Images, PatchSource, Rows
-from advdiff_cli.data.pcam_files import labels_file
 from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.selection import ALL, Selection
@@ -43,7 +42,7 @@ class PatchSet:
             AdvdiffError: The selection is empty.
         """
         self.source = source
-        self.path = source.path
+        self.path, self.inputs = source.path, source.inputs
         self.shape = source.shape
         self.selection = selection
         self.provenance = source.provenance
@@ -141,22 +140,25 @@ class PatchSet:
         """Return how images are stored: uint8 or float32."""
         return str(self.source.read(self._rows[:1]).dtype)
 
-    def require_labels(self) -> Rows:
+    def require_labels(self, hint: str = "") -> Rows:
         """Return the labels.
+
+        Args:
+            hint: The end of the message, where there are none.
 
         Raises:
             AdvdiffError: The set has no labels.
         """
         if self.labels is None:
-            raise AdvdiffError(f"{self.path} has no labels; {self._remedy()} (advdiff predict needs none)")
+            raise AdvdiffError(f"{self.path} has no labels; {self._remedy()}{hint}")
         return self.labels
 
     def _remedy(self) -> str:
         """Return how a set without labels gets them."""
-        if self.path.is_dir() or not self.path.is_file():
+        if self.path not in self.inputs:
             return "sort images into 0/ and 1/, or give --labels FILE.csv"
-        beside = labels_file(self.path)
-        return "add a labels tensor to the file" if beside is None else f"PCam's are in {beside}, which is missing"
+        beside = [str(file) for file in self.inputs if file != self.path]
+        return f"PCam's are in {beside[0]}, which is missing" if beside else "add a labels tensor to the file"
 
     def require_shape(self) -> tuple[int, int]:
         """Return the (H, W) that all images of the set share.

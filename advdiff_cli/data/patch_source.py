@@ -22,6 +22,7 @@ class PatchSource(Protocol):
     """A patch set as stored: images by row, and what is known about the rows."""
 
     path: Path
+    inputs: Sequence[Path]  # files that a command reads and never replaces
     shape: tuple[int, int] | None  # (H, W), or None where images differ in size
     labels: Rows | None
     index: Rows

@@ -37,9 +37,9 @@ def open_patches(
         AdvdiffError: There is no patch set at `path`, or it cannot be read.
     """
     place = Path(path)
-    if split is not None and not place.is_dir():
+    if split is not None and (place.is_file() or _is_glob(path)):
         raise AdvdiffError(
-            f"{path} is {'a file' if place.is_file() else 'no folder'}; --split chooses from a folder of PCam's files"
+            f"{path} is {'a file' if place.is_file() else 'a glob'}; --split chooses from a folder of PCam's files"
         )
     source = _open_source(path, split, labels)
     if labels is not None and source.path.suffix in PATCH_FILES:
@@ -67,8 +67,9 @@ def open_sets(
     Raises:
         AdvdiffError: As for `open_patches`, or no set takes `split` or `labels`.
     """
-    folders = [path for path in paths if holds_pcam(Path(path))] or paths
-    unlabeled = [path for path in paths if Path(path).suffix not in PATCH_FILES] or paths
+    pcam = [path for path in paths if holds_pcam(Path(path))]
+    folders = pcam or paths
+    unlabeled = [path for path in paths if Path(path).suffix not in PATCH_FILES and path not in pcam] or paths
     return [
         open_patches(
             path,
@@ -90,11 +91,15 @@ def _warn_of_one_class(patches: PatchSet) -> None:
         _log.warning(text, len(labels), patches.path, labels[0])
 
 
+def _is_glob(path: str | Path) -> bool:
+    return not Path(path).exists() and any(c in str(path) for c in "*?[")
+
+
 def _open_source(path: str | Path, split: str | None, labels: Path | None) -> PatchSource:
     place = Path(path)
     if place.is_dir() and (pcam := find_split(place, split)) is not None:
         place = pcam
-    if place.is_dir() or (not place.exists() and any(c in str(path) for c in "*?[")):
+    if place.is_dir() or _is_glob(path):
         return open_folder(str(path), labels)
     if not place.exists():
         raise AdvdiffError(f"no such file or folder: {path}")

@@ -22,8 +22,9 @@ def split_name(split: str) -> str:
 
 def labels_file(images: Path) -> Path | None:
     """Return where the labels of PCam's _x.h5 file are, the _y.h5 file next to it; None for another file."""
-    sibling = images.with_name(images.name.replace("_x.h5", "_y.h5"))
-    return None if sibling == images else sibling
+    if not images.name.endswith("_x.h5"):
+        return None
+    return images.with_name(images.name.removesuffix("_x.h5") + "_y.h5")
 
 
 def pcam_folder(data_dir: Path) -> Path:

@@ -49,6 +49,7 @@ class SafetensorsSource:
         self._file = os.open(path, os.O_RDONLY)
         self.labels = check_labels(path, self._vector(stored, "labels"))
         self.index = check_index(path, self._vector(stored, "index"), self._n)
+        self.inputs: Sequence[Path] = [path]
         self.keys: Sequence[RowKey] = self.index.tolist()
 
     def _vector(self, stored: _Tensors, name: str) -> Rows | None:

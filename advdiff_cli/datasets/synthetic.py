@@ -41,6 +41,7 @@ class SyntheticSource:
         self.shape: tuple[int, int] | None = (SIZE, SIZE)
         self.index: Rows = np.arange(n)
         self.keys: Sequence[RowKey] = self.index.tolist()
+        self.inputs: Sequence[Path] = []
         self.labels: Rows | None = np.array([stream(seed, "label", i).integers(2) for i in range(n)], np.int64)
         origin = digest([canonical_json({"synthetic": seed, "n": n}).encode()])
         self.provenance: Provenance | None = {"origin": origin}

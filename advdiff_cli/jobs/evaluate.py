@@ -128,7 +128,7 @@ class EvaluateJob:
         part = part_of(self._rows(self.sets[0][1]))
         made = provenance(self.recipe, device=self.device.type) | ({} if part is None else {"part": part})
         output = OutputSpec(record_of(table), identity(made), self.device.type, overwrite)
-        check_replaceable(output, [table], [Path(name) for name, _ in self.sets])
+        check_replaceable(output, [table], [file for _, patches in self.sets for file in patches.inputs])
         if table.exists() and not overwrite:
             advance(self.n)
             found = zip(read_predictions(table), self.sets, strict=True)

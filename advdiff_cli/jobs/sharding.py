@@ -12,7 +12,6 @@ from advdiff_cli.data.merge import merge_sets, merge_tables
 from advdiff_cli.data.output_spec import OutputSpec, RowRange, shard_rows
 from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.pcam_files import labels_file
 from advdiff_cli.data.provenance import Provenance, same_recipe
 from advdiff_cli.data.recorded_files import check_not_input, record_of
 from advdiff_cli.data.table_writer import Line, TableWriter
@@ -53,9 +52,8 @@ class PatchSetOutput:
 
     @property
     def inputs(self) -> Sequence[Path]:
-        """The file of the rows, and that of their labels."""
-        labels = labels_file(self.patches.path)
-        return [self.patches.path] if labels is None else [self.patches.path, labels]
+        """The files of the rows and of their labels."""
+        return self.patches.inputs
 
     def make(self, output: OutputSpec, rows: RowRange) -> Status:
         """Make the missing ones of some rows."""
@@ -84,13 +82,16 @@ class TableOutput:
         patches: The rows that it is made from.
         header: The names of the columns.
         work: Computes and writes the missing lines of a writer, and closes it.
-        inputs: Files that the command reads, and which are never replaced.
     """
 
     patches: PatchSet
     header: Line
     work: Callable[[TableWriter], None]
-    inputs: Sequence[Path] = ()
+
+    @property
+    def inputs(self) -> Sequence[Path]:
+        """The files of the rows and of their labels."""
+        return self.patches.inputs
 
     def make(self, output: OutputSpec, rows: RowRange) -> Status:
         """Make the missing ones of some rows."""

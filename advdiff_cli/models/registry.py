@@ -181,17 +181,19 @@ def _find(name: str, kind: str, weights: str, *, allow_pickle: bool = False) -> 
 def _download(name: str, kind: str, allow_pickle: bool) -> Path:
     """Return the local copy of a Hub repository's configuration and weights."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     pickled = [PICKLED_UNET] if allow_pickle else []
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *pickled]))
     except Exception as e:  # of the network and the disk, which raise many kinds
-        missing = isinstance(e, HFValidationError | RepositoryNotFoundError)
-        why = "does not have it" if missing else "could not be asked, or its answer not be stored"
+        if isinstance(e, HFValidationError | RepositoryNotFoundError) and not isinstance(e, GatedRepoError):
+            raise AdvdiffError(
+                f"no {kind} is called {name}: it is neither a folder nor a bundled model, and the Hub does not have it "
+                f"({first_line(e)})"
+            ) from None
         raise AdvdiffError(
-            f"no {kind} is called {name}: it is neither a folder nor a bundled model, and the Hub {why} "
-            f"({first_line(e)})"
+            f"{name} is neither a folder nor a bundled model, and could not be fetched from the Hub ({first_line(e)})"
         ) from None
 
 

@@ -32,6 +32,9 @@ OUTCOMES = {
 TRUTHS = ("no tumor in the center", "tumor in the center")
 """The meaning of each label."""
 
+DEFAULT_COUNT = 12
+"""Patches shown."""
+
 _BATCH = 16
 _IN_PANEL = 4  # patches in the picture
 _L2_CONTRAST = 8 / 255  # l2 spreads its budget over the patch
@@ -198,9 +201,14 @@ def build_gallery(
     shown, outcomes = pictures(pairs, rows, judged, by, eps), judged.outcomes()
     _draw_panel(shown[:_IN_PANEL], panel_path)
     by_change = "whose confidence changed most, rescued and lost alternately"
+    is_default = isinstance(chosen, int) and len(shown) == min(DEFAULT_COUNT, len(pairs))
     made_by = recipe(
         "report",
-        {**by.model.parameters, "seed": by.seed, "index": [patch["index"] for patch in shown]},
+        {
+            **by.model.parameters,
+            "seed": by.seed,
+            **({} if is_default else {"index": [patch["index"] for patch in shown]}),
+        },
         data=pairs.clean.recipe_input(),
         attacked=pairs.attacked.recipe_input(),
         classifier=by.model.fingerprint,

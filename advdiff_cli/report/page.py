@@ -64,8 +64,8 @@ class Report:
 
     def recipe(self) -> Provenance:
         """Return the recipe of the page: all that it shows."""
-        named = [list(one.items()) for one in (self.results, self.sweeps, self.certificates)]  # in their order
-        shown = [*named, self.suite, self.gallery and self.gallery["recipe"]]
+        shown = [self.results, self.sweeps, self.suite, self.gallery and self.gallery["recipe"]]
+        shown += [self.certificates] if self.certificates else []  # pages of earlier versions stay up to date
         content = [json.dumps(one, sort_keys=True).encode() for one in shown]
         return recipe("report", {"title": self.title}, content=digest(content))
 
@@ -188,16 +188,23 @@ def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
 
 
 def _is_transferred(made: Sequence[Provenance], result: Mapping[str, Any]) -> bool:
-    """Return whether the last attack in a history was made on another model than that of a result."""
+    """Return whether the last attack in a history was made on another model than that of a result.
+
+    Raises:
+        AdvdiffError: The result does not describe its defense.
+    """
     defense = result.get("defense") or result.get("defence") or {}  # spelled so by version 0.1.0
     attack = [step for step in made if step["command"] == "attack"][-1]
-    judge = Judge(
-        str((result.get("classifier") or {}).get("fingerprint", attack.get("classifier"))),
-        DefenseSpec.from_parameters(defense),
-        defense.get("ddpm", attack.get("ddpm")),  # not told by earlier versions
-    )
     purified = any(step["command"] == "purify" for step in made)
-    return bool(transfer_differences(attack, judge, purified=purified))
+    try:
+        judge = Judge(
+            str((result.get("classifier") or {}).get("fingerprint", attack.get("classifier"))),
+            DefenseSpec.from_parameters(defense),
+            defense.get("ddpm", attack.get("ddpm")),  # not told by earlier versions
+        )
+        return bool(transfer_differences(attack, judge, purified=purified))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise AdvdiffError(f"a result file describes a defense that advdiff does not know ({e!r:.80})") from None
 
 
 def _attack(evaluated: Mapping[str, Any]) -> AttackSpec | None:

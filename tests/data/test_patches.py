@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from advdiff_cli.data.image_files import read_image
-from advdiff_cli.data.patches import open_patches
+from advdiff_cli.data.patches import open_patches, open_sets
 from advdiff_cli.data.selection import Selection
 from advdiff_cli.errors import AdvdiffError
 
@@ -75,8 +75,19 @@ def test_pcam_folder_takes_a_split(patches, test_x):
         open_patches(patches, split="tset")
     with pytest.raises(AdvdiffError, match=r"test_x\.h5 holds its own labels"):
         open_patches(patches, split="test", labels=patches / "no such.csv")
-    with pytest.raises(AdvdiffError, match="is no folder; --split"):
+    with pytest.raises(AdvdiffError, match="is a glob; --split"):
         open_patches(patches / "images" / "test" / "0" / "*.png", split="test")
+    with pytest.raises(AdvdiffError, match="no such file or folder"):
+        open_patches(patches / "nowhere", split="test")
+
+
+def test_split_and_labels_go_to_the_sets_that_take_them(patches, tmp_path):
+    folder = patches / "images" / "test"
+    table = tmp_path / "l.csv"
+    table.write_text("file,label\n" + "".join(f"{f.relative_to(folder)},1\n" for f in folder.rglob("*.*")))
+    images, pcam = open_sets([str(folder), str(patches)], split="test", labels=table)
+    assert images.labels.all()
+    assert not pcam.labels.all()
 
 
 def test_reads_the_real_layout(test_x):
