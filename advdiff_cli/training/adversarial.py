@@ -39,7 +39,7 @@ class TrainingInput:
     Args:
         purifiers: Each patch passes one of them, chosen at random; None leaves it unchanged.
         adversary: Attacks each patch through its purifier; None for no attack.
-        precision: Of the purifiers; on CUDA also of the classifier behind them in an attack.
+        precision: Of the purifiers; on CUDA also of the classifier in an attack.
         seed: Of every stream.
         consistency: Weight of consistency regularization, which trains each patch on two draws; 0 for none. Not with
             TRADES.
