@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from advdiff_cli.data.journal import complete_lines
-from advdiff_cli.data.provenance import parse_provenance
+from advdiff_cli.data.provenance import Provenance, parse_provenance
 from advdiff_cli.errors import AdvdiffError
 
 JOURNAL = "advdiff.jsonl"
@@ -105,3 +105,20 @@ def is_current(out: Path, line: JournalLine) -> bool:
         return False
     file = out / line.out
     return file.is_file() and (file.stat().st_size == line.size if line.size is not None else file.stat().st_size > 0)
+
+
+def head_recipe(head: str, journal: Path, *, overwrite: bool) -> Provenance | None:
+    """Return the recipe in the first line of a journal.
+
+    A damaged line is one of another recipe, which may be overwritten.
+
+    Raises:
+        AdvdiffError: The line is damaged, and may not be overwritten.
+    """
+    try:
+        recipe: Provenance = parse_provenance(head, journal)["recipe"]
+    except AdvdiffError:
+        if overwrite:
+            return {}
+        raise AdvdiffError(f"the first line of {journal} is damaged; give --overwrite or another --out") from None
+    return recipe

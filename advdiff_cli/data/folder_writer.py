@@ -1,13 +1,11 @@
 """Write folders: a lossless 8-bit file for each input, each by atomic rename, and the journal of `folder_journal`."""
 
-import errno
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Self
@@ -19,22 +17,23 @@ from advdiff_cli.data.atomic_files import sync
 from advdiff_cli.data.folder_journal import (
     FolderEntry,
     JournalLine,
+    head_recipe,
     is_current,
     is_purified_folder,
     journals,
     parse_lines,
 )
+from advdiff_cli.data.folder_leftovers import remove_leftovers
+from advdiff_cli.data.folder_target import output_target
 from advdiff_cli.data.image_files import Metadata, write_image
 from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import OutputSpec
-from advdiff_cli.data.provenance import Provenance, canonical_json, parse_provenance, provenance
+from advdiff_cli.data.provenance import Provenance, canonical_json, provenance
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
 
 _COMMIT_SECONDS, _COMMIT_FILES = 1.0, 64  # written files that get their final names together
-_TEMPORARY = re.compile(r"\.advdiff\.(\d+of\d+\.)?[0-9a-f]{16}\.part\.\w+")
-_TEMPORARY_0_1_0 = re.compile(r"\.(?P<stem>.+?)\.(\d+of\d+\.)?part(?P<suffix>\.(png|tiff?))", re.IGNORECASE)
 
 
 class FolderWriter:
@@ -79,7 +78,7 @@ class FolderWriter:
             with self._lock_of_lines:
                 self._commit()
             if kind is None and not self._tag:
-                self._sweep()
+                remove_leftovers(self.out, self._lines, self._written)
         finally:
             self._lock.release()
 
@@ -113,7 +112,7 @@ class FolderWriter:
         if journal.is_symlink():
             raise AdvdiffError(f"{journal} is a symbolic link, which advdiff does not write through; remove it")
         head, *texts = complete_lines(journal) or [""]
-        have: Provenance | None = _recipe(head, journal, overwrite=output.overwrite) if head else None
+        have: Provenance | None = head_recipe(head, journal, overwrite=output.overwrite) if head else None
         same = matches_recipe(self.out, have, output.recipe, overwrite=output.overwrite)
         lines = list(parse_lines(texts))
         for line in filter(None, lines):
@@ -170,21 +169,9 @@ class FolderWriter:
                 self._commit()
 
     def _target(self, entry: FolderEntry) -> Path:
-        target = self.out / entry.out
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            exists = target.is_file() and not target.is_symlink()
-        except FileExistsError:
-            raise AdvdiffError(f"{target.parent} is a file, and a folder is needed there; move it") from None
-        except OSError as e:
-            if e.errno != errno.ENAMETOOLONG:
-                raise
-            raise AdvdiffError(f"{target} is too long a name for this disk; shorten the name of the input") from None
-        if not target.parent.resolve().is_relative_to(self.out.resolve()):
-            raise AdvdiffError(f"{target.parent} is a link to a place outside {self.out}; remove it")
-        if target.is_dir():
-            raise AdvdiffError(f"{target} is a folder, and an image is to be written there; move it")
-        if exists and not self._overwrite and not any(entry.out in outs for outs in self._written.values()):
+        target = output_target(self.out, entry)
+        is_file = target.is_file() and not target.is_symlink()
+        if is_file and not self._overwrite and not any(entry.out in outs for outs in self._written.values()):
             raise AdvdiffError(f"{target} exists and was not made by advdiff; move it, or give --overwrite")
         return target
 
@@ -220,60 +207,3 @@ class FolderWriter:
     def _append(self, lines: Iterator[JournalLine] | list[JournalLine]) -> None:
         with self._journal.open("a") as journal:
             journal.write("".join(line.as_text() for line in lines))
-
-    def _sweep(self) -> None:
-        """Remove temporary files of killed processes, and outputs that no longer belong to their input.
-
-        Such an input was purified to another name since, or has other content, which could not be purified. Nothing
-        is removed while a shard is at work.
-        """
-        with ExitStack() as stack:
-            try:
-                for journal in journals(self.out)[1:]:
-                    stack.enter_context(OutputLock(journal))
-            except AdvdiffError:
-                return
-            read = ("ok", "failed")  # an input that could not even be read has no sha256, and may come back
-            done = [file for file, line in self._lines.items() if line.status in read and line.sha256]
-            current = {line.out for line in self._lines.values()}
-            for out in {out for file in done for out in self._written.get(file, ())} - current:
-                self._remove_output(out)
-            known = {out for outs in self._written.values() for out in outs}
-            for file in self.out.rglob(".*.part.*"):
-                if _is_temporary(file, file.parent.relative_to(self.out), known):
-                    file.unlink(missing_ok=True)
-
-    def _remove_output(self, out: str) -> None:
-        path = PurePosixPath(out)
-        if (
-            path.is_absolute()
-            or ".." in path.parts
-            or (self.out / path.parent).resolve() != (self.out.resolve() / path.parent)
-        ):
-            return
-        (self.out / path).unlink(missing_ok=True)
-
-
-def _recipe(head: str, journal: Path, *, overwrite: bool) -> Provenance | None:
-    """Return the recipe in the first line of a journal.
-
-    A damaged line is one of another recipe, which may be overwritten.
-
-    Raises:
-        AdvdiffError: The line is damaged, and may not be overwritten.
-    """
-    try:
-        recipe: Provenance = parse_provenance(head, journal)["recipe"]
-    except AdvdiffError:
-        if overwrite:
-            return {}
-        raise AdvdiffError(f"the first line of {journal} is damaged; give --overwrite or another --out") from None
-    return recipe
-
-
-def _is_temporary(file: Path, parent: Path, known: set[str]) -> bool:
-    """Return whether a file is one that a writer left; version 0.1.0 named it after the output."""
-    if _TEMPORARY.fullmatch(file.name):
-        return True
-    old = _TEMPORARY_0_1_0.fullmatch(file.name)
-    return old is not None and (parent / f"{old['stem']}{old['suffix']}").as_posix() in known

@@ -178,7 +178,7 @@ def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
             f"the sets of the result called {name} do not hold the same rows; evaluate them with the same selection"
         )
     knowledge = "knows the defense" if attack.knows_defense else "knows the classifier alone"
-    if _is_transferred(sets[1]["history"], result):
+    if _is_transferred(sets[1], result):
         knowledge = "made on another model: transferred"
     notes = [attack.describe()]
     notes += [] if attack.method == "random" else [knowledge]
@@ -187,15 +187,15 @@ def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
     return {"name": name, "n": n, **accuracies, "attack": "; ".join(notes)}
 
 
-def _is_transferred(made: Sequence[Provenance], result: Mapping[str, Any]) -> bool:
-    """Return whether the last attack in a history was made on another model than that of a result.
+def _is_transferred(attacked: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Return whether a set of a result was attacked on another model than that which judged it.
 
     Raises:
         AdvdiffError: The result does not describe its defense.
     """
     defense = result.get("defense") or result.get("defence") or {}  # spelled so by version 0.1.0
-    attack = [step for step in made if step["command"] == "attack"][-1]
-    purified = any(step["command"] == "purify" for step in made)
+    attack = _steps(attacked, "attack")[-1]
+    purified = bool(_steps(attacked, "purify"))
     try:
         judge = Judge(
             str((result.get("classifier") or {}).get("fingerprint", attack.get("classifier"))),
@@ -209,8 +209,13 @@ def _is_transferred(made: Sequence[Provenance], result: Mapping[str, Any]) -> bo
 
 def _attack(evaluated: Mapping[str, Any]) -> AttackSpec | None:
     """Return the last attack in the history of a set, or None."""
-    made = [step["parameters"] for step in evaluated.get("history", []) if step["command"] == "attack"]
-    return parse_attack(made[-1]) if made else None
+    made = _steps(evaluated, "attack")
+    return parse_attack(made[-1]["parameters"]) if made else None
+
+
+def _steps(evaluated: Mapping[str, Any], command: str) -> list[Provenance]:
+    """Return the steps of one command in the history of a set, oldest first."""
+    return [step for step in evaluated.get("history", []) if step["command"] == command]
 
 
 def parse_attack(parameters: JsonObject) -> AttackSpec:
