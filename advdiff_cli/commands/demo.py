@@ -180,20 +180,21 @@ class _Pipeline:
         return result
 
     def report(self, results: "dict[str, JsonObject]", clean: "PatchSet", adv: "PatchSet", defense: "Defense") -> Path:
-        from advdiff_cli.report.gallery import DEFAULT_COUNT, GalleryModel, PairedSets, build_gallery, judge_pairs
+        from advdiff_cli.report import GALLERY_PATCHES
+        from advdiff_cli.report.gallery import GalleryModel, PairedSets, build_gallery, judge_pairs
         from advdiff_cli.report.page import PAGE, PANEL, TITLE, Report
 
         out = self.output.out
         named = " ".join(f"--result {name}={self._result(name)}" for name in results)
         gallery_options = (
-            f"--clean {clean.path} --attacked {adv.path} -c {CLASSIFIER} -m {DDPM} --patches {DEFAULT_COUNT}"
+            f"--clean {clean.path} --attacked {adv.path} -c {CLASSIFIER} -m {DDPM} --patches {GALLERY_PATCHES}"
         )
         self._log(f"report {named} {gallery_options} -o {out}")
         by = GalleryModel(self.model.behind(defense, self.device, self.precision), self.device, self.seed)
         pairs = PairedSets.match(clean, adv)
         with console.progress(len(pairs), "report: judge", quiet=self.output.quiet) as advance:
             judged = judge_pairs(pairs, by, advance)
-        count = min(DEFAULT_COUNT, len(pairs))
+        count = min(GALLERY_PATCHES, len(pairs))
         with tempfile.TemporaryDirectory() as scratch:
             panel = Path(scratch) / PANEL
             gallery = build_gallery(pairs, judged, by, EPS, count, panel)

@@ -14,6 +14,7 @@ from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import OutputOptions
 from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
+from advdiff_cli.report import GALLERY_PATCHES
 
 if TYPE_CHECKING:
     from advdiff_cli.data.provenance import JsonObject
@@ -45,7 +46,7 @@ class GalleryOptions:
     clean: Annotated[str | None, typer.Option(help="Clean patches of the gallery.")] = None
     attacked: Annotated[str | None, typer.Option(help="The same patches, attacked.")] = None
     classifier: Annotated[str | None, typer.Option("-c", "--classifier", help="Classifier of the gallery.")] = None
-    patches: Annotated[int, typer.Option(min=1, help="Number of patches in the gallery.")] = 12
+    patches: Annotated[int, typer.Option(min=1, help="Number of patches in the gallery.")] = GALLERY_PATCHES
     index: Annotated[
         str | None,
         typer.Option(help="Rows of the gallery by index, such as 3,17.", show_default="those that changed most"),

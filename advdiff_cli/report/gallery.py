@@ -20,6 +20,7 @@ from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.statistics import wilson
 from advdiff_cli.purification.defended_classifier import DefendedClassifier, check_finite
 from advdiff_cli.purification.defense import EvaluatedModel
+from advdiff_cli.report import GALLERY_PATCHES
 from advdiff_cli.report.plots import Column, amplified, panel
 
 OUTCOMES = {
@@ -31,9 +32,6 @@ OUTCOMES = {
 }
 TRUTHS = ("no tumor in the center", "tumor in the center")
 """The meaning of each label."""
-
-DEFAULT_COUNT = 12
-"""Patches shown."""
 
 _BATCH = 16
 _IN_PANEL = 4  # patches in the picture
@@ -201,7 +199,7 @@ def build_gallery(
     shown, outcomes = pictures(pairs, rows, judged, by, eps), judged.outcomes()
     _draw_panel(shown[:_IN_PANEL], panel_path)
     by_change = "whose confidence changed most, rescued and lost alternately"
-    is_default = isinstance(chosen, int) and len(shown) == min(DEFAULT_COUNT, len(pairs))
+    is_default = isinstance(chosen, int) and len(shown) == min(GALLERY_PATCHES, len(pairs))
     made_by = recipe(
         "report",
         {

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import get_model
@@ -264,3 +265,26 @@ def test_a_module_that_flattens_with_view_is_taken_as_it_is(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     model, _ = registry.load_frozen_classifier("flattening:build", CPU)
     assert model(images).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "says"),
+    [
+        (
+            ConnectionError("no route to host\nmore"),
+            r"^nobody/model is neither .* fetched from the Hub \(no route to host\)$",
+        ),
+        (OSError(), r"fetched from the Hub \(OSError\)$"),
+        (
+            HFValidationError("no such name"),
+            r"^no classifier is called nobody/model: .* does not have it \(no such name\)$",
+        ),
+    ],
+)
+def test_why_a_model_does_not_come_from_the_hub(problem, says, monkeypatch):
+    def download(*_, **__):
+        raise problem
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(AdvdiffError, match=says):
+        registry.find_classifier("nobody/model")
