@@ -45,7 +45,7 @@ blind() { # the attack knows only the classifier
         purify "$data" $set-clean-noise --defense noise --t-star 0.085
         purify "$adv" $set-adv-noise --defense noise --t-star 0.085
         evaluate $set-blind "$data" "$adv" "${ddpm[@]}" "$OUT"/$set-{clean,adv}-noise.safetensors -c pcam-resnet18
-        evaluate $set-votes "$data" "$adv" "${frozen[@]}" --t-star 0.2 --draws 11
+        evaluate $set-votes "$data" "$adv" "${frozen[@]}" --t-star 0.2 --draws 11 --predictions "$OUT/$set-votes.csv"
     done
 }
 
