@@ -156,6 +156,23 @@ def test_a_sweep_goes_on_at_its_own_precision_and_batch_size(advdiff, common, tm
     assert advdiff(*auto, "--json").json["recipe"]["parameters"]["precision"] == "fp32"
 
 
+def test_a_blind_attack_does_not_tell_the_precision_of_the_purifier(advdiff, common, tmp_path, monkeypatch):
+    run = [a for a in common if a not in ("--precision", "fp32")]
+    run += [*"--limit 4 --values 0.1 --steps 1 --sampler-steps 1 --draws 1 --json -o".split(), tmp_path / "s"]
+
+    def best(asked, device):
+        return "bf16" if asked == "auto" else asked
+
+    monkeypatch.setattr("advdiff_cli.models.device.resolve_precision", best)
+    whole = advdiff(*run).json
+    for path in tmp_path.glob("s/*"):
+        if not path.name.startswith("adv"):
+            path.unlink()  # it was stopped before anything was judged
+    assert list(tmp_path.glob("s/adv*"))
+    assert advdiff(*run).json["recipe"] == whole["recipe"]
+    assert whole["recipe"]["parameters"]["precision"] == "bf16"
+
+
 def test_an_adaptive_sweep_goes_on_with_its_own_noise_and_overwrite_begins_anew(
     device, advdiff, common, tmp_path, monkeypatch
 ):

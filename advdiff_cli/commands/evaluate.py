@@ -138,13 +138,14 @@ def _fidelity(sets: "Sequence[PatchSet]", evaluated: "Sequence[EvaluatedSet]") -
 def _how_made(history: "list[Provenance]") -> str:
     """Describe in one line how a set was made."""
     from advdiff_cli.attacks.spec import AttackSpec
+    from advdiff_cli.evaluation.provenance_checks import is_own_attack
     from advdiff_cli.purification.defense_spec import DefenseSpec
 
     steps = []
     for recipe in history:
         p, step = recipe["parameters"], recipe["command"]
         shown: tuple[str, ...] = ("defense", "t_star", "sampler", "sampler_steps", "seed", "n")
-        if step == "attack":
+        if is_own_attack(recipe):
             attack = AttackSpec.from_parameters(p)
             through = attack.computes_defense and DefenseSpec.from_parameters(p) is not None
             step += f" ({attack.describe()}) {'through' if through else 'on the classifier alone'}"

@@ -58,7 +58,10 @@ def sweep(
     out = output.out
     output.require_folder("a sweep goes to")
     resume = {} if output.overwrite else _resume_params(out)
-    request = settings.request(purifier, compute, resume if "t_star" in resume else {})
+    of_defense = (
+        resume if "t_star" in resume else {}
+    )  # attacks that do not compute the defense have a precision of their own
+    request = settings.request(purifier, compute, of_defense)
     device = compute.resolve_device()
     patches = rows.sample().open(data)
     patches.require_labels()
@@ -77,7 +80,7 @@ def sweep(
     )
     if compute.precision == "fp16":
         compute.attack_precision(device)
-    points = build_points(request, undefended, compute.resolve_precision(device, resume))
+    points = build_points(request, undefended, compute.resolve_precision(device, of_defense))
     if output.dry_run:
         forward, backward = unet_evaluations(points, undefended)
         if settings.rule == "certified":  # at most

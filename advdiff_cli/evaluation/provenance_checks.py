@@ -43,7 +43,7 @@ def provenance_warnings(sets: Sequence[EvaluatedSet], judge: Judge) -> Iterator[
     for s in sets:
         purified = any(made["command"] == "purify" for made in s.history)
         for made in s.history:
-            if made["command"] == "attack" and made["parameters"].get("method") != "random":
+            if is_own_attack(made) and made["parameters"]["method"] != "random":
                 yield from (f"{s.name} {reason}" for reason in _attack_warnings(made, judge, purified=purified))
         if purified and judge.defense is not None:
             yield f"{s.name} was purified before, and is purified again"
@@ -61,6 +61,11 @@ def _same_rows(first: EvaluatedSet, second: EvaluatedSet) -> bool:
 def _is_attack(made: Provenance) -> bool:
     """Return whether a step of a history is an attack, of advdiff or of another program."""
     return made["command"] == "attack" or "eps" in made.get("parameters", {})
+
+
+def is_own_attack(made: Provenance) -> bool:
+    """Return whether a step of a history was recorded by `advdiff attack`, whose parameters tell all of the attack."""
+    return made["command"] == "attack" and {"method", "norm", "eps"}.issubset(made["parameters"])
 
 
 def _attacked_defense(made: Provenance) -> DefenseSpec | None:
@@ -99,9 +104,9 @@ def _attack_warnings(made: Provenance, judge: Judge, *, purified: bool) -> Itera
         names = ", ".join(different)
         yield f"was attacked on another model ({names}): a transferred attack is weaker than one on this model"
     elif through is not None and judge.defense is not None:
-        if (precision := parameters["precision"]) != judge.precision:
+        if (precision := parameters.get("precision", judge.precision)) != judge.precision:
             yield f"was attacked through the defense in {precision}, and is judged in {judge.precision}"
-        if attack.fixed_draw and parameters["seed"] != judge.seed:
+        if attack.fixed_draw and parameters.get("seed", judge.seed) != judge.seed:
             yield f"was attacked on a draw of --seed {parameters['seed']}, which is none of these draws"
         elif attack.fixed_draw:
             yield "was attacked on the first of these draws: look at the vote of 1, not at the mean"

@@ -8,11 +8,13 @@ import torch
 from scipy.special import ndtri
 from scipy.stats import norm as normal
 
+from advdiff_cli.commands.evaluate import _how_made
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation import statistics
 from advdiff_cli.evaluation.comparison import EvaluatedSet, compare
 from advdiff_cli.evaluation.metrics import Predictions, auroc, classification_metrics
+from advdiff_cli.evaluation.provenance_checks import Judge, provenance_warnings
 from advdiff_cli.evaluation.statistics import (
     bootstrap,
     holm,
@@ -23,6 +25,7 @@ from advdiff_cli.evaluation.statistics import (
     wilson,
 )
 from advdiff_cli.jobs.predict import predict
+from advdiff_cli.purification.defense_spec import DefenseSpec
 
 
 def test_wilson_gives_the_papers_intervals():
@@ -237,3 +240,15 @@ def test_merged_shards_of_other_numbers_are_not_taken_for_the_whole(advdiff, tes
 
 def test_the_point_of_the_normal_distribution():
     assert ndtri(0.975) == statistics._Z
+
+
+def test_an_attack_recorded_by_hand_may_tell_less_than_one_of_advdiff():
+    made = {"command": "attack", "parameters": {"eps": 0.0078}}
+    predictions = Predictions(np.array([0, 1]), np.array([[0.1], [0.9]]))
+    sets = [EvaluatedSet(name, "origin", np.arange(2), predictions, h) for name, h in (("clean", []), ("adv", [made]))]
+    assert list(provenance_warnings(sets, Judge("classifier"))) == []
+    assert _how_made([made]) == "attack"
+    made["parameters"] |= {"method": "pgd", "norm": "linf"}
+    assert _how_made([made]).startswith("attack (")
+    assert list(provenance_warnings(sets, Judge("classifier"))) == []
+    assert list(provenance_warnings(sets[1:], Judge("other", DefenseSpec("noise", 0.085)))) != []
