@@ -18,8 +18,9 @@ from PIL import Image
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.purification.defended_classifier import DefendedClassifier
+from advdiff_cli.report.accuracy_bar import accuracy_bar
 from advdiff_cli.report.gallery import Confidences, PairedSets, most_changed
-from advdiff_cli.report.page import accuracy_bar, inline_svg
+from advdiff_cli.report.page import inline_svg
 
 N = 24
 

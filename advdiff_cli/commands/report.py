@@ -71,7 +71,8 @@ def report(
     Example: advdiff report --result undefended=plain.json --sweep sweep/ --suite suite/ -o report/
     """
     from advdiff_cli.certification.summary import certificate_curves
-    from advdiff_cli.report.page import PAGE, PANEL, Report, accuracy_bar
+    from advdiff_cli.report.accuracy_bar import accuracy_bar
+    from advdiff_cli.report.page import PAGE, PANEL, Report
     from advdiff_cli.report.result_files import Evaluation, Suite, Sweep, read_result, read_results
 
     out = output.out

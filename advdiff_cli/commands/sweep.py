@@ -58,9 +58,7 @@ def sweep(
     out = output.out
     output.require_folder("a sweep goes to")
     resume = {} if output.overwrite else _resume_params(out)
-    of_defense = (
-        resume if "t_star" in resume else {}
-    )  # attacks that do not compute the defense have a precision of their own
+    of_defense = resume if "t_star" in resume else {}
     request = settings.request(purifier, compute, of_defense)
     device = compute.resolve_device()
     patches = rows.sample().open(data)

@@ -6,21 +6,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from advdiff_cli import __version__
-from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.certification.summary import Radius
 from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.provenance import JsonObject, Provenance, digest, recipe
 from advdiff_cli.data.recorded_files import check_replaceable, record_files
-from advdiff_cli.errors import AdvdiffError
-from advdiff_cli.evaluation.provenance_checks import Judge, transfer_differences
 from advdiff_cli.evaluation.statistics import Estimate
-from advdiff_cli.purification.defense_spec import DefenseSpec
+from advdiff_cli.report.accuracy_bar import accuracy_bar, parse_attack
 from advdiff_cli.report.plots import ROBUST, STANDARD, WORST, accuracy_bars, certified_curves, suite_bars, sweep_curves
 from advdiff_cli.robustness.sweep import axis_label
 
@@ -155,81 +151,6 @@ def _votes_under_attack(suite: JsonObject) -> list[JsonObject]:
         if eps and votes and row["kind"] in ("white-box", "black-box", "curve"):
             found.append({"name": row["name"], "l2": proved["l2"] * eps / suite["eps"], "accuracy": row[votes[-1]]})
     return found
-
-
-def accuracy_bar(name: str, result: Mapping[str, Any]) -> JsonObject:
-    """Return a bar of the paper's Figure 3 from a result of `evaluate --json` on a clean and an attacked set.
-
-    Raises:
-        AdvdiffError: The first two sets are not a clean and an attacked set of the same rows.
-    """
-    sets = result.get("sets", [])
-    attack = _attack(sets[1]) if len(sets) > 1 else None
-    if attack is None or _attack(sets[0]):
-        raise AdvdiffError(
-            f"the result called {name} needs a clean and an attacked set, in this order: "
-            "advdiff evaluate CLEAN ATTACKED -c ... --json, where ATTACKED was made by advdiff attack"
-        )
-    n, draws = sets[1]["n"], sets[1]["draws"]
-    pair = (sets[0]["data"], sets[1]["data"])
-    compared = [c["n"] for c in result.get("comparisons", []) if (c["first"], c["second"]) == pair]
-    if compared[:1] != [n] or sets[0]["n"] != n:
-        raise AdvdiffError(
-            f"the sets of the result called {name} do not hold the same rows; evaluate them with the same selection"
-        )
-    knowledge = "knows the defense" if attack.knows_defense else "knows the classifier alone"
-    if _is_transferred(sets[1], result):
-        knowledge = "made on another model: transferred"
-    notes = [attack.describe()]
-    notes += [] if attack.method == "random" else [knowledge]
-    notes += [f"{draws} draws"] if draws > 1 else []
-    accuracies = {"standard": sets[0]["accuracy"], "robust": sets[1]["accuracy"]}
-    return {"name": name, "n": n, **accuracies, "attack": "; ".join(notes)}
-
-
-def _is_transferred(attacked: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
-    """Return whether a set of a result was attacked on another model than that which judged it.
-
-    Raises:
-        AdvdiffError: The result does not describe its defense.
-    """
-    defense = result.get("defense") or result.get("defence") or {}  # spelled so by version 0.1.0
-    attack = _steps(attacked, "attack")[-1]
-    purified = bool(_steps(attacked, "purify"))
-    try:
-        judge = Judge(
-            str((result.get("classifier") or {}).get("fingerprint", attack.get("classifier"))),
-            DefenseSpec.from_parameters(defense),
-            defense.get("ddpm", attack.get("ddpm")),  # not told by earlier versions
-        )
-        return bool(transfer_differences(attack, judge, purified=purified))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise AdvdiffError(f"a result file describes a defense that advdiff does not know ({e!r:.80})") from None
-
-
-def _attack(evaluated: Mapping[str, Any]) -> AttackSpec | None:
-    """Return the last attack in the history of a set, or None."""
-    made = _steps(evaluated, "attack")
-    return parse_attack(made[-1]["parameters"]) if made else None
-
-
-def _steps(evaluated: Mapping[str, Any], command: str) -> list[Provenance]:
-    """Return the steps of one command in the history of a set, oldest first."""
-    return [step for step in evaluated.get("history", []) if step["command"] == command]
-
-
-def parse_attack(parameters: JsonObject) -> AttackSpec:
-    """Return the attack that a result file describes.
-
-    Raises:
-        AdvdiffError: It is not a description of an attack.
-    """
-    try:
-        spec = AttackSpec.from_parameters(parameters)
-        spec.describe()
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise AdvdiffError(f"a result file describes an attack that advdiff does not know ({e!r:.80})") from None
-    return spec
 
 
 def inline_svg(path: Path, label: str) -> str:

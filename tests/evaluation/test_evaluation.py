@@ -251,4 +251,12 @@ def test_an_attack_recorded_by_hand_may_tell_less_than_one_of_advdiff():
     made["parameters"] |= {"method": "pgd", "norm": "linf"}
     assert _how_made([made]).startswith("attack (")
     assert list(provenance_warnings(sets, Judge("classifier"))) == []
-    assert list(provenance_warnings(sets[1:], Judge("other", DefenseSpec("noise", 0.085)))) != []
+    made["parameters"] |= {
+        "gradient": "full",
+        "eot": 1,
+        "defense": "noise",
+        "t_star": 0.085,
+    }  # but no precision, no seed
+    assert list(provenance_warnings(sets, Judge("classifier", DefenseSpec("noise", 0.085)))) == []
+    (told,) = provenance_warnings(sets, Judge("classifier", DefenseSpec("noise", 0.1)))
+    assert "another model (t_star)" in told
