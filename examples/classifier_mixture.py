@@ -90,7 +90,7 @@ def main(
     sets = []
     for name in ("clean", "attacked"):
         p = Predictions(rows.require_labels(), torch.cat([f[name] for f in found]).double().numpy())
-        sets.append((EvaluatedSet(name, rows.origin(), rows.index, p), rows.keys))
+        sets.append((EvaluatedSet(name, rows.origins(), rows.index, p), rows.keys))
         print(f"{name}: {100 * p.share.mean():.1f} %, n = {len(rows)}")
     write_predictions(out / "predictions.csv", sets)
 

@@ -39,8 +39,9 @@ attack = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=5)
 _, adv, _ = attack(foolbox.PyTorchModel(defended, bounds=(0, 1), device=device), images, labels, epsilons=EPS)
 correct = torch.stack([defended(adv).argmax(1) == labels for _ in range(5)]).float().mean()
 print(f"foolbox PGD-5 through the defense: accuracy {correct:.2f} over 5 draws")
-made = {"recipe": {"command": "foolbox LinfPGD", "parameters": {"eps": EPS, "steps": 5}}, "origin": patches.origin()}
-tensors = {"images": adv, "labels": labels, "index": torch.from_numpy(patches.index)}
+made = {"recipe": {"command": "foolbox LinfPGD", "parameters": {"eps": EPS, "steps": 5}}}
+origins = torch.from_numpy(patches.origins())  # of the clean patches, by which `evaluate` matches rows
+tensors = {"images": adv, "labels": labels, "index": torch.from_numpy(patches.index), "origin_sha256": origins}
 save_file(tensors, sys.argv[4], metadata={"advdiff": json.dumps(made)})
 
 noise = defended.noise(images[:1], rows=[0], seed=0, purpose="evaluate")

@@ -206,7 +206,7 @@ def test_certified_accuracies_are_compared_in_pairs(advdiff, certified, command,
     assert "give --eps or --radius" in advdiff(*compare, "--radius", 1, "--eps", "1/255", code=1).err
     assert "exceeds the range" in advdiff(*compare, "--eps", 2, code=1).err
     assert "must be above 0" in advdiff(*compare, "--radius", "-1", code=1).err
-    (tmp_path / "p.csv").write_text("set,origin,index,row,label,draw,p1\n")
+    (tmp_path / "p.csv").write_text("set,origin_sha256,index,row,label,draw,p1\n")
     mixed = advdiff("compare", certified["weak"], tmp_path / "p.csv", "--radius", 1, code=1)
     assert "not one with the other" in mixed.err
     advdiff(*command, "--limit", 12, "-o", tmp_path / "sized.csv")
@@ -224,7 +224,7 @@ def test_evaluate_tells_what_is_proved_of_a_set(advdiff, certified, test_x, clas
     assert "proved of" in advdiff(*evaluate, "--t-star", "0.2", "--certificates", certified["strong"]).out
     assert "is of another model" in advdiff(*evaluate, "--certificates", certified["strong"], code=1).err
     other = [*evaluate[:-4], "--range", "20:30", "--draws", 1, "--t-star", "0.2"]
-    assert "holds no patches of" in advdiff(*other, "--certificates", certified["strong"], code=1).err
+    assert "certifies other patches than" in advdiff(*other, "--certificates", certified["strong"], code=1).err
     undefended = ["evaluate", test_x, "-c", classifier, "--limit", 8, "--certificates", certified["strong"]]
     assert "give -m, or --defense noise" in advdiff(*undefended, code=1).err
     adv = tmp_path / "adv.safetensors"

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from rows import origins
 from scipy.stats import binomtest
 
 from advdiff_cli.evaluation.comparison import EvaluatedSet
@@ -16,13 +17,17 @@ def test_predictions_are_read_as_they_were_written(tmp_path, draws):
     rng = np.random.default_rng(0)
     sets = [
         EvaluatedSet(
-            name, "origin", rng.permutation(9)[:5], Predictions(rng.integers(2, size=5), rng.random((5, draws)))
+            name,
+            origins(rng.permutation(9)[:5]),
+            rng.permutation(9)[:5],
+            Predictions(rng.integers(2, size=5), rng.random((5, draws))),
         )
         for name in ("clean, of a folder", 'ad"v')
     ]
     write_predictions(tmp_path / "p.csv", [(one, [f"{i}.png" for i in one.index]) for one in sets])
     for one, found in zip(sets, read_predictions(tmp_path / "p.csv"), strict=True):
-        assert (found.name, found.origin) == (one.name, one.origin)
+        assert found.name == one.name
+        np.testing.assert_array_equal(found.origins, one.origins)
         np.testing.assert_array_equal(found.index, one.index)
         np.testing.assert_array_equal(found.predictions.labels, one.predictions.labels)
         np.testing.assert_allclose(found.predictions.p1, one.predictions.p1, rtol=1e-8)
@@ -57,7 +62,7 @@ def test_defenses_attacked_on_their_own_are_compared_by_place(advdiff, test_x, c
 def test_compare_tests_every_pair_of_a_place(advdiff, tmp_path):
     rights = [np.arange(20) < k for k in (18, 12, 5)]
     for k, right in enumerate(rights):
-        one = EvaluatedSet("adv", "origin", np.arange(20), Predictions(np.ones(20, int), right.astype(float)))
+        one = EvaluatedSet("adv", origins(range(20)), np.arange(20), Predictions(np.ones(20, int), right.astype(float)))
         write_predictions(tmp_path / f"{k}.csv", [(one, range(20))])
     found = advdiff("compare", *(tmp_path / f"{k}.csv" for k in range(3)), "--json").json["comparisons"]
     pairs = list(itertools.combinations(rights, 2))
@@ -69,8 +74,9 @@ def test_compare_tests_every_pair_of_a_place(advdiff, tmp_path):
 
 
 def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
-    def predictions(name, *sets, labels=(0, 1), origin="origin"):
-        of = [EvaluatedSet(s, origin, np.arange(2), Predictions(np.array(labels), np.array([0.2, 0.7]))) for s in sets]
+    def predictions(name, *sets, labels=(0, 1), of=0):
+        found, index = Predictions(np.array(labels), np.array([0.2, 0.7])), np.arange(2)
+        of = [EvaluatedSet(s, origins(index, of), index, found) for s in sets]
         write_predictions(tmp_path / name, [(one, range(2)) for one in of])
         return tmp_path / name
 
@@ -83,7 +89,7 @@ def test_what_cannot_be_compared_is_told(advdiff, tmp_path):
         "is not a file of predictions": [tmp_path / "other.csv"],
         "is damaged": [tmp_path / "cut.csv"],
         "holds 1 sets": [predictions("few.csv", "clean")],
-        "shares no patches": [predictions("elsewhere.csv", "clean", "adv", origin="elsewhere")],
+        "shares no patches": [predictions("elsewhere.csv", "clean", "adv", of=1)],
         "label the same rows differently": [predictions("labels.csv", "clean", "adv", labels=(1, 1))],
         "No such file": [tmp_path / "none.csv"],
     }

@@ -233,7 +233,6 @@ def test_in_a_browser(page):
     assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
 
 
-FIXTURES = Path(__file__).parent / "fixtures" / "version-0.1.0"
 ODD = [None, "", "$x_{", "\ud800", -1, 10**30, float("nan"), [], {}, [[]], {"value": 1}, True, "../x", "<script>"]
 
 
@@ -246,7 +245,7 @@ def _places(value, path=()):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["result", "sweep", "suite"])
 def test_a_result_that_was_changed_is_reported_or_refused(kind, advdiff, tmp_path, page, inputs):
-    source = {"result": inputs["root"] / "ddpm.json", "sweep": FIXTURES / "sweep" / "sweep.json"}
+    source = {"result": inputs["root"] / "ddpm.json", "sweep": inputs["root"] / "sweep" / "sweep.json"}
     document = SUITE if kind == "suite" else json.loads(source[kind].read_text())
     file = tmp_path / {"result": "r.json", "sweep": "sweep.json", "suite": "robustness.json"}[kind]
     asked = {"result": f"--result=a={file}", "sweep": f"--sweep={tmp_path}", "suite": f"--suite={tmp_path}"}[kind]

@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from advdiff_cli.certification.bounds import round_down
 from advdiff_cli.certification.certificate import Certificate
+from advdiff_cli.data.patch_source import RowFingerprints
 from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.data.row_fingerprints import as_text, from_texts
 from advdiff_cli.data.table_writer import read_csv, recorded_table
 from advdiff_cli.errors import AdvdiffError
 
-HEADER = ("name", "index", "label", "decision", "abstain", "radius", "draws", "successes", "seconds")
+HEADER = ("name", "index", "label", "decision", "abstain", "radius", "draws", "successes", "seconds", "sha256")
 _TSV = ("idx", "label", "predict", "radius", "correct", "time")
 _TSV_DIGITS = 6
 _LONGEST_HEADER = 200  # characters
@@ -32,6 +34,7 @@ class CertifiedSet:
         radius: (N,) in l2, of the whole patch.
         draws: (N,) draws that were spent.
         seconds: (N,) spent on each patch.
+        fingerprints: (N, 32) of each patch, which its certificate is of.
     """
 
     names: Sequence[str]
@@ -42,17 +45,18 @@ class CertifiedSet:
     radius: NDArray[np.float64]
     draws: NDArray[np.int64]
     seconds: NDArray[np.float64]
+    fingerprints: RowFingerprints
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def take(self, index: NDArray[np.int64]) -> "CertifiedSet":
-        """Return the certificates of the patches with these rows in the origin set, as far as there are any."""
-        rows = np.flatnonzero(np.isin(self.index, index))
+    def take(self, rows: NDArray[np.int64]) -> "CertifiedSet":
+        """Return the certificates at some positions."""
         labels = None if self.labels is None else self.labels[rows]
-        names, decision, abstain = [self.names[int(i)] for i in rows], self.decision[rows], self.abstain[rows]
-        radius, draws, seconds = self.radius[rows], self.draws[rows], self.seconds[rows]
-        return CertifiedSet(names, self.index[rows], labels, decision, abstain, radius, draws, seconds)
+        names, index, fingerprints = [self.names[int(i)] for i in rows], self.index[rows], self.fingerprints[rows]
+        decision, abstain, radius = self.decision[rows], self.abstain[rows], self.radius[rows]
+        draws, seconds = self.draws[rows], self.seconds[rows]
+        return CertifiedSet(names, index, labels, decision, abstain, radius, draws, seconds, fingerprints)
 
     @property
     def voted(self) -> NDArray[np.bool_]:
@@ -65,11 +69,14 @@ class CertifiedSet:
         return proved
 
 
-def line(name: str, index: int, label: int | None, found: Certificate, seconds: float) -> list[str]:
+def line(
+    name: str, index: int, label: int | None, found: Certificate, seconds: float, fingerprint: NDArray[np.uint8]
+) -> list[str]:
     """Return the cells of a patch."""
     known = "" if label is None else str(label)
     decided = (str(found.decision), str(int(found.abstain)), repr(found.radius))
-    return [name, str(index), known, *decided, str(found.draws), str(found.successes), f"{seconds:.3f}"]
+    counts = (str(found.draws), str(found.successes), f"{seconds:.3f}")
+    return [name, str(index), known, *decided, *counts, as_text(fingerprint)]
 
 
 def read_certificates(path: Path) -> CertifiedSet:
@@ -84,13 +91,14 @@ def read_certificates(path: Path) -> CertifiedSet:
         header, lines = read_csv(path)
         if tuple(header) != HEADER:
             raise AdvdiffError(f"{path} is not a table of certificates: make one with advdiff certify -o {path}")
-        names, index, labels, decision, abstain, radius, draws, _, seconds = zip(*lines, strict=True)
+        names, index, labels, decision, abstain, radius, draws, _, seconds, sha256 = zip(*lines, strict=True)
+        fingerprints = from_texts(sha256)
         known = None if "" in labels else np.array(labels, np.int64)
         whole = [np.array(column, np.int64) for column in (index, decision, abstain, draws)]
         real = [np.array(column, np.float64) for column in (radius, seconds)]
     except (ValueError, UnicodeDecodeError):
         raise AdvdiffError(f"{path} is damaged: make it again with advdiff certify -o {path}") from None
-    return CertifiedSet(names, whole[0], known, whole[1], whole[2] == 1, real[0], whole[3], real[1])
+    return CertifiedSet(names, whole[0], known, whole[1], whole[2] == 1, real[0], whole[3], real[1], fingerprints)
 
 
 def certificate_provenance(path: Path) -> Provenance:
@@ -102,7 +110,7 @@ def certificate_provenance(path: Path) -> Provenance:
     if not path.is_file():
         raise AdvdiffError(f"no such file: {path}")
     made = recorded_table(path)
-    if made is None or made["recipe"]["command"] != "certify" or made.get("origin") is None:
+    if made is None or made["recipe"]["command"] != "certify":
         raise AdvdiffError(f"{path} is not as advdiff certify wrote it, or its record is missing; make it again")
     return made
 

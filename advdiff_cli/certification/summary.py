@@ -113,7 +113,7 @@ def certified_set(path: Path, norm: str, eps: float) -> EvaluatedSet:
     radius = linf_as_l2(eps, parameters["dimension"]) if norm == "linf" else eps
     right = found.certified(radius)
     p1 = np.where(right, found.labels, 1 - found.labels).astype(np.float64)
-    return EvaluatedSet("certified", made["origin"], found.index, Predictions(found.labels, p1))
+    return EvaluatedSet("certified", found.fingerprints, found.index, Predictions(found.labels, p1))
 
 
 def summarize(found: CertifiedSet, radii: Sequence[Radius]) -> JsonObject:

@@ -89,7 +89,7 @@ class SuiteProgress:
         judged = {row.name: self.runner.judge(row, lambda count: None) for row in self.suite}
         worst = f"worst linf {self.eps * 255:g}/255"
         cases = {"clean": judged["clean"], worst: worst_case(self.suite, judged, self.eps)[1]}
-        sets = [EvaluatedSet(name, patches.origin(), patches.index, found) for name, found in cases.items()]
+        sets = [EvaluatedSet(name, patches.origins(), patches.index, found) for name, found in cases.items()]
         with atomic_write(path) as temporary:
             write_predictions(temporary, [(one, patches.keys) for one in sets])
 

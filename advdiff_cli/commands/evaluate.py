@@ -101,7 +101,7 @@ def evaluate(
         "sets": [e.as_dict() for e in evaluated],
         "comparisons": compare(evaluated),
         **({"fidelity": _fidelity(sets, evaluated)} if settings.fidelity else {}),
-        **({} if certificates is None else {"certified": certified_of(certificates, evaluated[0])}),
+        **({} if certificates is None else {"certified": certified_of(certificates, data[0], sets[0])}),
     }
     spec = None if protection is None else protection.spec
     judge = Judge(model.fingerprint, spec, model.ddpm_fingerprint, precision, compute.seed)

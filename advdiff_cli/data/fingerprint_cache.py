@@ -1,9 +1,7 @@
-"""A cache of the fingerprints of large files, valid as long as the file's size, times and inode do not change."""
+"""A cache of the fingerprints of rows of large files, each valid while its file (size, times, inode) is unchanged."""
 
-import os
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,35 +11,37 @@ from advdiff_cli.data.user_cache import cache_folder
 
 _MIN_BYTES = 256 << 20  # smaller files are hashed in less than a second
 _SETTLE_SECONDS = 10.0  # a file changed more recently could change again without a trace in its times
+_CHECKSUM_BYTES = 64  # of the cached bytes, behind them
 
 
-def cached_fingerprint(path: Path, selection: bytes, compute: Callable[[], str]) -> str:
-    """Return compute(), or its result from an earlier call if the file at `path` has not changed since.
+def cached_fingerprints(files: Sequence[Path], selection: bytes, compute: Callable[[], bytes]) -> bytes:
+    """Return compute(), or its result from an earlier call if no file has changed since.
 
     Args:
-        path: The file that is hashed. Only large files are cached.
-        selection: What else the fingerprint depends on, such as which rows.
-        compute: Reads the file and returns its fingerprint.
+        files: What is read, as far as it exists. Only the fingerprints of large files are cached.
+        selection: What else the fingerprints depend on: which rows.
+        compute: Reads the files and returns the fingerprints of their rows.
     """
-    before = path.stat() if path.is_file() else None
-    if before is None or before.st_size < _MIN_BYTES:
+    if max((f.stat().st_size for f in files if f.is_file()), default=0) < _MIN_BYTES:
         return compute()
-    key = canonical_json({"path": str(path.resolve()), "stat": _version(before)}).encode()
-    entry = cache_folder("fingerprints") / digest([key, selection])
-    with suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch(r"[0-9a-f]{64}", found := entry.read_text()):
+    before = _versions(files)
+    entry = cache_folder("fingerprints") / digest([canonical_json(before).encode(), selection])
+    with suppress(OSError):
+        stored = entry.read_bytes()
+        found, checksum = stored[:-_CHECKSUM_BYTES], stored[-_CHECKSUM_BYTES:]
+        if found and digest([found]).encode() == checksum:
             return found
-    fingerprint = compute()
-    after = path.stat() if path.is_file() else None
-    unchanged = after is not None and _version(after) == _version(before)
-    if unchanged and time.time() - before.st_ctime > _SETTLE_SECONDS:
+    fingerprints = compute()
+    settled = all(time.time() - f.stat().st_ctime > _SETTLE_SECONDS for f in files if f.is_file())
+    if settled and _versions(files) == before:
         with suppress(OSError):  # the home folder may be read-only
             entry.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(entry) as temporary:
-                temporary.write_text(fingerprint)
-    return fingerprint
+                temporary.write_bytes(fingerprints + digest([fingerprints]).encode())
+    return fingerprints
 
 
-def _version(s: os.stat_result) -> list[int]:
+def _versions(files: Sequence[Path]) -> list[list[object]]:
     """Return what changes when a file changes: size, modification and change times, inode and device."""
-    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev]
+    found = [(f.resolve(), f.stat()) for f in files if f.is_file()]
+    return [[str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for f, s in found]

@@ -35,7 +35,7 @@ class FolderEntry:
 
 @dataclass(frozen=True)
 class JournalLine:
-    """A line about one input; `size` is missing in journals of version 0.1.0."""
+    """A line about one input; `size` is that of its output in bytes."""
 
     file: str
     status: Literal["ok", "failed", "writing", "unsure"]
@@ -104,7 +104,7 @@ def is_current(out: Path, line: JournalLine) -> bool:
     if line.status != "ok" or line.out is None:
         return False
     file = out / line.out
-    return file.is_file() and (file.stat().st_size == line.size if line.size is not None else file.stat().st_size > 0)
+    return file.is_file() and file.stat().st_size == line.size
 
 
 def head_recipe(head: str, journal: Path, *, overwrite: bool) -> Provenance | None:

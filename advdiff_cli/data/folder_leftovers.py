@@ -10,7 +10,6 @@ from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.errors import AdvdiffError
 
 _TEMPORARY = re.compile(r"\.advdiff\.(\d+of\d+\.)?[0-9a-f]{16}\.part\.\w+")
-_TEMPORARY_0_1_0 = re.compile(r"\.(?P<stem>.+?)\.(\d+of\d+\.)?part(?P<suffix>\.(png|tiff?))", re.IGNORECASE)
 
 
 def remove_leftovers(out: Path, lines: Mapping[str, JournalLine], written: Mapping[str, set[str]]) -> None:
@@ -35,9 +34,8 @@ def remove_leftovers(out: Path, lines: Mapping[str, JournalLine], written: Mappi
         current = {line.out for line in lines.values()}
         for name in {name for file in done for name in written.get(file, ())} - current:
             _remove_output(out, PurePosixPath(name))
-        known = {name for names in written.values() for name in names}
         for file in out.rglob(".*.part.*"):
-            if _is_temporary(file, file.parent.relative_to(out), known):
+            if _TEMPORARY.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
 
@@ -46,11 +44,3 @@ def _remove_output(out: Path, name: PurePosixPath) -> None:
     if name.is_absolute() or ".." in name.parts or (out / name.parent).resolve() != (out.resolve() / name.parent):
         return
     (out / name).unlink(missing_ok=True)
-
-
-def _is_temporary(file: Path, parent: Path, known: set[str]) -> bool:
-    """Return whether a file is one that a writer left; version 0.1.0 named it after the output."""
-    if _TEMPORARY.fullmatch(file.name):
-        return True
-    old = _TEMPORARY_0_1_0.fullmatch(file.name)
-    return old is not None and (parent / f"{old['stem']}{old['suffix']}").as_posix() in known

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from advdiff_cli.data.atomic_files import reserve
 from advdiff_cli.data.output_spec import FileLayout
-from advdiff_cli.data.patch_source import Images, Rows, check_index, check_labels, check_layout
+from advdiff_cli.data.patch_source import (
+    ORIGINS,
+    Images,
+    RowFingerprints,
+    Rows,
+    check_index,
+    check_labels,
+    check_layout,
+    check_origins,
+)
 from advdiff_cli.data.pcam_files import labels_file
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
@@ -44,7 +53,9 @@ class Hdf5Source:
         stored = tuple(int(s) for s in self._images.shape)
         shape = (stored[0], stored[3], stored[1], stored[2]) if self._pcam and len(stored) == 4 else stored
         labels, index = self._pcam_labels() if self._pcam else self._vector("labels"), self._vector("index")
-        counts = {k: len(v) for k, v in {"labels": labels, "index": index}.items() if v is not None}
+        self.origins = self._stored_origins()
+        vectors = {"labels": labels, "index": index, ORIGINS: self.origins}
+        counts = {k: len(v) for k, v in vectors.items() if v is not None}
         check_layout(path, shape, str(self._images.dtype), counts)
         self.shape: tuple[int, int] | None = (shape[2], shape[3])
         self.labels = check_labels(path, labels)
@@ -68,6 +79,13 @@ class Hdf5Source:
         if vector.ndim != 1 or vector.dtype.kind not in "iu":
             raise AdvdiffError(f"{name} in {self.path} is {vector.dtype} {vector.shape}; int64 (N,) is needed")
         return np.asarray(vector[()])
+
+    def _stored_origins(self) -> RowFingerprints | None:
+        if self._pcam or ORIGINS not in self._file:
+            return None
+        stored = _dataset(self._file, self.path, ORIGINS)
+        check_origins(self.path, str(stored.dtype), tuple(stored.shape))
+        return np.asarray(stored[()])
 
     def _pcam_labels(self) -> NDArray[Any] | None:
         """Return the labels (N,) from the _y.h5 file next to PCam's _x.h5 file, or None if there is none."""
@@ -166,6 +184,7 @@ class Hdf5Target:
             made[name] = vector
         made[KEY] = record
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_obj_track_times(False)  # so that equal results are equal files
         plan.set_chunk((max(1, min(rows, _CHUNK_BYTES // layout.row_bytes)), *layout.shape[1:]))
         plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # a killed writer then leaves a valid file
         plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -185,9 +204,10 @@ class Hdf5Target:
         """
         source = Hdf5Source(path)
         same = source.provenance == layout.provenance and source.layout == (layout.shape, layout.dtype)
-        same &= np.array_equal(source.index, layout.vectors["index"])
-        same &= (source.labels is None) == ("labels" not in layout.vectors)
-        same &= source.labels is None or np.array_equal(source.labels, layout.vectors["labels"])
+        stored = {"index": source.index, "labels": source.labels, ORIGINS: source.origins}
+        vectors = {k: v for k, v in stored.items() if v is not None}
+        same &= vectors.keys() == layout.vectors.keys()
+        same &= all(np.array_equal(v, layout.vectors.get(k, ())) for k, v in vectors.items())
         source.close()
         if not same:
             raise AdvdiffError(f"{path} is not the unfinished work that its journal tells of")

@@ -10,7 +10,7 @@ import numpy as np
 
 from advdiff_cli.data.image_files import IMAGE_SUFFIXES, image_size, read_image
 from advdiff_cli.data.label_table import read_labels
-from advdiff_cli.data.patch_source import Images, Rows
+from advdiff_cli.data.patch_source import Images, RowFingerprints, Rows
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
@@ -29,6 +29,7 @@ class FolderSource:
         self.index: Rows = np.arange(len(files))
         self.inputs: Sequence[Path] = []
         self.provenance: Provenance | None = None
+        self.origins: RowFingerprints | None = None
         sizes = {image_size(f) for f in files} - {None}  # an unreadable file fails when its row is read
         self.shape: tuple[int, int] | None = next(iter(sizes)) if len(sizes) == 1 else None
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from advdiff_cli.data.output_spec import OutputSpec, RowRange
 from advdiff_cli.data.patch_set import PatchSet
-from advdiff_cli.data.patch_source import Images, Rows
+from advdiff_cli.data.patch_source import Images, RowFingerprints, Rows
 from advdiff_cli.data.patch_writer import PatchWriter
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.provenance import Provenance, canonical_json, recipe
@@ -33,7 +33,7 @@ class Merged:
 class _Concatenated:
     """Several sets, one after another, as one source."""
 
-    def __init__(self, sets: Sequence[PatchSet], provenance: Provenance) -> None:
+    def __init__(self, sets: Sequence[PatchSet]) -> None:
         self.path = sets[0].path
         self.inputs: Sequence[Path] = [file for s in sets for file in s.inputs]
         self.shape = sets[0].shape
@@ -41,7 +41,9 @@ class _Concatenated:
         self.keys: Sequence[RowKey] = self.index.tolist()
         labeled = [s.labels for s in sets if s.labels is not None]
         self.labels: Rows | None = np.concatenate(labeled) if labeled else None
-        self.provenance: Provenance | None = provenance
+        self.provenance: Provenance | None = None
+        stored = any(s.source.origins is not None for s in sets)
+        self.origins: RowFingerprints | None = np.concatenate([s.origins() for s in sets]) if stored else None
         self._sets = sets
         self._ends = np.cumsum([len(s) for s in sets])
 
@@ -75,16 +77,15 @@ def merge_sets(paths: Sequence[Path], out: Path, *, device: str = "cpu", overwri
     elif len(sets) == 1 and (known := sets[0].provenance) and "recipe" in known:
         made_by, inputs = known["recipe"], known.get("inputs", [])
     else:
-        if len({s.origin() for s in sets}) > 1:
-            raise AdvdiffError(f"{out}: the sets have different origins, so that their row numbers would clash")
         made_by = recipe("merge", {}, data=[s.recipe_input() for s in sets])
         inputs = [s.provenance for s in sets if s.provenance]
-    merged = PatchSet(_Concatenated(sets, {"origin": sets[0].origin()}))
+    merged = PatchSet(_Concatenated(sets))
     n = len(merged)
     if len(np.unique(merged.index)) < n:
-        raise AdvdiffError(f"{out}: the sets share rows; merge each row once")
+        raise AdvdiffError(f"{out}: the sets share row numbers; merge each row once, and only rows of one original set")
     rows, dtype = RowRange(0, n, n), sets[0].read_dtype()
-    writer = PatchWriter(replace(output, recipe=made_by), merged, rows, dtype=dtype, inputs=inputs)
+    made, is_origin = replace(output, recipe=made_by), merged.source.origins is None
+    writer = PatchWriter(made, merged, rows, dtype=dtype, inputs=inputs, is_origin=is_origin)
     if not writer.up_to_date:
         with writer:
             for batch in writer.batches(_BATCH):
@@ -128,7 +129,7 @@ def merge_tables(paths: Sequence[Path], out: Path, *, device: str = "cpu", overw
         names = list(dict.fromkeys(line[0] for line in lines))
         lines.sort(key=lambda line: names.index(line[0]))
     output, rows = OutputSpec(out, made_by, device, overwrite), RowRange(0, len(lines), len(lines))
-    writer = TableWriter(output, header, rows, inputs=inputs, origin=records[0].get("origin"), read=paths)
+    writer = TableWriter(output, header, rows, inputs=inputs, read=paths)
     if not writer.up_to_date:
         with writer:
             for batch in writer.batches(_BATCH):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,13 +89,13 @@ class FileLayout:
     Args:
         shape: (N, 3, H, W) of the images.
         dtype: float32 or uint8.
-        vectors: (N,) index and, where there are any, labels.
+        vectors: index (N,) and, where there are any, labels (N,) and the fingerprints of origins (N, 32).
         provenance: How the set was made.
     """
 
     shape: tuple[int, int, int, int]
     dtype: str
-    vectors: Mapping[str, NDArray[np.int64]]
+    vectors: Mapping[str, NDArray[Any]]
     provenance: Provenance
 
     @property

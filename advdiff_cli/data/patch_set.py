@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from advdiff_cli.data.fingerprint_cache import cached_fingerprint
-from advdiff_cli.data.patch_source import Images, PatchSource, Rows
+from advdiff_cli.data.fingerprint_cache import cached_fingerprints
+from advdiff_cli.data.patch_source import Images, PatchSource, RowFingerprints, Rows
 from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
 from advdiff_cli.data.rng import RowKey
+from advdiff_cli.data.row_fingerprints import fingerprint_rows
 from advdiff_cli.data.selection import ALL, Selection
 from advdiff_cli.data.view import WHOLE, View
 from advdiff_cli.errors import AdvdiffError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:  # imported where it is used, so that commands that only read 
     import torch
 
 _BLOCK = 64  # rows hashed or loaded at a time
-_SAMPLED = 64  # rows that identify an origin set
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PatchSet:
         self.index: Rows = source.index[self._rows]
         self.keys: list[RowKey] = [source.keys[i] for i in self._rows]
         self._view = WHOLE
-        self._fingerprint: str | None = None  # computed once, since the rows of a set do not change
+        self._fingerprints: RowFingerprints | None = None  # computed once, since the rows of a set do not change
         self._cached: Images | None = None
 
     def first(self, n: int) -> "PatchSet":
@@ -65,7 +65,8 @@ class PatchSet:
     def between(self, start: int, stop: int) -> "PatchSet":
         """Return the selected rows start to stop - 1, as far as there are so many."""
         few, chosen = copy.copy(self), slice(start, stop)
-        few._rows, few._fingerprint = self._rows[chosen], None
+        few._rows = self._rows[chosen]
+        few._fingerprints = None if self._fingerprints is None else self._fingerprints[chosen]
         few.labels = None if self.labels is None else self.labels[chosen]
         few.index, few.keys = self.index[chosen], self.keys[chosen]
         few._cached = None if self._cached is None else self._cached[chosen]
@@ -95,7 +96,6 @@ class PatchSet:
             return self
         partial = copy.copy(self)
         partial._view, partial.shape = view, view.shape(*self.require_shape())
-        partial._fingerprint = None
         return partial
 
     def __len__(self) -> int:
@@ -173,24 +173,23 @@ class PatchSet:
 
     def fingerprint(self) -> str:
         """Return the content fingerprint of the selected rows: images, labels and index, in order."""
-        if self._fingerprint is None:
-            selection = self._rows.tobytes() + self._header()
-            self._fingerprint = cached_fingerprint(
-                self.path, selection, lambda: digest(self._content(np.arange(len(self))))
-            )
-        return self._fingerprint
+        return digest([self._header(), self.row_fingerprints().tobytes()])
 
-    def origin(self) -> str:
-        """Return the identifier of the set that these rows first came from; every derived file keeps it.
+    def row_fingerprints(self) -> RowFingerprints:
+        """Return the fingerprint of each selected row (N, 32): of its whole image as stored."""
+        if self._fingerprints is None:
+            files = [self.path, *self.inputs]
+            found = cached_fingerprints(files, self._rows.tobytes(), lambda: b"".join(self._hash_rows()))
+            self._fingerprints = np.frombuffer(found, np.uint8).reshape(len(self), -1)
+        return self._fingerprints
 
-        A set without provenance is identified by a hash of its labels, sizes and a fixed sample of its rows.
+    def origins(self) -> RowFingerprints:
+        """Return the fingerprint of the patch that each row was first made from (N, 32), by which sets are matched.
+
+        Every derived file keeps them. The rows of other sets are first themselves.
         """
-        known = (self.provenance or {}).get("origin")
-        if isinstance(known, str):
-            return known
-        everything = PatchSet(self.source)
-        sample = np.linspace(0, len(everything) - 1, _SAMPLED).round().astype(np.int64)
-        return digest(everything._content(np.unique(sample)))
+        known = self.source.origins
+        return self.row_fingerprints() if known is None else known[self._rows]
 
     def recipe_input(self) -> JsonObject:
         """Return what enters a recipe: the fingerprint of the selected rows, and the selection."""
@@ -202,11 +201,9 @@ class PatchSet:
         header = canonical_json({"n": len(self), "shape": self.shape, "labels": labels, "keys": keys})
         return header.encode(errors="surrogateescape")  # file names need not be UTF-8
 
-    def _content(self, rows: Rows) -> Iterator[bytes]:
-        yield self._header()
-        for start in range(0, len(rows), _BLOCK):
-            chosen = self._rows[rows[start : start + _BLOCK]]
-            pieces = [chosen] if self.shape is not None else np.split(chosen, len(chosen))
+    def _hash_rows(self) -> Iterator[bytes]:
+        for start in range(0, len(self), _BLOCK):
+            chosen = self._rows[start : start + _BLOCK]
+            pieces = [chosen] if self.source.shape is not None else np.split(chosen, len(chosen))
             for piece in pieces:
-                raw = self.source.read(piece)
-                yield str(raw.dtype).encode() + raw.tobytes()
+                yield fingerprint_rows(self.source.read(piece)).tobytes()

@@ -13,6 +13,11 @@ from advdiff_cli.errors import AdvdiffError
 
 Images = NDArray[Any]  # (B, 3, H, W) uint8 or float32
 Rows = NDArray[np.int64]
+RowFingerprints = NDArray[np.uint8]  # (N, 32)
+
+ORIGINS = "origin_sha256"
+"""The name of the tensor of fingerprints (N, 32) of the patches that rows were first made from."""
+FINGERPRINT_BYTES = 32
 
 MIN_SIZE = 32  # pixels
 MAX_PIXELS = 89_478_485  # of an image that is read at once: Pillow's own limit
@@ -28,6 +33,7 @@ class PatchSource(Protocol):
     index: Rows
     keys: Sequence[RowKey]
     provenance: Provenance | None
+    origins: RowFingerprints | None  # of the patches that the rows were first made from; None where these are they
 
     def __len__(self) -> int: ...
 
@@ -68,6 +74,16 @@ def check_index(path: Path, index: NDArray[Any] | None, n: int) -> Rows:
         twice = values[counts > 1][0]
         raise AdvdiffError(f"the index of {path} names row {twice} more than once; each row needs its own")
     return index.astype(np.int64)
+
+
+def check_origins(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    """Check that the fingerprints of the origins are uint8 (N, 32).
+
+    Raises:
+        AdvdiffError: They are not.
+    """
+    if dtype != "uint8" or len(shape) != 2 or shape[1] != FINGERPRINT_BYTES:
+        raise AdvdiffError(f"{ORIGINS} in {path} is {dtype} {shape}; uint8 (N, {FINGERPRINT_BYTES}) is needed")
 
 
 def check_labels(path: Path, labels: NDArray[Any] | None) -> Rows | None:

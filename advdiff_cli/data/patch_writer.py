@@ -17,7 +17,7 @@ from advdiff_cli.data.journal import drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import Batch, FileLayout, OutputSpec, RowRange, unfinished_batches
 from advdiff_cli.data.patch_set import PatchSet
-from advdiff_cli.data.patch_source import Images
+from advdiff_cli.data.patch_source import ORIGINS, Images
 from advdiff_cli.data.provenance import Provenance, provenance
 from advdiff_cli.data.resume import identity, matches_recipe, part_of, recorded
 from advdiff_cli.data.row_journal import (
@@ -70,15 +70,17 @@ class PatchWriter:
         *,
         dtype: str = "float32",
         inputs: list[Provenance] | None = None,
+        is_origin: bool = False,
     ) -> None:
         """Decide whether the output is up to date, and create or reopen OUT.part otherwise.
 
         Args:
             output: A .safetensors or .h5 file.
-            source: The set it is made from, all of one size; its labels, index and origin are copied.
+            source: The set it is made from, all of one size; its labels and index are copied.
             rows: Which rows of the recipe this file holds.
             dtype: float32 or uint8.
             inputs: Provenance of the inputs; the source's own by default.
+            is_origin: Whether the rows are first themselves, since they are copied or drawn.
 
         Raises:
             AdvdiffError: Something else is at the path, its folder is missing, or another process writes it.
@@ -88,12 +90,7 @@ class PatchWriter:
         self.out, self.rows = out, rows
         self._work, self._journal = work_files(out)
         own = [source.provenance] if source.provenance else []
-        self._record = provenance(
-            output.recipe,
-            inputs=own if inputs is None else inputs,
-            origin=source.origin(),
-            device=output.device,
-        )
+        self._record = provenance(output.recipe, inputs=own if inputs is None else inputs, device=output.device)
         if (part := part_of(rows)) is not None:
             self._record["part"] = part
         self.finished = np.zeros(len(rows), bool)
@@ -108,13 +105,15 @@ class PatchWriter:
         try:
             self.up_to_date = self._is_up_to_date(output.overwrite)  # another process may just have finished
             if not self.up_to_date:
-                self._open(self._layout(source, dtype), output.overwrite)
+                self._open(self._layout(source, dtype, is_origin=is_origin), output.overwrite)
         finally:
             if self._target is None:
                 self._lock.release()
 
-    def _layout(self, source: PatchSet, dtype: str) -> FileLayout:
-        rows, columns = slice(self.rows.start, self.rows.stop), {"index": source.index, "labels": source.labels}
+    def _layout(self, source: PatchSet, dtype: str, *, is_origin: bool) -> FileLayout:
+        rows = slice(self.rows.start, self.rows.stop)
+        origins = None if is_origin else source.origins()
+        columns = {"index": source.index, "labels": source.labels, ORIGINS: origins}
         vectors = {k: np.ascontiguousarray(v[rows]) for k, v in columns.items() if v is not None}
         return FileLayout((len(self.finished), 3, *source.require_shape()), dtype, vectors, self._record)
 
@@ -175,7 +174,7 @@ class PatchWriter:
         """Return whether rows still are as they were recorded."""
         assert self._target is not None
         try:
-            return rows.checksum is None or checksum(self._target.read(rows.start, rows.stop)) == rows.checksum
+            return checksum(self._target.read(rows.start, rows.stop)) == rows.checksum
         except AdvdiffError:
             return False
 

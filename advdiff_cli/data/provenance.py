@@ -31,13 +31,11 @@ def recipe(command: str, parameters: Mapping[str, object], **inputs: object) -> 
     return {"command": command, "format": FORMAT, "parameters": dict(parameters), **inputs}
 
 
-def provenance(
-    made_by: Provenance, *, inputs: Sequence[object] = (), origin: str | None = None, device: str = "cpu"
-) -> Provenance:
+def provenance(made_by: Provenance, *, inputs: Sequence[object] = (), device: str = "cpu") -> Provenance:
     """Return a recipe together with what is recorded beside it: the inputs' provenance, versions, kind of device."""
     packages = ("advdiff", "torch", "diffusers", "numpy")
     recorded = {"versions": {p: version(p) for p in packages}, "device": device}
-    return {"recipe": made_by, "origin": origin, "inputs": list(inputs), "recorded": recorded}
+    return {"recipe": made_by, "inputs": list(inputs), "recorded": recorded}
 
 
 def same_recipe(one: Provenance, other: Provenance) -> bool:
@@ -145,7 +143,6 @@ def _has_structure(value: object) -> bool:
     return (
         isinstance(recipe.get("command"), str)
         and isinstance(recipe.get("parameters"), dict)
-        and isinstance(value.get("origin"), str | None)
         and isinstance(recorded, dict)
         and isinstance(recorded.get("versions"), dict)
         and isinstance(recorded.get("device"), str)

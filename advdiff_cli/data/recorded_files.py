@@ -72,7 +72,7 @@ def check_summary(record: Path, files: Sequence[Path], *, overwrite: bool) -> No
     """Check that the summary of a folder may be written again, from results that have recipes of their own.
 
     Args:
-        record: Of the files. Where there is none, as in version 0.1.0 and while they are written, the first file, in
+        record: Of the files. Where there is none, as while they are written, the first file, in
             JSON, tells by its recipe whose they are.
         files: What is to be written.
         overwrite: Whether files of others may be replaced.

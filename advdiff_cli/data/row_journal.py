@@ -1,7 +1,7 @@
 """The journal of unfinished work, OUT.part.rows: the provenance, then a line [start, stop, checksum] for each batch.
 
 A checksum is the CRC-32 of the rows of the batch, so that rows which were damaged after they were recorded are computed
-again. Journals of version 0.1.0 have no checksums.
+again.
 """
 
 import json
@@ -20,11 +20,11 @@ from advdiff_cli.errors import AdvdiffError
 
 @dataclass(frozen=True)
 class FinishedRows:
-    """Rows start to stop - 1, and their checksum if it was recorded."""
+    """Rows start to stop - 1, and their checksum."""
 
     start: int
     stop: int
-    checksum: int | None = None
+    checksum: int
 
 
 def work_files(out: Path) -> tuple[Path, Path]:
@@ -64,7 +64,7 @@ def finished_rows(journal: Path, n: int) -> Iterator[FinishedRows | None]:
     for text in complete_lines(journal)[1:]:
         try:
             numbers = json.loads(text)
-            good = isinstance(numbers, list) and len(numbers) in (2, 3) and all(type(k) is int for k in numbers)
+            good = isinstance(numbers, list) and len(numbers) == 3 and all(type(k) is int for k in numbers)
         except (ValueError, RecursionError):
             good = False
         yield FinishedRows(*numbers) if good and 0 <= numbers[0] < numbers[1] <= n else None

@@ -8,6 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,16 @@ from safetensors import SafetensorError, safe_open
 
 from advdiff_cli.data.atomic_files import reserve
 from advdiff_cli.data.output_spec import FileLayout
-from advdiff_cli.data.patch_source import Images, Rows, check_index, check_labels, check_layout
+from advdiff_cli.data.patch_source import (
+    ORIGINS,
+    Images,
+    RowFingerprints,
+    Rows,
+    check_index,
+    check_labels,
+    check_layout,
+    check_origins,
+)
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json, parse_provenance
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
@@ -38,7 +48,7 @@ class SafetensorsSource:
             raise AdvdiffError(f"{path} has no tensor named images; a patch set needs images, labels and index")
         stored: _Tensors = {
             k: (_DTYPES.get(t["dtype"], t["dtype"]), tuple(t["shape"]), t["data_offsets"][0])
-            for k in ("images", "labels", "index")
+            for k in ("images", "labels", "index", ORIGINS)
             if (t := tensors.get(k)) is not None
         }
         self._dtype, shape, self._offset = stored["images"]
@@ -49,6 +59,7 @@ class SafetensorsSource:
         self._file = os.open(path, os.O_RDONLY)
         self.labels = check_labels(path, self._vector(stored, "labels"))
         self.index = check_index(path, self._vector(stored, "index"), self._n)
+        self.origins = self._origins(stored)
         self.inputs: Sequence[Path] = [path]
         self.keys: Sequence[RowKey] = self.index.tolist()
 
@@ -59,6 +70,13 @@ class SafetensorsSource:
         if dtype != "int64" or len(shape) != 1:
             raise AdvdiffError(f"{name} in {self.path} is {dtype} {shape}; int64 (N,) is needed")
         return np.frombuffer(os.pread(self._file, shape[0] * 8, self._start + offset), np.int64)
+
+    def _origins(self, stored: _Tensors) -> RowFingerprints | None:
+        if ORIGINS not in stored:
+            return None
+        dtype, shape, offset = stored[ORIGINS]
+        check_origins(self.path, dtype, shape)
+        return np.frombuffer(os.pread(self._file, prod(shape), self._start + offset), np.uint8).reshape(shape)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -153,7 +171,7 @@ def _encode_header(layout: FileLayout) -> bytes:
     header: dict[str, Any] = {"__metadata__": {KEY: canonical_json(layout.provenance)}}
     offset = 0
     for name, vector in layout.vectors.items():  # 8-byte tensors first, so that every tensor is aligned
-        header[name] = _entry("int64", vector.shape, offset, vector.nbytes)
+        header[name] = _entry(str(vector.dtype), vector.shape, offset, vector.nbytes)
         offset += vector.nbytes
     header["images"] = _entry(layout.dtype, layout.shape, offset, layout.shape[0] * layout.row_bytes)
     head = json.dumps(header, separators=(",", ":")).encode()

@@ -78,7 +78,6 @@ class TableWriter:
         rows: RowRange,
         *,
         inputs: Sequence[Provenance] = (),
-        origin: str | None = None,
         read: Sequence[Path] = (),
     ) -> None:
         """Decide whether the table is up to date, and create or reopen OUT.part otherwise.
@@ -88,7 +87,7 @@ class TableWriter:
             header: The names of the columns.
             rows: Which rows of the recipe this table holds.
             inputs: Provenance of the inputs.
-            origin: Where the rows first came from.
+
             read: Files that the command reads, and which are never replaced.
 
         Raises:
@@ -97,7 +96,7 @@ class TableWriter:
         out = self.out = output.path
         self.rows, self.finished = rows, np.zeros(len(rows), bool)
         self._header, self._work, self._read = header, work_file(out), read
-        self._record = provenance(output.recipe, inputs=inputs, origin=origin, device=output.device)
+        self._record = provenance(output.recipe, inputs=inputs, device=output.device)
         if (part := part_of(rows)) is not None:
             self._record["part"] = part
         self._output = replace(output, path=record_of(out), recipe=identity(self._record))

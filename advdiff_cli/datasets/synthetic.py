@@ -16,9 +16,9 @@ from scipy.ndimage import gaussian_filter
 
 from advdiff_cli.data.output_spec import OutputSpec, RowRange
 from advdiff_cli.data.patch_set import PatchSet
-from advdiff_cli.data.patch_source import Images, Rows
+from advdiff_cli.data.patch_source import Images, RowFingerprints, Rows
 from advdiff_cli.data.patch_writer import PatchWriter
-from advdiff_cli.data.provenance import Provenance, canonical_json, digest, recipe
+from advdiff_cli.data.provenance import Provenance, recipe
 from advdiff_cli.data.rng import RowKey, stream
 from advdiff_cli.data.stain import mix
 
@@ -43,8 +43,8 @@ class SyntheticSource:
         self.keys: Sequence[RowKey] = self.index.tolist()
         self.inputs: Sequence[Path] = []
         self.labels: Rows | None = np.array([stream(seed, "label", i).integers(2) for i in range(n)], np.int64)
-        origin = digest([canonical_json({"synthetic": seed, "n": n}).encode()])
-        self.provenance: Provenance | None = {"origin": origin}
+        self.provenance: Provenance | None = None
+        self.origins: RowFingerprints | None = None
 
     def __len__(self) -> int:
         """Return n."""
@@ -188,7 +188,7 @@ def write_synthetic(
     """
     patches = PatchSet(SyntheticSource(n, seed))
     output = OutputSpec(out, recipe("synthesize", {"seed": seed, "n": n}), overwrite=overwrite)
-    writer = PatchWriter(output, patches, RowRange(0, n, n), dtype="uint8", inputs=[])
+    writer = PatchWriter(output, patches, RowRange(0, n, n), dtype="uint8", inputs=[], is_origin=True)
     if not writer.up_to_date:
         with writer:
             advance(int(writer.finished.sum()))

@@ -7,7 +7,9 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from advdiff_cli.data.patch_source import RowFingerprints
 from advdiff_cli.data.provenance import JsonObject, Provenance
+from advdiff_cli.data.row_fingerprints import shared_rows
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.metrics import Predictions, classification_metrics, vote_accuracies
 from advdiff_cli.evaluation.statistics import Estimate, holm, mcnemar, shares_difference
@@ -19,14 +21,14 @@ class EvaluatedSet:
 
     Args:
         name: Of the set.
-        origin: Identifier of the set that its rows first came from.
-        index: (N,) rows in that set.
+        origins: (N, 32) the fingerprint of the patch that each row was first made from.
+        index: (N,) rows in the set of these patches.
         predictions: Of the N rows.
         history: The recipes that led to the set.
     """
 
     name: str
-    origin: str
+    origins: RowFingerprints
     index: NDArray[np.int64]
     predictions: Predictions
     history: list[Provenance] = field(default_factory=list)
@@ -46,7 +48,7 @@ class EvaluatedSet:
 
 
 def compare(*groups: Sequence[EvaluatedSet]) -> list[JsonObject]:
-    """Compare the accuracy of each pair of sets within a group that have one origin, on the rows that both hold.
+    """Compare the accuracy of each pair of sets within a group, on the rows that both hold, if there are any.
 
     Each comparison has the difference (second - first) with its interval, the p-value of McNemar's exact test, and the
     p-value adjusted by Holm's method over all pairs of all groups. Over several draws, the difference is that of the
@@ -57,9 +59,7 @@ def compare(*groups: Sequence[EvaluatedSet]) -> list[JsonObject]:
     """
     found = []
     for first, second in (pair for sets in groups for pair in combinations(sets, 2)):
-        if first.origin != second.origin:
-            continue
-        _, a, b = np.intersect1d(first.index, second.index, return_indices=True)
+        a, b = shared_rows(first.origins, second.origins)
         if len(a):
             found.append(_compare_pair(first, second, a, b))
     for row, adjusted in zip(found, holm([row["p"] for row in found]), strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject
+from advdiff_cli.data.row_fingerprints import shared_rows
 from advdiff_cli.data.stain import separate
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.metrics import Predictions
@@ -74,8 +75,8 @@ def fidelity(reference: PatchSet, judged: Predictions, patches: PatchSet, predic
     Raises:
         AdvdiffError: The sets have no rows in common.
     """
-    _, a, b = np.intersect1d(reference.index, patches.index, return_indices=True)
-    if reference.origin() != patches.origin() or not len(a):
+    a, b = shared_rows(reference.origins(), patches.origins())
+    if not len(a):
         raise AdvdiffError(f"{patches.path} was not made from rows of {reference.path}; name the clean set first")
     parts = [
         patch_fidelity(reference.read(a[i : i + _BATCH]), patches.read(b[i : i + _BATCH]))

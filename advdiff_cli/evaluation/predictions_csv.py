@@ -6,19 +6,22 @@ from pathlib import Path
 
 import numpy as np
 
+from advdiff_cli.data.patch_source import ORIGINS
 from advdiff_cli.data.rng import RowKey
+from advdiff_cli.data.row_fingerprints import as_text, from_texts
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
 
-_COLUMNS = ("set", "origin", "index", "row", "label", "draw", "p1")
+_COLUMNS = ("set", ORIGINS, "index", "row", "label", "draw", "p1")
 
 
 def write_predictions(path: Path, sets: Sequence[tuple[EvaluatedSet, Sequence[RowKey]]]) -> None:
     """Write the predictions of sets, each with the names of its rows.
 
-    The columns are: the name of the set, its origin, the row's index in the origin, the row's name (a file in a folder,
-    else the index), its label, the draw of the defense's noise, and the probability of class 1.
+    The columns are: the name of the set, the fingerprint of the patch that the row was first made from, its index, the
+    row's name (a file in a folder, else the index), its label, the draw of the defense's noise, and the probability of
+    class 1.
     """
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
@@ -26,8 +29,8 @@ def write_predictions(path: Path, sets: Sequence[tuple[EvaluatedSet, Sequence[Ro
         for one, keys in sets:
             p = one.predictions
             table.writerows(
-                (one.name, one.origin, index, key, label, draw, repr(float(p1)))
-                for index, key, label, row in zip(one.index, keys, p.labels, p.p1, strict=True)
+                (one.name, as_text(origin), index, key, label, draw, repr(float(p1)))
+                for origin, index, key, label, row in zip(one.origins, one.index, keys, p.labels, p.p1, strict=True)
                 for draw, p1 in enumerate(row)
             )
 
@@ -59,10 +62,10 @@ def _parse_set(name: str, lines: list[list[str]]) -> EvaluatedSet:
     draws = max(map(int, draw)) + 1
     if len(lines) % draws:
         raise ValueError(name)
-    if list(map(int, draw)) != list(range(draws)) * (len(lines) // draws) or len(set(origins)) != 1:
+    if list(map(int, draw)) != list(range(draws)) * (len(lines) // draws):
         raise ValueError(name)
     first = slice(None, None, draws)
     predictions = Predictions(np.array(labels[first], np.int64), np.array(p1, np.float64).reshape(-1, draws))
     if not ((predictions.p1 >= 0) & (predictions.p1 <= 1)).all() or not np.isin(predictions.labels, (0, 1)).all():
         raise ValueError(name)
-    return EvaluatedSet(name, origins[0], np.array(index[first], np.int64), predictions)
+    return EvaluatedSet(name, from_texts(origins[first]), np.array(index[first], np.int64), predictions)

@@ -8,6 +8,7 @@ import numpy as np
 
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.provenance import Provenance
+from advdiff_cli.data.row_fingerprints import shared_rows
 from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.purification.defense_spec import DefenseSpec
 
@@ -34,12 +35,12 @@ class Judge:
 def provenance_warnings(sets: Sequence[EvaluatedSet], judge: Judge) -> Iterator[str]:
     """Yield one line for each reason to doubt the figures of a set, or to miss a comparison."""
     for first, second in combinations(sets, 2):
-        if not second.history and first.origin != second.origin and _same_rows(first, second):
+        if not second.history and not _share_rows(first, second) and _same_rows(first, second):
             yield (
-                f"{second.name} has rows and labels of {first.name}, but is not compared with it: if it was made from "
-                "it, record its origin (docs/guide.md, Attacks that know the defense)"
+                f"{second.name} has row numbers and labels of {first.name}, but is not compared with it: if it was "
+                "made from it, record its origins (docs/guide.md, Attacks that know the defense)"
             )
-    clean = {s.origin for s in sets if not any(_is_attack(made) for made in s.history)}
+    clean = [s for s in sets if not any(_is_attack(made) for made in s.history)]
     for s in sets:
         purified = any(made["command"] == "purify" for made in s.history)
         for made in s.history:
@@ -47,8 +48,12 @@ def provenance_warnings(sets: Sequence[EvaluatedSet], judge: Judge) -> Iterator[
                 yield from (f"{s.name} {reason}" for reason in _attack_warnings(made, judge, purified=purified))
         if purified and judge.defense is not None:
             yield f"{s.name} was purified before, and is purified again"
-        if judge.defense is not None and s.origin not in clean:
+        if judge.defense is not None and not any(one is s or _share_rows(one, s) for one in clean):
             yield f"{s.name} is attacked and its clean control is missing: also name the set it was made from"
+
+
+def _share_rows(first: EvaluatedSet, second: EvaluatedSet) -> bool:
+    return bool(len(shared_rows(first.origins, second.origins)[0]))
 
 
 def _same_rows(first: EvaluatedSet, second: EvaluatedSet) -> bool:

@@ -64,13 +64,13 @@ class CertifyJob:
 
     def run(self, writer: TableWriter) -> Iterator[int]:
         """Certify the rows that `writer` does not have yet, yielding the number of rows after each."""
-        batches = list(writer.batches(1))
+        batches, fingerprints = list(writer.batches(1)), self.patches.row_fingerprints()
         rows = [int(batch.rows[0]) for batch in batches]
         with writer:
             for i, batch, (certificate, seconds) in zip(rows, batches, self.certificates(rows), strict=True):
                 label = None if self.patches.labels is None else int(self.patches.labels[i])
                 name, index = str(self.patches.keys[i]), int(self.patches.index[i])
-                writer.write(batch, [line(name, index, label, certificate, seconds)])
+                writer.write(batch, [line(name, index, label, certificate, seconds, fingerprints[i])])
                 yield 1
 
     def certificates(self, rows: Sequence[int]) -> Iterator[tuple[Certificate, float]]:

@@ -16,6 +16,7 @@ from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject, Provenance, history, provenance, recipe
 from advdiff_cli.data.recorded_files import check_replaceable, record_of, recorded_write
 from advdiff_cli.data.resume import identity, part_of
+from advdiff_cli.data.row_fingerprints import shared_rows
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
@@ -54,7 +55,7 @@ def evaluate_set(
     """
     p1 = predict(model.module, patches, device, draws=draws, seed=seed, group=group, advance=advance)
     predictions = Predictions(patches.require_labels(), p1)
-    return EvaluatedSet(name, patches.origin(), patches.index, predictions, history(patches.provenance))
+    return EvaluatedSet(name, patches.origins(), patches.index, predictions, history(patches.provenance))
 
 
 @dataclass(frozen=True)
@@ -181,21 +182,21 @@ def check_certified_model(table: Path, model: EvaluatedModel) -> None:
         _log.warning("%s certifies the purifier in %s, not in %s", table, certified, model.precision)
 
 
-def certified_of(table: Path, first: EvaluatedSet) -> JsonObject:
-    """Return what a table of certificates proves of an evaluated set.
+def certified_of(table: Path, name: str, patches: PatchSet) -> JsonObject:
+    """Return what a table of certificates proves of the patches of an evaluated set, which it shares.
 
     Raises:
         AdvdiffError: It is of other patches.
     """
     made, found = certificate_provenance(table), read_certificates(table)
     parameters = made["recipe"]["parameters"]
-    certified_recipes = [step for one in made["inputs"] for step in history(one)]
-    if made["origin"] != first.origin or certified_recipes != first.history:
-        raise AdvdiffError(f"{table} certifies other patches than {first.name}, such as those before an attack")
-    shared = found.take(first.index)
-    if not len(shared):
-        raise AdvdiffError(f"{table} holds no patches of {first.name}")
-    labels = dict(zip(first.index.tolist(), first.predictions.labels.tolist(), strict=True))
-    if shared.labels is not None and [labels[int(i)] for i in shared.index] != shared.labels.tolist():
-        raise AdvdiffError(f"{table} and {first.name} label the same patches differently")
-    return {"data": first.name, **summarize(shared, told_sizes(parameters)), "alpha": parameters["alpha"]}
+    certified, rows = shared_rows(found.fingerprints, patches.row_fingerprints())
+    if not len(rows):
+        raise AdvdiffError(f"{table} certifies other patches than {name}, such as those before an attack")
+    if len(rows) < min(len(found), len(patches)):
+        text = "%s certifies %d of the %d patches of %s, and %d others"
+        _log.warning(text, table, len(rows), len(patches), name, len(found) - len(rows))
+    shared = found.take(certified)
+    if shared.labels is not None and not np.array_equal(shared.labels, patches.require_labels()[rows]):
+        raise AdvdiffError(f"{table} and {name} label the same patches differently")
+    return {"data": name, **summarize(shared, told_sizes(parameters)), "alpha": parameters["alpha"]}

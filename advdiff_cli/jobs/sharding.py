@@ -95,9 +95,8 @@ class TableOutput:
 
     def make(self, output: OutputSpec, rows: RowRange) -> Status:
         """Make the missing ones of some rows."""
-        known, origin = self.patches.provenance, self.patches.origin()
-        inputs = [known] if known else []
-        writer = TableWriter(output, self.header, rows, inputs=inputs, origin=origin, read=self.inputs)
+        known = self.patches.provenance
+        writer = TableWriter(output, self.header, rows, inputs=[known] if known else [], read=self.inputs)
         if writer.up_to_date:
             return "up to date"
         self.work(writer)

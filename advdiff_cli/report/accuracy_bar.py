@@ -46,7 +46,7 @@ def _is_transferred(attacked: Mapping[str, Any], result: Mapping[str, Any]) -> b
     Raises:
         AdvdiffError: The result does not describe its defense.
     """
-    defense = result.get("defense") or result.get("defence") or {}  # spelled so by version 0.1.0
+    defense = result.get("defense") or {}
     attack = _steps(attacked, "attack")[-1]
     purified = bool(_steps(attacked, "purify"))
     try:

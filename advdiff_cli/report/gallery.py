@@ -15,6 +15,7 @@ from torch import Tensor
 
 from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject, history, recipe
+from advdiff_cli.data.row_fingerprints import shared_rows
 from advdiff_cli.data.selection import row_batches
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.statistics import wilson
@@ -65,11 +66,8 @@ class PairedSets:
 
     @classmethod
     def match(cls, clean: PatchSet, attacked: PatchSet) -> "PairedSets":
-        """Match the rows of two sets; there are no pairs if the sets have different origins."""
-        _, a, b = np.intersect1d(clean.index, attacked.index, return_indices=True)
-        if clean.origin() != attacked.origin():
-            a, b = np.empty(0, np.int64), np.empty(0, np.int64)
-        return cls(clean, attacked, a, b)
+        """Match the rows of two sets that were first made from the same patches."""
+        return cls(clean, attacked, *shared_rows(clean.origins(), attacked.origins()))
 
     def __len__(self) -> int:
         return len(self.clean_rows)

@@ -119,14 +119,14 @@ class Report:
 
     def _suite(self, suite: JsonObject, paths: Sequence[Path]) -> JsonObject:
         suite_bars(suite, paths)
-        defense = suite.get("defense", suite.get("defence"))  # spelled so by version 0.1.0
+        defense = suite.get("defense")
         return {**suite, "defense": defense, "svg": inline_svg(paths[0], "accuracy under each attack")}
 
     def _sources(self) -> list[dict[str, str]]:
         """Return how each number was made: recipes, without the figures."""
         found: list[tuple[str, JsonObject]] = []
         for name, result in self.results.items():
-            defense = result.get("defense", result.get("defence"))  # spelled so by version 0.1.0
+            defense = result.get("defense")
             sets = [{k: s.get(k) for k in ("data", "n", "draws", "history")} for s in result["sets"][:2]]
             made = {"classifier": result.get("classifier"), "defense": defense, "sets": sets}
             found.append((f"{name}: advdiff evaluate", made))

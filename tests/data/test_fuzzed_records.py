@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rows import origins
 from safetensors.numpy import save_file
 
 from advdiff_cli.data.folder_journal import JOURNAL, FolderEntry, output_name, parse_lines
@@ -94,7 +95,7 @@ def test_label_tables(changes):
 
 @pytest.mark.parametrize("p1", ["nan", "-0.1", "1.5", "inf"])
 def test_probabilities_that_are_none(tmp_path, p1):
-    one = EvaluatedSet("a", "0" * 64, np.arange(1), Predictions(np.array([0]), np.full((1, 1), 0.25)), [])
+    one = EvaluatedSet("a", origins(range(1)), np.arange(1), Predictions(np.array([0]), np.full((1, 1), 0.25)), [])
     write_predictions(tmp_path / "p.csv", [(one, ["x"])])
     (tmp_path / "p.csv").write_text((tmp_path / "p.csv").read_text().replace("0.25", p1))
     with pytest.raises(AdvdiffError, match="is damaged"):
@@ -104,7 +105,9 @@ def test_probabilities_that_are_none(tmp_path, p1):
 @QUIET
 @given(CHANGES)
 def test_tables_of_predictions(changes):
-    one = EvaluatedSet("a", "0" * 64, np.arange(3), Predictions(np.array([0, 1, 1]), np.full((3, 2), 0.25)), [])
+    one = EvaluatedSet(
+        "a", origins(range(3)), np.arange(3), Predictions(np.array([0, 1, 1]), np.full((3, 2), 0.25)), []
+    )
     with folder() as place:
         write_predictions(place / "p.csv", [(one, ["x.png", "y,z.png", "\udcff"])])
         (place / "p.csv").write_bytes(changed((place / "p.csv").read_bytes(), changes))

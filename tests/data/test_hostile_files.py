@@ -27,8 +27,8 @@ from advdiff_cli.errors import AdvdiffError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 3, 40, 32), np.uint8)
-VECTORS = {"labels": np.array([0, 1, 0]), "index": np.array([5, 6, 9])}
-MADE = json.dumps({"recipe": {"command": "test", "parameters": {}}, "origin": "o", "inputs": [], "part": [0, 3, 5]})
+VECTORS = {"labels": np.array([0, 1, 0]), "index": np.array([5, 6, 9]), "origin_sha256": np.eye(3, 32, dtype=np.uint8)}
+MADE = json.dumps({"recipe": {"command": "test", "parameters": {}}, "inputs": [], "part": [0, 3, 5]})
 
 
 def hdf5(**options):
@@ -75,7 +75,7 @@ def attempt(path):
     try:
         found = open_patches(path)
         images = found.read(np.arange(len(found))).numpy()
-        found.fingerprint(), found.origin()
+        found.fingerprint(), found.origins()
     except AdvdiffError as e:
         return "refused" if str(path) in str(e) and "\n" not in str(e) else f"does not name the file: {e}"
     except BaseException:

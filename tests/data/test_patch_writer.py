@@ -52,7 +52,7 @@ def test_written_rows_read_back(tmp_path, source, suffix):
     back = open_patches(out)
     assert np.array_equal(back.read(np.arange(N)), source.read(np.arange(N)))
     assert np.array_equal(back.labels, source.labels)
-    assert back.origin() == source.origin()
+    assert np.array_equal(back.origins(), source.origins())
     assert back.provenance["recipe"] == MADE
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
@@ -179,7 +179,7 @@ def test_overwrite_forgets_the_rows_of_the_earlier_work(tmp_path, source, monkey
     real = canonical_json
 
     def dies(value):
-        if isinstance(value, dict) and "origin" in value and value["recipe"] == OTHER and dies.armed:
+        if isinstance(value, dict) and "recorded" in value and value["recipe"] == OTHER and dies.armed:
             raise OSError("the disk is full")
         return real(value)
 

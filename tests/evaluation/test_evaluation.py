@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from rows import origins
 from scipy.special import ndtri
 from scipy.stats import norm as normal
 
@@ -170,12 +171,12 @@ def test_bootstrap_covers_like_wilson_for_a_proportion():
     assert found.high == pytest.approx(expected.high, abs=0.02)
 
 
-def test_only_rows_of_one_origin_are_paired():
+def test_only_rows_made_from_the_same_patches_are_paired():
     labels = np.array([0, 1, 1, 0])
     right, wrong = np.array([0.1, 0.9, 0.9, 0.1]), np.array([0.9, 0.1, 0.9, 0.1])
-    a = EvaluatedSet("a", "origin", np.array([5, 6, 7, 8]), Predictions(labels, right))
-    b = EvaluatedSet("b", "origin", np.array([8, 7, 6, 5]), Predictions(labels[::-1], wrong[::-1]))
-    c = EvaluatedSet("c", "elsewhere", np.array([5, 6, 7, 8]), Predictions(labels, right))
+    a = EvaluatedSet("a", origins([5, 6, 7, 8]), np.array([5, 6, 7, 8]), Predictions(labels, right))
+    b = EvaluatedSet("b", origins([8, 7, 6, 5]), np.array([8, 7, 6, 5]), Predictions(labels[::-1], wrong[::-1]))
+    c = EvaluatedSet("c", origins([5, 6, 7, 8], of=1), np.array([5, 6, 7, 8]), Predictions(labels, right))
     (pair,) = compare([a, b, c])
     assert (pair["first"], pair["second"], pair["n"]) == ("a", "b", 4)
     assert (pair["only_first_right"], pair["only_second_right"]) == (2, 0)
@@ -193,7 +194,7 @@ def test_evaluate_tells_a_row_a_set(advdiff, patches, classifier, tmp_path):
     json.dumps(result, allow_nan=False)
     (row,) = result["sets"]
     lines = csv.read_text().splitlines()
-    assert lines[0] == "set,origin,index,row,label,draw,p1"
+    assert lines[0] == "set,origin_sha256,index,row,label,draw,p1"
     assert len(lines) == row["n"] + 1
     right = sum((float(p) > 0.5) == (label == "1") for *_, label, _, p in (line.split(",") for line in lines[1:]))
     assert row["accuracy"]["value"] == pytest.approx(right / row["n"])
@@ -245,7 +246,10 @@ def test_the_point_of_the_normal_distribution():
 def test_an_attack_recorded_by_hand_may_tell_less_than_one_of_advdiff():
     made = {"command": "attack", "parameters": {"eps": 0.0078}}
     predictions = Predictions(np.array([0, 1]), np.array([[0.1], [0.9]]))
-    sets = [EvaluatedSet(name, "origin", np.arange(2), predictions, h) for name, h in (("clean", []), ("adv", [made]))]
+    sets = [
+        EvaluatedSet(name, origins(range(2)), np.arange(2), predictions, h)
+        for name, h in (("clean", []), ("adv", [made]))
+    ]
     assert list(provenance_warnings(sets, Judge("classifier"))) == []
     assert _how_made([made]) == "attack"
     made["parameters"] |= {"method": "pgd", "norm": "linf"}
