@@ -32,7 +32,7 @@ images = patches.read(range(len(patches))).to(device)
 labels = torch.from_numpy(patches.require_labels()).to(device)
 classifier = read_classifier(find_classifier(sys.argv[2])).requires_grad_(False)
 ddpm = read_ddpm(find_ddpm(sys.argv[3])).requires_grad_(False)
-defended = DefendedClassifier(DiffusionPurifier(ddpm, t_star=0.04, sampler_steps=1), classifier).to(device).eval()
+defended = DefendedClassifier(DiffusionPurifier(ddpm, t_star=0.04, sampler_steps=1), classifier).to(device)
 
 torch.manual_seed(0)  # calls without noise draw it from torch's global generator
 attack = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=5)

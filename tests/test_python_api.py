@@ -27,7 +27,7 @@ def test_a_defended_classifier_is_attacked(test_x):
     patches = open_patches(test_x)
     images, labels = patches.read([0, 1]), torch.from_numpy(patches.labels[:2])
     purifier = DiffusionPurifier(load_ddpm("synthetic-ddpm"), t_star=0.1, sampler_steps=1)
-    model = DefendedClassifier(purifier, load_classifier("synthetic-classifier")).eval()
+    model = DefendedClassifier(purifier, load_classifier("synthetic-classifier"))
     adversarial = pgd(model, images, labels, eps=2 / 255, steps=2)
     assert (adversarial - images).abs().max() <= 2 / 255 + 1e-6
     assert model(adversarial).shape == (2, 2)

@@ -29,7 +29,7 @@ def test_what_is_not_read_is_neither_purified_nor_attacked(cropped, classifier, 
     images = open_patches(test_x).read(range(2))
     torch.testing.assert_close(model(images), whole(images[..., 16:80, 16:80]))
     purifier = DiffusionPurifier(load_ddpm(ddpm), 0.05, sampler_steps=1)
-    defended = DefendedClassifier(purifier, model).eval().requires_grad_(False)
+    defended = DefendedClassifier(purifier, model).requires_grad_(False)
     noise = defended.noise(images, rows=[0, 1], seed=0, purpose="evaluate")
     assert noise.shape[-2:] == (64, 64)
     center = images[..., 16:80, 16:80]

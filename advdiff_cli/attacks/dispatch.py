@@ -70,14 +70,14 @@ def build_target(
     gradient = spec.gradient or "full"
     if purifier is None or gradient == "blind":
         return Target(classifier)
-    defended = DefendedClassifier(purifier, classifier, precision).eval()
+    defended = DefendedClassifier(purifier, classifier, precision)
     if gradient == "bpda":
-        return Target(defended, BpdaClassifier(purifier, classifier, precision).eval())
+        return Target(defended, BpdaClassifier(purifier, classifier, precision))
     if gradient == "surrogate":
         if not isinstance(purifier, DiffusionPurifier):
             raise AdvdiffError("--gradient surrogate needs a diffusion model's sampler, which NoiseDefense has not")
         surrogate = purifier.with_steps(spec.attack_sampler_steps or 1)
-        return Target(defended, DefendedClassifier(surrogate, classifier, precision).eval())
+        return Target(defended, DefendedClassifier(surrogate, classifier, precision))
     return Target(defended)
 
 

@@ -46,7 +46,7 @@ def _certify(
     batch_size: int,
     device: torch.device,
 ) -> Workload:
-    defended = DefendedClassifier(purifier, classifier).to(device).eval()
+    defended = DefendedClassifier(purifier, classifier).to(device)
     smoothed = SmoothedClassifier(defended, patches.require_shape(), 0)
     settings = CertifySettings(batch_size, (_BATCHES - 1) * batch_size, 0.001)
     job = CertifyJob(smoothed, ModelSpec(""), patches, settings, batch_size, device)

@@ -76,7 +76,7 @@ def _with_one_step(module: nn.Module) -> nn.Module:
         purifier = module.purifier
         if isinstance(purifier, DiffusionPurifier):
             purifier = purifier.with_steps(1)
-        return DefendedClassifier(purifier, module.classifier, module.precision).eval()
+        return DefendedClassifier(purifier, module.classifier, module.precision)
     return module.with_steps(1).eval() if isinstance(module, DiffusionPurifier) else module
 
 

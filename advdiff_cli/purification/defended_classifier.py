@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -57,7 +58,8 @@ def row_noise(
 class DefendedClassifier(nn.Module):
     """A purifier followed by a classifier: images (B, 3, H, W) in [0, 1] to logits, differentiable throughout.
 
-    What the classifier does not read of a patch is not purified: its view is applied first.
+    What the classifier does not read of a patch is not purified: its view is applied first. It is always in eval mode,
+    as are the classifier and the purifier that it is made of.
 
     Called with images only, it draws its noise from torch's global generator, as any random module does. `fixed`
     returns a deterministic module, for tools that need one.
@@ -69,6 +71,11 @@ class DefendedClassifier(nn.Module):
         self.precision: Precision = precision
         self.purifier = purifier
         self.classifier = classifier
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: attack libraries that restore a mode would move the statistics of batch norms."""
+        return super().train(False)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return logits (B, classes); noise as for the purifier."""
@@ -151,6 +158,7 @@ class FixedNoiseClassifier(nn.Module):
         super().__init__()
         self.defended = defended
         self.register_buffer("frozen", noise)
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes)."""

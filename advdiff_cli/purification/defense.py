@@ -50,7 +50,7 @@ class Defense:
             AdvdiffError: The purifier was not trained on what the classifier reads.
         """
         check_view(self.purifier, classifier_view(classifier))
-        return DefendedClassifier(self.purifier, classifier, precision).to(device).requires_grad_(False).eval()
+        return DefendedClassifier(self.purifier, classifier, precision).to(device).requires_grad_(False)
 
 
 DdpmLoader = Callable[[str, bool], tuple[Ddpm, str]]
@@ -133,7 +133,7 @@ class EvaluatedModel:
         """The classifier, or the defended classifier."""
         if self.defense is None:
             return self.classifier
-        return DefendedClassifier(self.defense.purifier, self.classifier, self.precision).eval()
+        return DefendedClassifier(self.defense.purifier, self.classifier, self.precision)
 
     @property
     def protected(self) -> DefendedClassifier:

@@ -105,7 +105,7 @@ def certify_job(
     Raises:
         AdvdiffError: There is no certificate for these patches, or the classifier depends on more than a patch.
     """
-    protected = DefendedClassifier(model.protected.purifier, model.classifier).eval()  # in fp32
+    protected = DefendedClassifier(model.protected.purifier, model.classifier)  # in fp32
     smoothed = SmoothedClassifier(protected, patches.require_shape(), seed)
     smoothed.check_independence(patches.read([0])[0].to(device))
     settings = CertifySettings(CHOOSING_DRAWS, draws, ALPHA, (eps,))

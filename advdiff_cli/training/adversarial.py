@@ -94,7 +94,7 @@ class TrainingInput:
         adv = images.clone()
         model.eval()
         for purifier, names, chosen in self._groups(rows, images.device):
-            defended = model if purifier is None else DefendedClassifier(purifier, model, self.precision).eval()
+            defended = model if purifier is None else DefendedClassifier(purifier, model, self.precision)
             with autocast(self.precision if images.device.type == "cuda" else "fp32", images.device):
                 adv[chosen] = self._attack(self.adversary, defended, images[chosen], labels[chosen], names)
         return adv

@@ -242,7 +242,7 @@ def test_fab_finds_what_apgd_finds_and_leaves_torch_alone(classifier, batch):
 
 def test_fab_takes_a_draw_that_patches_share(classifier, batch):
     images, labels = batch
-    defended = DefendedClassifier(NoisePurifier(linear_alpha_bar(), 0.01), classifier).eval()
+    defended = DefendedClassifier(NoisePurifier(linear_alpha_bar(), 0.01), classifier)
     noise = defended.noise(images[:1], rows=[0], seed=0, purpose="evaluate")
     shared, each = (defended.fixed(noise.expand(k, *noise.shape[1:])) for k in (1, 4))
     assert torch.equal(*(fab(model, images, labels, eps=0.1, steps=3) for model in (shared, each)))

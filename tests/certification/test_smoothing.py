@@ -171,8 +171,9 @@ def test_what_breaks_the_proof_is_refused(ddpm):
         SmoothedClassifier(defended, (512, 512), 0)
     with pytest.raises(AdvdiffError, match="whose sides are multiples of 8"):
         SmoothedClassifier(defended, (90, 90), 0)
+    defended.classifier.train()
     with pytest.raises(AdvdiffError, match="training mode"):
-        SmoothedClassifier(DefendedClassifier(purifier, Linear().train()), (96, 96), 0)
+        SmoothedClassifier(defended, (96, 96), 0)
 
 
 class Unsteady(nn.Module):

@@ -165,7 +165,7 @@ def test_an_adversary_goes_through_the_purifier(model, batch, ddpm):
     adversary = Adversary(EPS, 3, "madry")
     through = TrainingInput((purifier,), adversary).perturb(model, images, labels, ROWS)
     assert not torch.equal(through, TrainingInput(adversary=adversary).perturb(model, images, labels, ROWS))
-    defended = DefendedClassifier(purifier, model.eval()).eval()
+    defended = DefendedClassifier(purifier, model.eval())
     objective = Objective(defended, labels, ROWS)
     x_0 = random_point(images, EPS, "linf", RowStreams(0, "attack-start", ROWS))
     *_, (last, _) = iterates(objective, Ball(images, EPS, "linf", EPS * 2.5 / 3), x_0, 3)
