@@ -7,6 +7,7 @@ is ToTensor: pixels in [0, 1], without normalization.
 
 import importlib
 import importlib.util
+import math
 import re
 import sys
 import traceback
@@ -104,10 +105,11 @@ def tiatoolbox_backbone(path: Path) -> str:
     return found[1]
 
 
-def load_callable(name: str) -> nn.Module:
-    """Return the module that module:callable returns, with two logits, in eval mode.
+def load_callable(name: str) -> tuple[nn.Module, str]:
+    """Return the module that module:callable returns, with two logits, in eval mode, and its answers on test patches.
 
-    Modules in the working directory are found, as by `python -m`.
+    Modules in the working directory are found, as by `python -m`. The answers are part of what identifies the module:
+    they also depend on what it keeps outside its parameters and buffers, such as files that it reads.
 
     Raises:
         AdvdiffError: There is no such callable, or it does not return a module with one or two logits.
@@ -137,8 +139,8 @@ def load_callable(name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise AdvdiffError(f"{name} returned {type(made).__name__}, not a torch module")
     made = made.cpu().eval()
-    _check_logits(name, made)
-    return TwoLogits(made).eval()
+    answers = _check_logits(name, made)
+    return TwoLogits(made).eval(), _rounded(answers)
 
 
 def _own_line(problem: Exception) -> str:
@@ -170,9 +172,15 @@ def source_digest(name: str) -> str:
     return digest(file_digest(p).encode() for p in sorted({own, *filter(Path.is_file, related)}))
 
 
+def _rounded(answers: Tensor) -> str:
+    """Return logits as whole numbers of 1/256 of their size, so that processors which round differently agree."""
+    _, exponent = math.frexp(float(answers.abs().max()))
+    return f"{exponent} {answers.double().div(2.0 ** (exponent - 8)).round().long().flatten().tolist()}"
+
+
 @torch.no_grad()
-def _check_logits(name: str, module: nn.Module) -> None:
-    """Check on plain and noisy patches that a module returns one or two finite logits, not probabilities."""
+def _check_logits(name: str, module: nn.Module) -> Tensor:
+    """Return the one or two finite logits of a module, not probabilities, on plain and noisy patches (B, 3, 96, 96)."""
     plain = torch.tensor(_TEST_COLORS).view(-1, 3, 1, 1).expand(-1, -1, 96, 96)
     noisy = torch.rand(plain.shape, generator=torch.Generator().manual_seed(0))
     images = torch.cat([plain, noisy])
@@ -193,3 +201,5 @@ def _check_logits(name: str, module: nn.Module) -> None:
     sums = found.reshape(len(images), -1).sum(1)
     if bool(((found >= 0) & (found <= 1)).all()) and (shape[-1] != 2 or bool((sums - 1).abs().max() < 1e-3)):
         raise AdvdiffError(f"{name} seems to return probabilities, all in [0, 1]; return logits, before the softmax")
+    answers: Tensor = found
+    return answers

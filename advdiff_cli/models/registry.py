@@ -95,8 +95,8 @@ def load_frozen_classifier(name: str, device: "torch.device", *, allow_pickle: b
         model = load_tiatoolbox(Path(name), allow_pickle=allow_pickle)
         fingerprint = module_fingerprint(model.config.arch, model)
     elif _CALLABLE.fullmatch(name):
-        model = load_callable(name)
-        fingerprint = module_fingerprint(f"{name} {source_digest(name)}", model)
+        model, answers = load_callable(name)
+        fingerprint = module_fingerprint(f"{name} {source_digest(name)} {answers}", model)
     else:
         folder = find_classifier(name)
         model, fingerprint = read_classifier(folder), folder_fingerprint(folder)

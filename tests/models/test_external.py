@@ -236,6 +236,51 @@ def test_commands_take_a_callable(advdiff, module, test_x, tmp_path):
     assert "made with other settings" in advdiff(*attack[:3], f"{module}:two", *attack[4:], code=1).err
 
 
+HIDDEN = """
+from pathlib import Path
+import json
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kept = [torch.tensor(json.loads(Path("weights.json").read_text()))]
+    def forward(self, images):
+        return (images.mean((2, 3)) * self.kept[0]).sum(1) - float(Path("threshold.txt").read_text())
+
+def build(): return Net()
+"""
+
+
+@pytest.mark.parametrize("changed", [("threshold.txt", "0.54"), ("weights.json", "[1.0, 0.0, 0.02]")])
+def test_what_a_module_keeps_outside_its_parameters_is_part_of_it(changed, advdiff, test_x, tmp_path, monkeypatch):
+    """Neither source nor parameters nor buffers change, but decisions do: all that exists is of the model before."""
+    monkeypatch.chdir(tmp_path)
+    name = f"hidden_{tmp_path.name}"
+    for file, text in ((f"{name}.py", HIDDEN), ("threshold.txt", "0.5"), ("weights.json", "[1.0, 0.0, 0.0]")):
+        (tmp_path / file).write_text(text)
+    model, noise = ["-c", f"{name}:build"], ["--defense", "noise", "--t-star", 0.2]
+    attack = ["attack", test_x, *model, "--limit", 4, "--method", "fgsm", "-o", "adv.h5"]
+    certify = ["certify", test_x, *model, *noise, "--limit", 2, "--n0", 2, "--n", 8, "-o", "proved.csv"]
+    evaluate = ["evaluate", test_x, *model, *noise, "--limit", 2, "--draws", 1, "--certificates", "proved.csv"]
+    for command in (attack, certify):
+        advdiff(*command)
+        assert "up to date" in advdiff(*command).err
+    advdiff(*evaluate)
+    (tmp_path / changed[0]).write_text(changed[1])
+    for command in (attack, certify):
+        assert "was made with other settings (classifier" in advdiff(*command, code=1).err
+    assert "is of another model" in advdiff(*evaluate, code=1).err
+
+
+def test_rounding_does_not_make_another_model():
+    answers = torch.randn(12, 2, generator=torch.Generator().manual_seed(0)) * 40
+    assert external._rounded(answers * (1 + 1e-7)) == external._rounded(answers)
+    assert external._rounded(answers + 0.5) != external._rounded(answers)
+    assert external._rounded(torch.zeros(12)) == "0 " + str([0] * 12)
+
+
 def test_pickled_unets_are_read_only_where_allowed(ddpm, tmp_path):
     """The layout of the paper's repository: pickled weights and no card of ours."""
     shutil.copytree(ddpm, tmp_path / "m")
