@@ -376,8 +376,8 @@ def test_an_image_added_later_changes_no_other_output(advdiff, folder, ddpm, tmp
     assert {k: v for k, v in files(out).items() if k != "a.png"} == before
 
 
-def test_an_output_name_of_an_earlier_version_is_replaced(advdiff, folder, ddpm, tmp_path):
-    """Version 0.1.0 wrote c.jpg to c.png; the output is written again under its present name."""
+def test_an_output_of_another_name_is_replaced(advdiff, folder, ddpm, tmp_path):
+    """The journal tells of c.png for c.jpg; the output is written again under its present name."""
     out = tmp_path / "out"
     purify(advdiff, folder, out, ddpm)
     whole = files(out)
@@ -387,6 +387,35 @@ def test_an_output_name_of_an_earlier_version_is_replaced(advdiff, folder, ddpm,
     (out / "mine.png").write_bytes(b"of the user")
     assert purify(advdiff, folder, out, ddpm).json["purified"] == 1
     assert files(out) == whole | {"mine.png": b"of the user"}
+
+
+@pytest.mark.parametrize("inside", ["out", "1/out"])
+def test_purified_copies_below_a_folder_are_not_more_patches(inside, advdiff, ddpm, classifier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("0/a.png", "0/b.png", "1/c.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(tmp_path / "in" / name)
+    evaluate = ["evaluate", "in", "-c", classifier]
+    before = advdiff(*evaluate, "--json").json["sets"]
+    out = f"in/{inside}"
+    for purified in (3, 0):
+        done = purify(advdiff, "in", out, ddpm)
+        assert (done.json["purified"], done.json["files"]) == (purified, 3)
+        assert "is left out" not in done.err  # its own output
+    assert len(list((tmp_path / out).rglob("*.png"))) == 3
+    found = advdiff(*evaluate, "--json")
+    assert found.json["sets"] == before
+    assert f"{out} holds images that advdiff purify wrote, and is left out" in found.err
+    for path in ("in", "in/**/*.png"):
+        told = advdiff("predict", path, "-c", classifier, "-o", tmp_path / "p.csv", "--overwrite", "--json")
+        assert told.json["patches"] == 3
+        assert "is left out" in told.err
+    assert purify(advdiff, "in", "elsewhere", ddpm).json["files"] == 3
+    for path in (out, f"{out}/**/*.png"):  # named, they are the patches
+        told = advdiff("predict", path, "-c", classifier, "-o", tmp_path / "p.csv", "--overwrite", "--json")
+        assert told.json["patches"] == 3
+        assert "is left out" not in told.err
 
 
 def test_a_file_of_the_user_is_not_replaced(advdiff, folder, ddpm, tmp_path):
@@ -453,8 +482,6 @@ def test_what_a_killed_process_left_is_swept(advdiff, folder, ddpm, tmp_path):
     purify(advdiff, folder, out, ddpm)
     whole = files(out)
     left = [
-        ".a.0of2.part.png",
-        ".c.part.tif",
         ".advdiff.0of2.0123456789abcdef.part.png",
         "sub dir/.advdiff.0123456789abcdef.part.png",
     ]

@@ -41,15 +41,16 @@ class FolderOptions:
             AdvdiffError: There are none, or an output would replace its input.
         """
         from advdiff_cli.data.folder_journal import output_name
-        from advdiff_cli.data.image_folder import find_images, named_images
+        from advdiff_cli.data.image_folder import find_images, named_images, warn_of_purified
 
         found = find_images(data)
         own = os.path.realpath(out) + os.sep
+        warn_of_purified(folder for folder in found.purified if os.path.realpath(folder) + os.sep != own)
         files = [f for f in found.files if not os.path.realpath(f).startswith(own)]
         if self.files_from is not None:
             files = named_images(found.root, _listed_names(self.files_from, group))
         if not files and not found.unread:
-            if found.files and self.files_from is None:
+            if (found.files or found.purified) and self.files_from is None:
                 raise AdvdiffError(f"all images in {data} are below --out {out}; give another --out")
             problem = f"no images in {data}" if self.files_from is None else f"{self.files_from} lists no images"
             raise AdvdiffError(problem)

@@ -1,19 +1,23 @@
 """Folders and globs of images as patch sets."""
 
 import glob
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from advdiff_cli.data.folder_journal import journals
 from advdiff_cli.data.image_files import IMAGE_SUFFIXES, image_size, read_image
 from advdiff_cli.data.label_table import read_labels
 from advdiff_cli.data.patch_source import Images, RowFingerprints, Rows
 from advdiff_cli.data.provenance import Provenance
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError
+
+_log = logging.getLogger(__name__)
 
 
 class FolderSource:
@@ -49,6 +53,7 @@ def open_folder(path: str, labels: Path | None = None) -> FolderSource:
         AdvdiffError: There are no images, a subfolder cannot be read, or `labels` does not name every image.
     """
     found = find_images(path)
+    warn_of_purified(found.purified)
     if found.unread:
         raise AdvdiffError(next(iter(found.unread.values())))
     if not found.files:
@@ -67,11 +72,13 @@ class FoundImages:
         root: That folder.
         files: The images. Files and folders whose name begins with a dot are left out.
         unread: Relative name -> reason, for subfolders that were not searched.
+        purified: Folders below the root that advdiff purify wrote, whose images are left out.
     """
 
     root: Path
     files: list[Path]
     unread: dict[str, str] = field(default_factory=dict)
+    purified: Sequence[Path] = ()
 
     def name(self, file: Path) -> str:
         """Return the relative name of a file."""
@@ -80,6 +87,9 @@ class FoundImages:
 
 def find_images(path: str) -> FoundImages:
     """Return the images of a folder (searched recursively), or those that a glob matches, or one image.
+
+    Folders of purified images below that folder, or below the part of a glob without wildcards, are left out: their
+    images are results, not more data.
 
     Raises:
         AdvdiffError: The path is a file of another kind, or a folder that cannot be read.
@@ -95,12 +105,24 @@ def find_images(path: str) -> FoundImages:
     matches = [Path(p) for p in glob.glob(path, recursive=True)]
     parts = Path(path).parts
     magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    return FoundImages(Path(*parts[:magic]), sorted(p for p in matches if _has_image_name(p) and not p.is_dir()))
+    root, files = Path(*parts[:magic]), sorted(p for p in matches if _has_image_name(p) and not p.is_dir())
+    below = {parent for file in files for parent in file.relative_to(root).parents} - {Path()}
+    purified = sorted(root / folder for folder in below if journals(root / folder))
+    return FoundImages(root, [f for f in files if not set(purified) & set(f.parents)], purified=purified)
+
+
+def warn_of_purified(folders: Iterable[Path]) -> None:
+    """Warn of folders of purified images that are left out."""
+    for folder in folders:
+        _log.warning(
+            "%s holds images that advdiff purify wrote, and is left out; to use them, name that folder", folder
+        )
 
 
 def _search(root: Path) -> FoundImages:
     files: list[Path] = []
     unread: dict[str, str] = {}
+    purified: list[Path] = []
 
     def name_error(e: OSError) -> None:
         if Path(e.filename) == root:
@@ -108,12 +130,16 @@ def _search(root: Path) -> FoundImages:
         unread[Path(e.filename).relative_to(root).as_posix()] = f"{e.filename} cannot be searched ({e.strerror})"
 
     for folder, subfolders, names in os.walk(root, onerror=name_error):
+        if Path(folder) != root and journals(Path(folder)):
+            purified.append(Path(folder))
+            subfolders.clear()
+            continue
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
         for link in (Path(folder, s) for s in subfolders if Path(folder, s).is_symlink()):
             why = "is a symbolic link to a folder, which is not followed; name that folder, or move it here"
             unread[link.relative_to(root).as_posix()] = f"{link} {why}"
         files += [file for name in names if _has_image_name(file := Path(folder, name))]
-    return FoundImages(root, sorted(files, key=lambda p: p.relative_to(root).as_posix()), unread)
+    return FoundImages(root, sorted(files, key=lambda p: p.relative_to(root).as_posix()), unread, sorted(purified))
 
 
 def named_images(root: Path, names: Sequence[str]) -> list[Path]:
