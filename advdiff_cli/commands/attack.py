@@ -87,6 +87,7 @@ def _attack(
     spec = settings.resolve(defended=protection is not None)
     precision = "fp32" if protection is None else compute.attack_precision(device, resume)
     model = undefended.behind(protection, device, precision)
+    model.warn_of_size(patches)
     if settings.compiled:
         model = _compiled(model, spec, device)
     shape, n = patches.require_shape(), len(patches)

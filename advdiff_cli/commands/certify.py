@@ -107,6 +107,7 @@ def _job(
     precision = _precision(compute, settings)
     undefended = compute.load_classifier(classifier, device)
     model = undefended.behind(defense.build(compute, resume), device, precision)
+    model.warn_of_size(patches)
     smoothed = SmoothedClassifier(model.protected, shape, compute.seed, settings.sound)
     size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=False)
     return CertifyJob(smoothed, model.spec, patches, settings, size, device)

@@ -82,6 +82,8 @@ def evaluate(
     protection = defense.build(compute, resume)
     precision = "fp32" if protection is None else compute.resolve_precision(device, resume)
     model = undefended.behind(protection, device, precision)
+    for patches in sets:
+        model.warn_of_size(patches)
     draws = range(options.resolve_draws(settings.draws, defended=protection is not None))
     certificates = settings.certificates
     if certificates is not None:

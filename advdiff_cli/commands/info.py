@@ -47,7 +47,7 @@ def info(
     else:
         facts, made = _patch_set(file)
         if purified:
-            made = parse_provenance(purified[0].read_text().partition("\n")[0], purified[0])
+            made = parse_provenance(purified[0].read_bytes().partition(b"\n")[0], purified[0])
     if purified:
         facts |= _purified(file)
     lines = [f"{file}: " + ", ".join(f"{k} {v}" for k, v in facts.items())]

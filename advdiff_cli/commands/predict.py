@@ -97,6 +97,7 @@ def predict(
     draws = vote.resolve_draws(defended=protection is not None)
     precision = "fp32" if protection is None else compute.resolve_precision(device, resume)
     model = undefended.behind(protection, device, precision)
+    model.warn_of_size(patches)
     job = PredictJob(model, patches, draws, vote.alpha, compute.seed, device)
     part = shard_rows(len(patches), job.batch_size, compute.shard_pair)
     if output.dry_run:

@@ -153,6 +153,7 @@ def _gallery(
     pairs = PairedSets.match(*rows.open_sets([gallery.clean, gallery.attacked]))
     if not len(pairs):
         raise AdvdiffError(f"{gallery.attacked} was not made from rows of {gallery.clean}")
+    model.warn_of_size(pairs.attacked)
     eps = amplification_eps(pairs.attacked)
     chosen = None if gallery.index is None else _rows_of(gallery.index, pairs.clean.index[pairs.clean_rows].tolist())
     by = GalleryModel(model, device, compute.seed)

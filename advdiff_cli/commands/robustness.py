@@ -98,6 +98,7 @@ def robustness(
     patches.require_labels()
     precision = "fp32" if protection is None else compute.attack_precision(device, resume)
     model = compute.load_classifier(classifier, device).behind(protection, device, precision)
+    model.warn_of_size(patches)
     if settings.compiled:
         model = model.compile_unet(device)
     title = f"{len(patches)} patches, eps {eps * 255:g}/255, preset {settings.preset}, {budget.draws} judging draws"

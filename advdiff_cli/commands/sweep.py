@@ -78,6 +78,7 @@ def sweep(
     )
     if compute.precision == "fp16":
         compute.attack_precision(device)
+    undefended.model.warn_of_size(patches)
     points = build_points(request, undefended, compute.resolve_precision(device, of_defense))
     if output.dry_run:
         forward, backward = unet_evaluations(points, undefended)

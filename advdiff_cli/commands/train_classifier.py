@@ -161,7 +161,8 @@ class _Plan:
             if valid is not None:
                 validation = Validation(model, valid, self.batch_size, training_input, device)
                 work.log({"step": steps, "published": _published(validation, work)})
-            model.config = replace(model.config, crop=self.sets.crop, pool=self.sets.pool)
+            size = opened.train[0].source.shape
+            model.config = replace(model.config, crop=self.sets.crop, pool=self.sets.pool, size=size)
             made = provenance(self.recipe(precision, noise), inputs=opened.provenances, device=device.type)
             save_classifier(model, work.final, made)
             work.publish()

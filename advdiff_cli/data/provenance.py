@@ -108,6 +108,15 @@ def is_provenance(value: object) -> bool:
     return _is_plain(value) and _has_structure(value)
 
 
+def read_json_object(path: Path) -> JsonObject:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        AdvdiffError: It holds something else.
+    """
+    return parse_json_object(path.read_bytes(), path)
+
+
 def parse_json_object(text: str | bytes, where: Path) -> JsonObject:
     """Parse a JSON object.
 

@@ -17,8 +17,8 @@ from advdiff_cli.data.provenance import (
     difference,
     file_digest,
     is_provenance,
-    parse_json_object,
     provenance,
+    read_json_object,
     same_recipe,
 )
 from advdiff_cli.errors import AdvdiffError
@@ -89,7 +89,7 @@ def check_summary(record: Path, files: Sequence[Path], *, overwrite: bool) -> No
 
 def _has_recipe(file: Path) -> bool:
     try:
-        return isinstance(parse_json_object(file.read_bytes(), file).get("recipe"), dict)
+        return isinstance(read_json_object(file).get("recipe"), dict)
     except (OSError, AdvdiffError):
         return False
 
@@ -123,7 +123,7 @@ def recorded_write(output: OutputSpec, file: Path, made: Provenance | None = Non
 def read_record(record: Path) -> JsonObject:
     """Return the `files` and the `provenance` of a record; both are empty where it is missing or damaged."""
     try:
-        found = parse_json_object(record.read_bytes(), record)
+        found = read_json_object(record)
     except (OSError, AdvdiffError):
         found = {}
     files, made = found.get("files"), found.get("provenance")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from advdiff_cli.data.provenance import Provenance, parse_json_object
+from advdiff_cli.data.provenance import Provenance, read_json_object
 from advdiff_cli.data.view import View
 from advdiff_cli.errors import AdvdiffError
 
@@ -109,7 +109,7 @@ def load_card(folder: Path) -> DdpmCard:
         cached = {f"models--{name.replace('/', '--')}": card for name, card in KNOWN_CARDS.items()}
         return next((cached[part] for part in folder.parts if part in cached), DdpmCard())
     try:
-        raw = parse_json_object(path.read_text(), path)
+        raw = read_json_object(path)
         recommended = PurificationSettings(**raw.pop("recommended", {}))
         for_proofs = raw.pop("certification", None)
         certification = PurificationSettings(**for_proofs) if for_proofs else None
@@ -129,7 +129,7 @@ def read_timesteps(folder: Path) -> int:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise AdvdiffError(f"{folder} is not a diffusion model folder: {path.name} is missing")
-    levels = parse_json_object(path.read_text(), path).get("num_train_timesteps", 1000)
+    levels = read_json_object(path).get("num_train_timesteps", 1000)
     if type(levels) is not int or not 1 <= levels <= _MAX_TIMESTEPS:
         raise AdvdiffError(f"{path}: num_train_timesteps is {str(levels)[:40]}; 1 to {_MAX_TIMESTEPS} is needed")
     return levels

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from advdiff_cli.data.provenance import parse_json_object
+from advdiff_cli.data.provenance import read_json_object
 from advdiff_cli.data.view import View
 from advdiff_cli.errors import AdvdiffError
 
@@ -24,6 +24,7 @@ class ClassifierConfig:
         bias: Added to them.
         crop: Side of the center crop that is read of a patch; None for all of it.
         pool: Side of the squares of pixels that are averaged.
+        size: (H, W) of the patches that it was trained on, if known.
     """
 
     arch: str
@@ -33,6 +34,7 @@ class ClassifierConfig:
     bias: float = 0.0
     crop: int | None = None
     pool: int = 1
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for invalid values, since a config may come from anywhere."""
@@ -42,6 +44,8 @@ class ClassifierConfig:
             raise ValueError(
                 f"an architecture, three means, three standard deviations, a slope and a bias are needed: {self}"
             )
+        if self.size is not None and [type(side) for side in self.size] != [int, int]:
+            raise ValueError(f"size must be the height and width of a patch in pixels, not {self.size}")
         View(self.crop, self.pool)
 
     @property
@@ -60,10 +64,12 @@ def read_classifier_config(folder: Path) -> tuple[ClassifierConfig, bool]:
         if not (folder / name).is_file():
             raise AdvdiffError(f"{folder} is not a classifier folder: {name} is missing")
     try:
-        raw = parse_json_object((folder / CONFIG).read_text(), folder / CONFIG)
-        timm = "pretrained_cfg" in raw
-        if timm:
-            raw = {"arch": raw["architecture"], **{k: raw["pretrained_cfg"][k] for k in ("mean", "std")}}
-        return ClassifierConfig(**raw | {"mean": tuple(raw["mean"]), "std": tuple(raw["std"])}), timm
-    except (ValueError, KeyError, TypeError) as e:
+        raw = read_json_object(folder / CONFIG)
+        timm = raw.get("pretrained_cfg")
+        if timm is not None:
+            size = list(timm.get("input_size", ()))[1:] or None
+            raw = {"arch": raw["architecture"], "mean": timm["mean"], "std": timm["std"], "size": size}
+        tuples = {k: tuple(raw[k]) for k in ("mean", "std", "size") if raw.get(k) is not None}
+        return ClassifierConfig(**raw | tuples), timm is not None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise AdvdiffError(f"{folder / CONFIG} is not a classifier config ({e})") from None

@@ -18,6 +18,8 @@ from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS, ClassifierConfig, read_classifier_config
 from advdiff_cli.models.external import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
 
+PCAM_SIZE = (96, 96)
+
 
 class Classifier(nn.Module):
     """A torchvision network that takes images in [0, 1] and returns logits."""
@@ -95,7 +97,7 @@ def load_tiatoolbox(path: Path, *, allow_pickle: bool = False) -> Classifier:
     Raises:
         AdvdiffError: The name gives no backbone, the file may not or cannot be read, or it does not fit.
     """
-    config = ClassifierConfig(TIATOOLBOX + tiatoolbox_backbone(path), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    config = ClassifierConfig(TIATOOLBOX + tiatoolbox_backbone(path), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), size=PCAM_SIZE)
     return _with_weights(config, read_weights(path, allow_pickle=allow_pickle), path, prefix="backbone.")
 
 

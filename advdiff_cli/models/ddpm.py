@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from advdiff_cli.data.atomic_files import name_write_errors
-from advdiff_cli.data.provenance import parse_json_object
+from advdiff_cli.data.provenance import read_json_object
 from advdiff_cli.data.safetensors_file import read_header
 from advdiff_cli.errors import AdvdiffError, first_line
 from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, DdpmCard, load_card, read_timesteps, save_card
@@ -68,6 +68,15 @@ class Ddpm(nn.Module):
     def multiple(self) -> int:
         """The number of pixels that height and width must be multiples of."""
         return int(self.card.space_to_depth * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def trained_size(self) -> tuple[int, int] | None:
+        """(H, W) of the images that it was trained on, if its U-Net's configuration tells."""
+        size = self.unet.config.sample_size
+        sides = [size, size] if type(size) is int else size
+        if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
+            return None
+        return sides[0] * self.card.space_to_depth, sides[1] * self.card.space_to_depth
 
     def compile_unet(self) -> None:
         """Compile the U-Net for passes with gradients, at the first pass of each batch shape.
@@ -175,7 +184,7 @@ def _check_size(config: Path, weights: Path) -> None:
     """
     if not config.is_file() or not weights.is_file():
         return  # which diffusers names
-    raw, size = parse_json_object(config.read_text(), config), weights.stat().st_size
+    raw, size = read_json_object(config), weights.stat().st_size
     layers, channels = raw.get("layers_per_block", 2), raw.get("block_out_channels", [])
     if not isinstance(channels, list) or not all(type(c) is int and c > 0 for c in (*channels, layers)):
         raise AdvdiffError(f"{config}: layers_per_block and block_out_channels must be whole numbers above 0")

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from advdiff_cli.data.provenance import canonical_json, digest, parse_json_object
+from advdiff_cli.data.provenance import canonical_json, digest, read_json_object
 from advdiff_cli.data.safetensors_file import read_header
 from advdiff_cli.models.card import PICKLED_UNET, UNET_WEIGHTS, load_card
 from advdiff_cli.models.classifier_config import WEIGHTS
@@ -38,7 +38,8 @@ def _folder_parts(folder: Path) -> Iterator[bytes]:
         kept["index_offset"] = card["index_offset"]
     yield canonical_json(kept).encode()
     for path in sorted(folder.rglob("*config.json")):
-        kept = {k: v for k, v in parse_json_object(path.read_text(), path).items() if not k.startswith("_")}
+        raw = read_json_object(path)
+        kept = {k: v for k, v in raw.items() if not k.startswith("_") and k != "size"}  # which is for a warning only
         yield f"\n{path.relative_to(folder).as_posix()} {canonical_json(kept)}".encode()
     for name in (WEIGHTS, UNET_WEIGHTS):  # what is loaded, and no other file in the folder
         if (folder / name).is_file():

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from advdiff_cli.data.provenance import KEY, JsonObject, Provenance, parse_json_object, parse_provenance
+from advdiff_cli.data.provenance import (
+    KEY,
+    JsonObject,
+    Provenance,
+    parse_json_object,
+    parse_provenance,
+    read_json_object,
+)
 from advdiff_cli.errors import AdvdiffError, first_line
 from advdiff_cli.models.card import CARD, PICKLED_UNET, UNET_WEIGHTS, load_card
 from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS
@@ -201,7 +208,7 @@ def recorded_provenance(folder: Path) -> Provenance | None:
     """Return the provenance of a model folder, or None if there is none."""
     try:
         if (folder / CARD).is_file():
-            return parse_json_object((folder / CARD).read_text(), folder / CARD).get("provenance")
+            return read_json_object(folder / CARD).get("provenance")
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             with safe_open(folder / WEIGHTS, "numpy") as file:
                 return parse_provenance((file.metadata() or {})[KEY], folder / WEIGHTS)

@@ -1,5 +1,6 @@
 """Defenses: a purifier with the settings and the model that its results depend on, and a classifier behind it."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -7,9 +8,11 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from advdiff_cli.data.patch_set import PatchSet
 from advdiff_cli.data.provenance import JsonObject
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models import registry
+from advdiff_cli.models.classifiers import Classifier
 from advdiff_cli.models.ddpm import Ddpm, read_ddpm
 from advdiff_cli.models.fingerprint import folder_fingerprint
 from advdiff_cli.models.precision import Precision
@@ -23,6 +26,8 @@ from advdiff_cli.purification.defense_spec import (
     resolve_noise_spec,
 )
 from advdiff_cli.purification.purifier import DiffusionPurifier, NoisePurifier, Purifier, linear_alpha_bar
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,10 @@ class Defense:
         """
         check_view(self.purifier, classifier_view(classifier))
         return DefendedClassifier(self.purifier, classifier, precision).to(device).requires_grad_(False)
+
+
+def _sides(size: tuple[int, int] | None) -> str:
+    return "x".join(map(str, size or ()))
 
 
 DdpmLoader = Callable[[str, bool], tuple[Ddpm, str]]
@@ -127,6 +136,26 @@ class EvaluatedModel:
             raise AdvdiffError("--compile: without a defense there is no U-Net to compile")
         self.defense.compile_unet(device)
         return replace(self, compiled=True)
+
+    def warn_of_size(self, patches: PatchSet) -> None:
+        """Warn where patches have another size than those that the models were trained on, as their files tell.
+
+        Raises:
+            AdvdiffError: Sizes of the patches differ, or the classifier cannot read them.
+        """
+        height, width = patches.require_shape()
+        known = {}
+        if isinstance(self.classifier, Classifier):
+            known["classifier"] = self.classifier.config.size, (height, width)
+        if self.defense is not None and isinstance(self.defense.purifier, DiffusionPurifier):
+            read = classifier_view(self.classifier).shape(height, width)
+            known["diffusion model"] = self.defense.purifier.ddpm.trained_size, read
+        others = [
+            f"the {k} was trained on {_sides(own)}" for k, (own, read) in known.items() if own not in (None, read)
+        ]
+        if others:
+            text = "the patches of %s are %s, but %s: resample or cut them to the size and magnification that it knows"
+            _log.warning(text, patches.path, _sides((height, width)), ", and ".join(others))
 
     @cached_property
     def module(self) -> nn.Module:

@@ -13,7 +13,7 @@ from advdiff_cli.data.atomic_files import set_default_mode, sync
 from advdiff_cli.data.journal import complete_lines
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import OutputSpec
-from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, parse_json_object
+from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, read_json_object
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.training.checkpoint_file import is_whole, read_checkpoint, write_checkpoint
@@ -185,7 +185,7 @@ def _read_recipe(part: Path) -> Provenance | None:
     """Return the recipe of unfinished work; None if there is none, or it is damaged."""
     path = part / _RECIPE
     try:
-        return parse_json_object(path.read_text(), path) if path.is_file() else None
+        return read_json_object(path) if path.is_file() else None
     except (AdvdiffError, ValueError):
         return None
 
