@@ -43,13 +43,25 @@ def test_the_default_noise_level_is_that_of_the_model_for_certificates(advdiff, 
     assert "t* 0.2," in predicted
 
 
+def test_the_draws_of_a_patch_are_told_as_they_were(advdiff, test_x, tmp_path):
+    certify = ["certify", test_x, "-c", "synthetic-classifier", "--defense", "noise", "--n0", 2]
+    told = advdiff(
+        *certify, "--t-star", 0.3, "--limit", 12, "--n", 99, "--radius", 0.1, "-o", tmp_path / "some.csv"
+    ).out
+    draws = [int(line["draws"]) for line in table(tmp_path / "some.csv")]
+    assert min(draws) < max(draws)
+    assert f"{sum(draws) / 12:.1f} draws a patch on average ({min(draws)} to {max(draws)})" in told
+    assert "2 patches, 8 draws each" in advdiff(*certify, "--n", 6, "--limit", 2, "-o", tmp_path / "all.csv").out
+
+
 def test_order_range_and_shard(advdiff, command, ddpm, tmp_path):
     command = [*command, "--defense", "ddpm", "-m", ddpm, "--sampler-steps", 2]
     whole = tmp_path / "whole.csv"
     told = advdiff(*command, "--limit", N, "-o", whole, "--json").json
     expected = rows_of(whole)
     assert len(expected) == N == told["n"]
-    assert told["draws"] == sum(int(line["draws"]) for line in table(whole))
+    draws = [int(line["draws"]) for line in table(whole)]
+    assert (told["draws"], told["draws_range"]) == (sum(draws), [min(draws), max(draws)])
     ranges = {}
     for a, b in ((0, 3), (3, N)):
         advdiff(*command, "--range", f"{a}:{b}", "-o", tmp_path / f"r{a}.csv")

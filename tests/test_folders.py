@@ -262,6 +262,56 @@ def test_strict_stops_at_the_first_that_fails(advdiff, folder, ddpm, tmp_path):
     assert result["kept"] >= 1
 
 
+def test_a_dry_run_tells_what_is_left(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+
+    def planned():
+        told = purify(advdiff, folder, out, ddpm, "--dry-run").json
+        return told["status"], [told[k] for k in ("files", "new", "changed", "failed", "kept")]
+
+    assert planned() == ("would purify", [5, 5, 0, 0, 0])
+    assert not out.exists()
+    (folder / "bad.png").touch()
+    purify(advdiff, folder, out, ddpm, code=3)
+    assert planned() == ("would purify", [6, 0, 0, 1, 5])
+    shutil.copy(folder / "a.png", folder / "new.png")
+    shutil.copy(folder / "D.BMP", folder / "a.png")  # other content
+    (out / "c.tif").unlink()
+    before = files(out), (out / "advdiff.jsonl").read_bytes()
+    assert planned() == ("would purify", [7, 1, 2, 1, 3])
+    assert (files(out), (out / "advdiff.jsonl").read_bytes()) == before
+    done = purify(advdiff, folder, out, ddpm, code=3).json
+    assert (done["purified"], done["failed"], done["kept"]) == (3, 1, 3)
+    (folder / "bad.png").unlink()
+    assert planned() == ("up to date", [6, 0, 0, 0, 6])
+    assert purify(advdiff, folder, out, ddpm, "--dry-run", "--overwrite").json["new"] == 6
+    assert "made with other settings" in purify(advdiff, folder, out, ddpm, "--dry-run", "--seed", 1, code=1).err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file.txt").touch()
+    assert "was not made by advdiff" in purify(advdiff, folder, tmp_path / "mine", ddpm, "--dry-run", code=1).err
+
+
+def test_outputs_whose_input_is_gone_are_counted_apart(advdiff, folder, ddpm, tmp_path):
+    out = tmp_path / "out"
+
+    def counts():
+        told = advdiff("info", out, "--json").json
+        return [told[k] for k in ("current", "without_input", "failed")]
+
+    purify(advdiff, folder, out, ddpm)
+    assert counts() == [5, 0, 0]
+    (folder / "a.png").rename(tmp_path / "a.png")
+    purify(advdiff, folder, out, ddpm, "--limit", 1)  # not a run that sees all inputs
+    purify(advdiff, folder, out, ddpm, "--shard", "0/2")
+    assert counts() == [5, 0, 0]
+    assert purify(advdiff, folder, out, ddpm).json["kept"] == 4
+    assert counts() == [4, 1, 0]
+    assert (out / "a.png").exists()
+    (tmp_path / "a.png").rename(folder / "a.png")  # back, and not purified again
+    assert purify(advdiff, folder, out, ddpm).json["kept"] == 5
+    assert counts() == [5, 0, 0]
+
+
 def test_shards_share_a_folder(advdiff, folder, ddpm, tmp_path):
     (folder / "bad.png").touch()
     purify(advdiff, folder, tmp_path / "whole", ddpm, code=3)

@@ -119,7 +119,8 @@ def certified_set(path: Path, norm: str, eps: float) -> EvaluatedSet:
 def summarize(found: CertifiedSet, radii: Sequence[Radius]) -> JsonObject:
     """Return vote accuracy, abstentions and draws, and the share that is certified at each radius, with intervals.
 
-    Without labels there is no vote accuracy, and a share counts certificates of any class.
+    `draws_range` is of one patch, from the fewest to the most. Without labels there is no vote accuracy, and a share
+    counts certificates of any class.
     """
     n = len(found)
     certified = [
@@ -129,6 +130,7 @@ def summarize(found: CertifiedSet, radii: Sequence[Radius]) -> JsonObject:
     return {
         "n": n,
         "draws": int(found.draws.sum()),
+        "draws_range": [int(found.draws.min()), int(found.draws.max())],
         "seconds": round(float(found.seconds.sum()), 1),
         "vote_accuracy": None if found.labels is None else wilson(int(found.voted.sum()), n).as_dict(),
         "abstained": int(found.abstain.sum()),

@@ -227,9 +227,11 @@ def _text(result: "JsonObject") -> str:
 
     labeled = result["vote_accuracy"] is not None
     vote = f", vote accuracy {cell(result['vote_accuracy'])} %" if labeled else ""
-    first = (
-        f"{result['out']}: {result['status']}, {result['n']} patches, {result['draws'] / result['n']:,.0f} draws each"
-    )
+    fewest, most = result["draws_range"]
+    draws = f"{most:,} draws each"
+    if fewest < most:
+        draws = f"{result['draws'] / result['n']:,.1f} draws a patch on average ({fewest:,} to {most:,})"
+    first = f"{result['out']}: {result['status']}, {result['n']} patches, {draws}"
     first += f", sigma {result['sigma']:.3f}{vote}, {result['abstained']} abstained"
     what = "certified accuracy % [95 %]" if labeled else "certified patches % [95 %]"
     table = console.table(("attacks", "size", "l2 radius", what), certified_rows(result["certified"]))

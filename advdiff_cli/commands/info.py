@@ -1,5 +1,6 @@
 """`advdiff info`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,14 +68,15 @@ def _patch_set(file: Path) -> "tuple[JsonObject, Provenance | None]":
 
 
 def _purified(folder: Path) -> "JsonObject":
-    """Return how many inputs of a purified folder are current, and how many failed."""
+    """Return how many outputs are current, or had no input in the last run, and how many inputs failed."""
     from advdiff_cli.data.folder_journal import is_current, journals, parse_lines
     from advdiff_cli.data.journal import complete_lines
 
     lines = [line for journal in journals(folder) for line in parse_lines(complete_lines(journal)[1:])]
     last = {line.file: line for line in lines if line is not None}
-    current = sum(is_current(folder, line) for line in last.values())
-    return {"current": current, "failed": sum(line.status == "failed" for line in last.values())}
+    current = Counter(line.status for line in last.values() if is_current(folder, line))
+    failed = sum(line.status == "failed" for line in last.values())
+    return {"current": current["ok"], "without_input": current["gone"], "failed": failed}
 
 
 def _chain(made: "Provenance", indent: str) -> list[str]:

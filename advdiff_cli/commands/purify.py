@@ -67,7 +67,7 @@ def purify(
         result = _purify_folder(plan, data, folder, rows, output)
     counts = ", ".join(f"{v} {k}" for k, v in result.items() if isinstance(v, int))
     output.emit(result, f"{out}: {result['status']}, {counts}", out)
-    if result.get("failed"):
+    if result.get("failed") and not output.dry_run:
         raise SomeInputsFailed(f"{result['failed']} of {result['files']} files failed; {out}/advdiff*.jsonl name each")
 
 
@@ -131,15 +131,18 @@ def _purify_images(
 ) -> "JsonObject":
     """Purify this process's share of the images of a folder, by the recipe of `spec`."""
     from advdiff_cli.data.folder_writer import FolderWriter
+    from advdiff_cli.data.selection import ALL
 
     out = output.out
     images = folder.find(data, out, rows, group)
+    names = {images.name(file) for file in images.files}
+    whole = Path(data).is_dir() and folder.files_from is None and rows.selection == ALL and not images.unread
     shard = (group.rank, group.size) if group.size > 1 else plan.compute.shard_pair
     part, parts = shard or (0, 1)
     files = images.files[part::parts]
     unread = images.unread if part == 0 else {}
     if output.dry_run:
-        return {"out": str(out), "status": "would purify", "files": group.sum([len(files)])[0]}
+        return _plan(spec, images.root, files, len(unread), group)
     if group.size > 1:
         if group.is_main:
             FolderWriter(spec).close()
@@ -152,13 +155,29 @@ def _purify_images(
             writer.record_failure(name, None, reason)
             console.warn(reason)
         counts = _purify_files(plan, images.root, files, writer, strict=folder.strict, quiet=output.quiet)
+        if whole and shard is None:
+            writer.record_inputs(names)
     counts["failed"] += len(unread)
     total = len(files) + len(unread)
     ok, kept, failed, total = group.sum([*(counts[k] for k in ("ok", "kept", "failed")), total])
     if group.is_main and group.size > 1:
-        FolderWriter(spec).close()  # merges the journals
+        with FolderWriter(spec) as writer:  # merges the journals
+            if whole:
+                writer.record_inputs(names)
     status = "up to date" if kept == total else "done"
     return {"out": str(out), "status": status, "files": total, "purified": ok, "kept": kept, "failed": failed}
+
+
+def _plan(spec: "OutputSpec", root: Path, files: list[Path], unread: int, group: "ProcessGroup") -> "JsonObject":
+    """Return what would be done with the images of a folder."""
+    from advdiff_cli.data.folder_state import folder_plan
+
+    found = folder_plan(spec, root, files)
+    new, changed, failed, kept = group.sum([found["new"], found["changed"], found["failed"] + unread, found["kept"]])
+    total = new + changed + failed + kept
+    status = "up to date" if kept == total else "would purify"
+    counts = {"files": total, "new": new, "changed": changed, "failed": failed, "kept": kept}
+    return {"out": str(spec.path), "status": status, **counts}
 
 
 def _purify_files(

@@ -2,7 +2,8 @@
 
 The first line holds the recipe. Every further line is about one input: its relative name, its SHA-256, the relative
 name and size in bytes of its output, and a status. `writing` comes before an output is renamed into place and `ok`
-after it; `failed` has a reason. The last line about an input counts. Each shard of a folder keeps its own journal,
+after it; `failed` has a reason; `gone` is `ok`, but the input was missing in a later run. The last line about an input
+counts. Each shard of a folder keeps its own journal,
 advdiff.IofN.jsonl, so that machines with a shared disk never write to the same file.
 """
 
@@ -17,7 +18,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from advdiff_cli.data.journal import complete_lines
-from advdiff_cli.data.provenance import Provenance, parse_provenance
+from advdiff_cli.data.provenance import parse_provenance
 from advdiff_cli.errors import AdvdiffError
 
 JOURNAL = "advdiff.jsonl"
@@ -38,7 +39,7 @@ class JournalLine:
     """A line about one input; `size` is that of its output in bytes."""
 
     file: str
-    status: Literal["ok", "failed", "writing", "unsure"]
+    status: Literal["ok", "gone", "failed", "writing", "unsure"]
     sha256: str | None = None
     out: str | None = None
     size: int | None = None
@@ -99,26 +100,14 @@ def parse_lines(texts: Iterable[str]) -> Iterator[JournalLine | None]:
             yield None
 
 
+def is_done(out: Path, line: JournalLine | None, entry: FolderEntry) -> bool:
+    """Return whether this content was purified to this name, and the whole output is still there."""
+    return line is not None and (line.sha256, line.out) == (entry.sha256, entry.out) and is_current(out, line)
+
+
 def is_current(out: Path, line: JournalLine) -> bool:
-    """Return whether the output of an `ok` line exists, with the size that was written."""
-    if line.status != "ok" or line.out is None:
+    """Return whether the output of an `ok` or `gone` line exists, with the size that was written."""
+    if line.status not in ("ok", "gone") or line.out is None:
         return False
     file = out / line.out
     return file.is_file() and file.stat().st_size == line.size
-
-
-def head_recipe(head: str, journal: Path, *, overwrite: bool) -> Provenance | None:
-    """Return the recipe in the first line of a journal.
-
-    A damaged line is one of another recipe, which may be overwritten.
-
-    Raises:
-        AdvdiffError: The line is damaged, and may not be overwritten.
-    """
-    try:
-        recipe: Provenance = parse_provenance(head, journal)["recipe"]
-    except AdvdiffError:
-        if overwrite:
-            return {}
-        raise AdvdiffError(f"the first line of {journal} is damaged; give --overwrite or another --out") from None
-    return recipe

@@ -2,13 +2,14 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,20 +18,18 @@ from advdiff_cli.data.atomic_files import sync
 from advdiff_cli.data.folder_journal import (
     FolderEntry,
     JournalLine,
-    head_recipe,
-    is_current,
-    is_purified_folder,
+    is_done,
     journals,
     parse_lines,
 )
 from advdiff_cli.data.folder_leftovers import remove_leftovers
+from advdiff_cli.data.folder_state import check_own_folder, last_lines, read_journal
 from advdiff_cli.data.folder_target import output_target
 from advdiff_cli.data.image_files import Metadata, write_image
 from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import OutputSpec
-from advdiff_cli.data.provenance import Provenance, canonical_json, provenance
-from advdiff_cli.data.resume import matches_recipe
+from advdiff_cli.data.provenance import canonical_json, provenance
 from advdiff_cli.errors import AdvdiffError
 
 _COMMIT_SECONDS, _COMMIT_FILES = 1.0, 64  # written files that get their final names together
@@ -56,8 +55,7 @@ class FolderWriter:
         self._lock_of_lines = Lock()  # many threads write images, one at a time writes lines
         self._overwrite = output.overwrite
         self.damaged_lines = 0
-        if out.exists() and not output.overwrite and not is_purified_folder(out):
-            raise AdvdiffError(f"{out} exists and was not made by advdiff purify; give an empty or new folder as --out")
+        check_own_folder(output)
         out.mkdir(parents=True, exist_ok=True)
         self._lock = OutputLock(self._journal)
         try:
@@ -109,12 +107,7 @@ class FolderWriter:
         Returns:
             None; or, for a journal that is to be replaced, lines about its outputs, which are not done any more.
         """
-        if journal.is_symlink():
-            raise AdvdiffError(f"{journal} is a symbolic link, which advdiff does not write through; remove it")
-        head, *texts = complete_lines(journal) or [""]
-        have: Provenance | None = head_recipe(head, journal, overwrite=output.overwrite) if head else None
-        same = matches_recipe(self.out, have, output.recipe, overwrite=output.overwrite)
-        lines = list(parse_lines(texts))
+        same, lines = read_journal(journal, output)
         for line in filter(None, lines):
             if line.out is not None:
                 self._written.setdefault(line.file, set()).add(line.out)
@@ -122,14 +115,8 @@ class FolderWriter:
             return [JournalLine(line.file, "unsure", out=line.out) for line in lines if line and line.out]
         if not output.overwrite:
             self.damaged_lines += lines.count(None)
-            self._take_over({line.file: line for line in lines if line is not None})
+            self._lines = last_lines([self._lines.values(), filter(None, lines)])
         return None
-
-    def _take_over(self, lines: Mapping[str, JournalLine]) -> None:
-        for file, line in lines.items():
-            known = self._lines.get(file, line)
-            agree = known.sha256 == line.sha256  # the order of lines in two journals is not known
-            self._lines[file] = line if agree else JournalLine(file, "unsure", line.sha256, line.out)
 
     def _merge_shards(self) -> None:
         """Append the lines of finished shards to the journal."""
@@ -142,8 +129,7 @@ class FolderWriter:
 
     def is_done(self, entry: FolderEntry) -> bool:
         """Return whether this content was purified to this name and the whole output is still there."""
-        line = self._lines.get(entry.file)
-        return line is not None and (line.sha256, line.out) == (entry.sha256, entry.out) and is_current(self.out, line)
+        return is_done(self.out, self._lines.get(entry.file), entry)
 
     def write(self, entry: FolderEntry, image: NDArray[np.uint8], metadata: Metadata | None = None) -> None:
         """Write the output of an input, with the metadata of its file; it soon gets its name and its journal line.
@@ -203,6 +189,20 @@ class FolderWriter:
         with self._lock_of_lines:
             self._lines[file] = line
             self._append([line])
+
+    def record_inputs(self, names: Collection[str]) -> None:
+        """Record in the journal which inputs of finished outputs are gone, and which are back.
+
+        Args:
+            names: The relative names of all inputs that there are.
+        """
+        status: dict[bool, Literal["ok", "gone"]] = {True: "ok", False: "gone"}
+        done = (line for line in self._lines.values() if line.status in status.values())
+        now = [replace(line, status=status[line.file in names]) for line in done]
+        changed = {line.file: line for line in now if line != self._lines[line.file]}
+        with self._lock_of_lines:
+            self._lines |= changed
+            self._append(list(changed.values()))
 
     def _append(self, lines: Iterator[JournalLine] | list[JournalLine]) -> None:
         with self._journal.open("a") as journal:
