@@ -9,14 +9,14 @@ MEMORY = 4 << 30  # bytes beyond what this process has
 BUSY, WAITING = 30, 300  # seconds of the processor, and of the clock, which other processes stretch
 
 
-def ends(work):
+def ends(work, memory=MEMORY):
     """Return what `work` returns in a process with little memory and time, or how that process died."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         try:
             signal.alarm(WAITING)
             resource.setrlimit(resource.RLIMIT_CPU, (BUSY, BUSY + 1))
-            resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (_memory() + memory, resource.RLIM_INFINITY))
             told = work()
         except BaseException:
             told = traceback.format_exc()

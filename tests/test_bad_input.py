@@ -53,6 +53,23 @@ def stored_outside(path, **tensors):
         )
 
 
+def large_chunks(path):
+    with h5py.File(path, "w") as file:
+        shape = (4, 3, 48, 48)
+        file.create_dataset("images", shape, "f4", IMAGES, maxshape=(None, *shape[1:]), chunks=(2500, *shape[1:]))
+
+
+def large_rows(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", (4, 3, 9400, 9400), "u1", chunks=(1, 3, 9400, 9400), compression="gzip")
+        file["images"][...] = 0  # which is a gigabyte in one megabyte
+
+
+def large_image(path):
+    (path / "0").mkdir(parents=True)
+    Image.new("RGB", (9400, 9400)).save(path / "0" / "a.png")
+
+
 CASES = {
     "missing file": ("a.h5", lambda p: None, r"no such file or folder: .*a\.h5"),
     "empty folder": ("d", lambda p: p.mkdir(), r"no images .*in .*d"),
@@ -86,6 +103,13 @@ CASES = {
     ),
     "label values": ("a.h5", lambda p: h5(p, images=IMAGES, labels=LABELS + 1), r"not all 0 or 1"),
     "label type": ("a.h5", lambda p: h5(p, images=IMAGES, labels=LABELS * 0.5), r"labels in .* is float64"),
+    "large chunks": (
+        "a.h5",
+        large_chunks,
+        r"images in .* has chunks of 65 MiB, .* h5repack -l images:CHUNK=16x3x48x48$",
+    ),
+    "large patches, images": ("d", large_image, r"d are 9400x9400 .* tiles .* or give --max-pixels 88360000$"),
+    "large patches, h5": ("a.h5", large_rows, r"a\.h5 are 9400x9400 .* tiles .* or give --max-pixels 88360000$"),
     "external link": ("a.h5", linked, r"no dataset images of its own"),
     "external storage": ("a.h5", stored_outside, r"external and virtual datasets are not read"),
 }
@@ -108,6 +132,37 @@ def refused(err, message):
     lines = err.splitlines()
     assert len(lines) == 1, err
     assert re.search(r"^advdiff: error: .*" + message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize("command", ["predict", "attack", "evaluate", "purify"])
+def test_large_patches_are_computed_when_asked_for(command, advdiff, classifier, ddpm, tmp_path):
+    data, out = tmp_path / "in" / "0" / "a.png", tmp_path / "out"
+    data.parent.mkdir(parents=True)
+    Image.new("RGB", (60, 70)).save(data)
+    models = ["-m", ddpm, "--t-star", 0.1] if command == "purify" else ["-c", classifier]
+    name = [] if command == "evaluate" else ["-o", out.with_suffix(".csv" if command == "predict" else ".h5")]
+    run = [command, tmp_path / "in", *models, *name]
+    told = advdiff(*run, "--max-pixels", 4199, code=1).err
+    refused(told, r".* are 70x60 and would need much memory: .* at most 4199 pixels, or give --max-pixels 4200$")
+    assert advdiff(*run, "--max-pixels", 4200, "--json").json
+
+
+def test_large_patches_are_not_trained_on(advdiff, tmp_path):
+    large_image(tmp_path / "d")
+    told = advdiff("train-ddpm", tmp_path / "d", "-o", tmp_path / "m", code=1).err
+    refused(told, r".* are 9400x9400 .* tiles of at most 4194304 pixels$")
+
+
+def test_a_number_of_patches_that_no_disk_holds(advdiff, tmp_path):
+    told = advdiff("synthesize", "-n", 99999999999, "-o", tmp_path / "a.h5", code=2).err
+    assert "less than or equal to 1000000" in " ".join(told.replace("│", "").split())
+
+
+@pytest.mark.parametrize("place", ["/", "."])
+def test_information_about_a_place_without_a_name(place, advdiff, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("advdiff_cli.data.image_folder.os.walk", lambda *_, **__: [])  # not the whole disk
+    refused(advdiff("info", place, code=1).err, f"no images .* in {re.escape(place)}$")
 
 
 def test_a_corrupt_image_in_a_set_names_itself(advdiff, classifier, tmp_path):

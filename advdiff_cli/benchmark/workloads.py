@@ -66,7 +66,7 @@ class Benchmark:
     @property
     def batch(self) -> int:
         """The number of patches computed together."""
-        return default_batch_size(self.device.type, graph=False)
+        return default_batch_size(self.device.type, None, graph=False)
 
     @property
     def purifier(self) -> DiffusionPurifier:

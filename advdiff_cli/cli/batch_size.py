@@ -29,7 +29,7 @@ def resolve_batch_size(
     asked: BatchSize | None,
     resume: Mapping[str, object],
     module: nn.Module,
-    shape: tuple[int, int],
+    shape: tuple[int, int] | None,
     device: torch.device,
     *,
     graph: bool,
@@ -41,18 +41,20 @@ def resolve_batch_size(
         asked: As for `known_batch_size`.
         resume: As for `known_batch_size`.
         module: What computes images, and is measured for `auto`.
-        shape: (H, W) of the images.
+        shape: (H, W) of the images; None for those of a folder, which have many sizes.
         device: Where it computes.
         graph: Whether gradients are computed.
         n: The number of images, if known.
     """
     from advdiff_cli.jobs.memory import auto_batch_size
     from advdiff_cli.jobs.recipes import default_batch_size
+    from advdiff_cli.purification.equations import MAX_UNTILED
 
     if (known := known_batch_size(asked, resume)) is not None:
         return known
     if asked is None:
-        return default_batch_size(device.type, graph=graph)
-    size = auto_batch_size(module, shape, device, n=n, graph=graph)
+        return default_batch_size(device.type, shape, graph=graph)
+    largest = shape or (MAX_UNTILED, MAX_UNTILED)  # of a folder that are batched
+    size = auto_batch_size(module, largest, device, n=n, graph=graph)
     console.log(f"batch size {size}, by cores and free memory")
     return size

@@ -34,9 +34,8 @@ class PurifyPlan:
         from advdiff_cli.data.view import WHOLE
         from advdiff_cli.jobs.purify_rows import PurifyJob
         from advdiff_cli.purification.defended_classifier import check_view
-        from advdiff_cli.purification.equations import MAX_UNTILED
 
-        shape, n = (MAX_UNTILED, MAX_UNTILED), None  # the largest images of a folder that are batched
+        shape, n = None, None
         if self.patches is not None:
             shape, n = self.patches.require_shape(), len(self.patches)
         device = self.compute.resolve_device()

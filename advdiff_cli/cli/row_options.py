@@ -11,6 +11,7 @@ import typer
 
 from advdiff_cli.cli import options
 from advdiff_cli.cli.parsers import RowBounds
+from advdiff_cli.data.patch_source import MAX_PATCH_PIXELS
 
 if TYPE_CHECKING:
     from advdiff_cli.data.patch_set import PatchSet
@@ -41,25 +42,37 @@ class RowOptions:
         typer.Option(min=0, help="Shuffle the rows before --range and --limit select.", rich_help_panel=options.ROWS),
     ] = None
 
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Refuse patches of more pixels, which need much memory.", rich_help_panel=options.ROWS
+        ),
+    ] = MAX_PATCH_PIXELS
+
     def open(self, data: str) -> PatchSet:
         """Open a patch set with these rows selected.
 
         Raises:
-            AdvdiffError: There is no such set, or no such row.
+            AdvdiffError: There is no such set, or no such row, or patches are too large.
         """
         from advdiff_cli.data.patches import open_patches
 
-        return open_patches(data, split=self.split, labels=self.labels, selection=self.selection)
+        return self._checked(open_patches(data, split=self.split, labels=self.labels, selection=self.selection))
 
     def open_sets(self, data: Sequence[str]) -> list[PatchSet]:
         """Open several patch sets with these rows selected, some of which may hold their own labels.
 
         Raises:
-            AdvdiffError: There is no such set, or no such row.
+            AdvdiffError: There is no such set, or no such row, or patches are too large.
         """
         from advdiff_cli.data.patches import open_sets
 
-        return open_sets(data, split=self.split, labels=self.labels, selection=self.selection)
+        opened = open_sets(data, split=self.split, labels=self.labels, selection=self.selection)
+        return [self._checked(patches) for patches in opened]
+
+    def _checked(self, patches: PatchSet) -> PatchSet:
+        patches.check_pixels(self.max_pixels, ", or give --max-pixels {pixels}")
+        return patches
 
     @property
     def selection(self) -> Selection:

@@ -62,7 +62,7 @@ class TrainingDataOptions:
         """Open the sets to train on and the one to validate on; --split names the split of PCam's folders to train on.
 
         Raises:
-            AdvdiffError: A set is missing, the validation set has several sizes, or patches do not fit the view.
+            AdvdiffError: A set is missing, or has patches too large, of several sizes or that do not fit the view.
         """
         from advdiff_cli.data.patches import open_patches, open_sets
 
@@ -70,6 +70,8 @@ class TrainingDataOptions:
         valid_split = "valid" if self.split and self.valid and holds_pcam(Path(self.valid)) else None
         sets = [patches.viewed(view) for patches in open_sets(data, split=self.split)]
         valid = None if self.valid is None else open_patches(self.valid, split=valid_split).viewed(view)
+        for patches in sets if valid is None else [*sets, valid]:
+            patches.check_pixels()
         if valid is not None:
             valid.require_shape()
         return TrainingSets(sets, valid)

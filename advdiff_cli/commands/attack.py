@@ -177,7 +177,8 @@ def _outcome(job: "AttackJob", first: int, n: int, output: PlannedOutputOptions)
 
     module, rows = job.model.module, AttackedRows(job.patches, open_patches(output.out), first, job.spec, job.seed)
     with console.progress(n, "attack: judge", quiet=output.quiet) as advance:
-        size = judging_batch_size(defended=job.model.defense is not None, device=job.device.type)
+        shape, defended = job.patches.require_shape(), job.model.defense is not None
+        size = judging_batch_size(shape, defended=defended, device=job.device.type)
         found = attack_outcome(module, rows, job.device, batch_size=size, advance=advance)
     kinds = {"clean": found.clean, "attacked": found.attacked, "rounded": found.rounded}
     return {

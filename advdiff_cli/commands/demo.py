@@ -131,7 +131,7 @@ class _Pipeline:
 
         out = self.output.out / "adv.safetensors"
         self._log(f"attack {clean.path} -c {CLASSIFIER} --eps {EPS_TEXT} -o {out}")
-        size = default_batch_size(self.device.type, graph=True)
+        size = default_batch_size(self.device.type, None, graph=True)
         job = AttackJob(self.model, resolve("pgd", "linf", EPS, defended=False), clean, self.seed, size, self.device)
         spec = OutputSpec(out, job.recipe, self.device.type, self.output.overwrite)
         work = follow_rows(job.run, "attack", quiet=self.output.quiet)
@@ -151,7 +151,7 @@ class _Pipeline:
         options = noise if defense.spec.defense == "noise" else f"-m {DDPM}"
         self._log(f"purify {patches.path} {options} -o {out}")
         defense.purifier.to(self.device)
-        size = default_batch_size(self.device.type, graph=False)
+        size = default_batch_size(self.device.type, None, graph=False)
         job = PurifyJob(defense, self.seed, size, self.precision, self.device)
         spec = OutputSpec(out, job.recipe(patches), self.device.type, self.output.overwrite)
         work = follow_rows(partial(purify_rows, job, patches), "purify", quiet=self.output.quiet)

@@ -43,7 +43,7 @@ def info(
     if file.is_dir() and registry.is_model(file):
         facts: JsonObject = {"kind": "model", "fingerprint": folder_fingerprint(file)}
         made = registry.recorded_provenance(file)
-    elif (known := recorded_table(file)) is not None:
+    elif file.is_file() and (known := recorded_table(file)) is not None:
         facts, made = {"kind": "table", "n": len(read_csv(file)[1]), "fingerprint": file_digest(file)}, known
     else:
         facts, made = _patch_set(file)

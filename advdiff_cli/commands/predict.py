@@ -137,7 +137,7 @@ def _is_finished(
         return False
     draws = vote.resolve_draws(defended=protection is not None)
     made_by = predict_recipe(model, patches, draws=draws, alpha=vote.alpha, seed=compute.seed)
-    size = judging_batch_size(defended=protection is not None)
+    size = judging_batch_size(patches.require_shape(), defended=protection is not None)
     return is_complete_table(out, made_by, shard_rows(len(patches), size, compute.shard_pair))
 
 

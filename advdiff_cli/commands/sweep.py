@@ -72,7 +72,8 @@ def sweep(
         budget,
         out,
         compute.seed,
-        settings.batch_size or resume.get("batch_size", default_batch_size(device.type, graph=True)),
+        settings.batch_size
+        or resume.get("batch_size", default_batch_size(device.type, patches.require_shape(), graph=True)),
         device,
         output.overwrite,
     )

@@ -12,7 +12,7 @@ from advdiff_cli.cli.output_options import OutputOptions
 
 @with_option_groups
 def synthesize(
-    number: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of patches.")],
+    number: Annotated[int, typer.Option("-n", "--number", min=1, max=1_000_000, help="Number of patches.")],
     output: OutputOptions,
     seed: options.Seed = 0,
 ) -> None:

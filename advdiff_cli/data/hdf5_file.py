@@ -4,6 +4,7 @@ Links, external storage and virtual datasets are not followed. Chunks are whole 
 would spread each patch over hundreds of them.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from advdiff_cli.data.rng import RowKey
 from advdiff_cli.errors import AdvdiffError, FileInUse
 
 _CHUNK_BYTES = 1 << 20
+_MAX_CHUNK_BYTES = 64 << 20  # of a file that is read
 _OVERHEAD_BYTES = 1 << 20  # an upper bound of HDF5's own structures
 _MAX_DEFLATE_RATIO = 1032  # reached on zeros
 _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
@@ -143,7 +145,7 @@ def _dataset(file: Any, path: Path, name: str) -> Any:
     """Return a dataset that is stored in the file itself and is no larger than the file can hold.
 
     Raises:
-        AdvdiffError: It is a link, external or virtual, or claims more data than the file holds.
+        AdvdiffError: It is a link, external or virtual, claims more data than the file holds, or has very large chunks.
     """
     if file.get(name, getlink=True).__class__ is not h5py.HardLink:
         raise AdvdiffError(f"{path} has no dataset {name} of its own; a patch set needs images, labels and index")
@@ -156,6 +158,15 @@ def _dataset(file: Any, path: Path, name: str) -> Any:
     if len(set(kinds)) < filters or not set(kinds) <= _FILTERS:
         raise AdvdiffError(
             f"{name} in {path} is compressed in an unusual way; gzip, lzf, shuffle and fletcher32 are read"
+        )
+    row = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
+    if dataset.chunks is not None and (chunk := math.prod(dataset.chunks) * dataset.dtype.itemsize) > max(
+        _MAX_CHUNK_BYTES, row
+    ):
+        layout = "x".join(map(str, (16, *dataset.shape[1:])))
+        raise AdvdiffError(
+            f"{name} in {path} has chunks of {chunk >> 20} MiB, which are read whole for each row; store it in smaller "
+            f"ones, such as with h5repack -l {name}:CHUNK={layout}"
         )
     limit = stored * (_MAX_DEFLATE_RATIO if filters else 1)
     if dataset.nbytes > limit or stored > path.stat().st_size:

@@ -1,6 +1,7 @@
 """The selected rows of a patch set: images in [0, 1] with labels and row keys, read and checked batch by batch."""
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from advdiff_cli.data.fingerprint_cache import cached_fingerprints
-from advdiff_cli.data.patch_source import Images, PatchSource, RowFingerprints, Rows
+from advdiff_cli.data.patch_source import MAX_PATCH_PIXELS, Images, PatchSource, RowFingerprints, Rows
 from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.row_fingerprints import fingerprint_rows
@@ -170,6 +171,24 @@ class PatchSet:
             self.source.read(self._rows[:1])  # raises a clearer error where no image can be read
             raise AdvdiffError(f"the images of {self.path} differ in size; this command needs one size")
         return self.shape
+
+    def check_pixels(self, most: int = MAX_PATCH_PIXELS, advice: str = "") -> None:
+        """Check that patches are small enough to be computed whole, before one is read.
+
+        Args:
+            most: Pixels of a patch.
+            advice: What else to do about larger ones.
+
+        Raises:
+            AdvdiffError: They are larger.
+        """
+        if self.source.shape is not None and (pixels := math.prod(self.source.shape)) > most:
+            height, width = self.source.shape
+            advice = advice.format(pixels=pixels)
+            raise AdvdiffError(
+                f"the patches of {self.path} are {height}x{width} and would need much memory: cut them into tiles "
+                f"of at most {most} pixels{advice}"
+            )
 
     def fingerprint(self) -> str:
         """Return the content fingerprint of the selected rows: images, labels and index, in order."""

@@ -21,6 +21,7 @@ FINGERPRINT_BYTES = 32
 
 MIN_SIZE = 32  # pixels
 MAX_PIXELS = 89_478_485  # of an image that is read at once: Pillow's own limit
+MAX_PATCH_PIXELS = 2048 * 2048  # of a patch that is computed whole, unless more is asked for
 
 
 class PatchSource(Protocol):

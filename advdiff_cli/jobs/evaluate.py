@@ -89,7 +89,9 @@ class EvaluateJob:
         return sum(len(self._rows(patches)) for _, patches in self.sets)
 
     def _rows(self, patches: PatchSet) -> RowRange:
-        size = judging_batch_size(defended=self.model.defense is not None, device=self.device.type)
+        size = judging_batch_size(
+            patches.require_shape(), defended=self.model.defense is not None, device=self.device.type
+        )
         return shard_rows(len(patches), size, self.shard)
 
     def part(self, patches: PatchSet) -> PatchSet:

@@ -47,7 +47,7 @@ def predict(
         AdvdiffError: A logit is not finite.
     """
     defended = isinstance(model, DefendedClassifier)
-    size = judging_batch_size(defended=defended, device=device.type)
+    size = judging_batch_size(patches.require_shape(), defended=defended, device=device.type)
     batches = list(row_batches(len(patches), size, pad=True))
     start, stop = (len(batches) * k // group.size for k in (group.rank, group.rank + 1))
     found = [np.empty((0, len(draws) if defended else 1))]
@@ -96,6 +96,7 @@ def predict_batches(
         return torch.stack(p1, 1)[: n - int(rows[0])].numpy()
 
     external = any(isinstance(m, TwoLogits) for m in model.modules())  # may hold state, so one batch at a time
-    size = judging_batch_size(defended=defended, device=device.type)
-    workers = 0 if external else parallel_batches(model, patches.require_shape(), size, device)
+    shape = patches.require_shape()
+    size = judging_batch_size(shape, defended=defended, device=device.type)
+    workers = 0 if external else parallel_batches(model, shape, size, device)
     yield from parallel_map(read, judge, batches, workers)

@@ -41,7 +41,9 @@ class PredictJob:
     @property
     def batch_size(self) -> int:
         """Patches computed together: as in `evaluate`, so that its figures are those of these predictions."""
-        return judging_batch_size(defended=self.model.defense is not None, device=self.device.type)
+        return judging_batch_size(
+            self.patches.require_shape(), defended=self.model.defense is not None, device=self.device.type
+        )
 
     @cached_property
     def recipe(self) -> Provenance:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 
 from advdiff_cli.attacks.spec import AttackSpec
 from advdiff_cli.data.patch_set import PatchSet
@@ -49,14 +50,22 @@ def attack_recipe(
 _CUDA_BATCH = 256  # a GPU computes small networks no faster for fewer patches
 
 
-def default_batch_size(device: str, *, graph: bool) -> int:
-    """Return how many patches are computed together on a kind of device; `graph` for gradients."""
-    return _CUDA_BATCH if device == "cuda" else 32 if graph else 16
+_PIXELS = 256 * 256  # larger patches are computed in smaller batches, which need no more memory
 
 
-def judging_batch_size(*, defended: bool, device: str = "cpu") -> int:
-    """Return how many patches are judged together on a kind of device: fewer with a U-Net before the classifier."""
-    return _CUDA_BATCH if device == "cuda" else 16 if defended else 64
+def default_batch_size(device: str, shape: tuple[int, int] | None, *, graph: bool) -> int:
+    """Return how many patches (H, W) are computed together on a kind of device; `graph` for gradients."""
+    return _fewer(_CUDA_BATCH if device == "cuda" else 32 if graph else 16, shape)
+
+
+def judging_batch_size(shape: tuple[int, int] | None, *, defended: bool, device: str = "cpu") -> int:
+    """Return how many patches (H, W) are judged together on a kind of device; fewer with a U-Net before."""
+    return _fewer(_CUDA_BATCH if device == "cuda" else 16 if defended else 64, shape)
+
+
+def _fewer(size: int, shape: tuple[int, int] | None) -> int:
+    """Return a batch size for patches (H, W); None for sizes that are not known."""
+    return size if shape is None else max(1, min(size, size * _PIXELS // prod(shape)))
 
 
 def differentiates_unet(model: ModelSpec, attack: AttackSpec) -> bool:

@@ -5,20 +5,25 @@ architecture that torchvision has too, are read as well.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from advdiff_cli.data.atomic_files import name_write_errors
 from advdiff_cli.data.provenance import KEY, Provenance, canonical_json
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.models.classifier_config import CONFIG, WEIGHTS, ClassifierConfig, read_classifier_config
-from advdiff_cli.models.external import TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
+from advdiff_cli.models.external import OWN_MODULE, TIATOOLBOX, PooledCNN, read_weights, tiatoolbox_backbone
 
 PCAM_SIZE = (96, 96)
+_MISSING = 10_000_000  # numbers that a file may lack for its first missing tensor to be named
+_CUT_OFF = 150_000_000  # numbers of the head that TIAToolbox cuts off a network, at most
 
 
 class Classifier(nn.Module):
@@ -98,18 +103,63 @@ def load_tiatoolbox(path: Path, *, allow_pickle: bool = False) -> Classifier:
         AdvdiffError: The name gives no backbone, the file may not or cannot be read, or it does not fit.
     """
     config = ClassifierConfig(TIATOOLBOX + tiatoolbox_backbone(path), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), size=PCAM_SIZE)
-    return _with_weights(config, read_weights(path, allow_pickle=allow_pickle), path, prefix="backbone.")
+    state = read_weights(path, allow_pickle=allow_pickle)
+    return _with_weights(config, state, path, prefix="backbone.", advice=f"; if it is another network, {OWN_MODULE}")
 
 
-def _with_weights(config: ClassifierConfig, state: dict[str, Tensor], path: Path, prefix: str) -> Classifier:
+def _with_weights(
+    config: ClassifierConfig, state: dict[str, Tensor], path: Path, prefix: str, advice: str = ""
+) -> Classifier:
+    numbers = sum(v.numel() for v in state.values())
     try:
-        model = Classifier(config)
+        with _Allowance(numbers + (_CUT_OFF if config.arch.startswith(TIATOOLBOX) else _MISSING)):
+            model = Classifier(config)
+    except _LargerThanItsFile:
+        raise AdvdiffError(
+            f"{path} does not fit {config.arch}: the file holds {numbers} numbers, and the network has more{advice}"
+        ) from None
     except AdvdiffError as e:
         raise AdvdiffError(f"{path.parent}: {e}") from None
-    try:
-        model.load_state_dict({prefix + k: v for k, v in state.items()})
-    except RuntimeError as e:
-        raise AdvdiffError(f"{path} does not fit {config.arch}: {str(e).splitlines()[0]}") from None
+    named = {prefix + k: v for k, v in state.items()}
+    wanted = model.state_dict()
+    if (problem := _misfit(wanted, named)) is not None:
+        raise AdvdiffError(f"{path} does not fit {config.arch}: {problem}{advice}")
+    wanted.update(named)  # which keeps the versions of its layers: MNASNet asks for its own
+    model.load_state_dict(wanted)
     if not all(bool(v.isfinite().all()) for v in state.values()):
         raise AdvdiffError(f"{path} holds weights that are not finite; train the model again")
     return model.eval()
+
+
+class _LargerThanItsFile(Exception):
+    """A network has more parameters than its file of weights."""
+
+
+class _Allowance(TorchFunctionMode):
+    """Stops the construction of a network whose layers need more than so many numbers."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self._left = numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.empty:  # which layers call for their parameters, before they are initialized
+            self._left -= made.numel()
+            if self._left < 0:
+                raise _LargerThanItsFile
+        return made
+
+
+def _misfit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """Return why weights are not those that are wanted, or None if they are."""
+    shapes = [k for k in sorted(wanted.keys() & state.keys()) if wanted[k].shape != state[k].shape]
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unknown:
+        count = f"{len(missing)} of its {len(wanted)} tensors are missing, and {len(unknown)} others are there"
+        return f"{count}, such as {(missing or unknown)[0].removeprefix('backbone.')}"
+    if shapes:
+        name = shapes[0]
+        own, needed = (list(tensors[name].shape) for tensors in (state, wanted))
+        return f"{name.removeprefix('backbone.')} has shape {own}, and {needed} is needed"
+    return None

@@ -26,6 +26,9 @@ from advdiff_cli.errors import AdvdiffError, first_line, is_debugging
 TIATOOLBOX = "tiatoolbox:"
 """Prefix of TIAToolbox's architectures, followed by the name of the backbone in torchvision."""
 
+OWN_MODULE = "write a function that builds it, and give -c module:function (five lines: docs/guide.md, Models)"
+"""Advice on weights that no other form loads."""
+
 _HEAD_CHILDREN = {"googlenet": 3, "inception_v3": 3}  # pooling, dropout and linear layer; others have no dropout
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = {"site-packages", "dist-packages"}
@@ -99,8 +102,8 @@ def tiatoolbox_backbone(path: Path) -> str:
     found = re.match(r"(.+)-pcam\b", path.name)
     if found is None:
         raise AdvdiffError(
-            f"the name of {path} does not give its backbone: rename it as in TIAToolbox, for example "
-            "resnet101-pcam.pth, or give a classifier folder"
+            f"{path} is not named as TIAToolbox's weights for PCam are, such as resnet101-pcam.pth, which gives the "
+            f"backbone; for another network, {OWN_MODULE}"
         )
     return found[1]
 

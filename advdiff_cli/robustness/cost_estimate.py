@@ -58,7 +58,7 @@ def estimate_costs(runner: SuiteRunner, rows: Sequence[SuiteRow], tested: Attack
     """
     shared = 1 / runner.processes
     measured, n, defended = _measure_passes(runner), len(runner.patches), runner.model.defense is not None
-    judging_size = judging_batch_size(defended=defended, device=runner.device.type)
+    judging_size = judging_batch_size(runner.patches.require_shape(), defended=defended, device=runner.device.type)
     made, judged = (_padded(n, size) for size in (runner.batch_size, judging_size))
     found = []
     for row in rows:

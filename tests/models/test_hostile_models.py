@@ -72,14 +72,26 @@ def test_a_config_that_lies(kind, file, classifier, ddpm, tmp_path):
     assert "refused" in seen or file == "model_index.json"
 
 
-@pytest.mark.parametrize("text", ["", "[", "[" * 200_000, "7", "\0\0", '{"a":'])
+@pytest.mark.parametrize("text", ["", "[", "[" * 200_000, "7", "\0\0", '{"a":', b'{"a": "\xff"}'])
 def test_a_config_that_is_none(text, classifier, ddpm, tmp_path):
     for kind, source, files, load in (("c", classifier, CLASSIFIER, read_classifier), ("d", ddpm, DDPM[:3], read_ddpm)):
         for file in files:
             folder = tmp_path / f"{kind} {file.replace('/', ' ')}"
             shutil.copytree(source, folder)
-            (folder / file).write_text(text)
+            (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
             assert ends(partial(attempt, folder, load)) == "refused", file
+
+
+@pytest.mark.parametrize("arch", ["vit_h_14", "regnet_y_128gf", "tiatoolbox:vit_h_14"])
+def test_a_small_file_of_weights_builds_no_large_network(arch, classifier, tmp_path):
+    """632 and 645 million parameters, 2.4 GiB, for a file of 0.7 million."""
+    folder = tmp_path / "large"
+    shutil.copytree(classifier, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "arch": arch}))
+    assert ends(partial(attempt, folder, read_classifier), memory=1 << 30) == "refused"
+    with pytest.raises(AdvdiffError, match=r"the file holds \d+ numbers, and the network has more"):
+        read_classifier(folder)
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_what_is_recommended_is_not_part_of_the_model(ddpm, tmp_path):
     assert folder_fingerprint(tmp_path / "m") == folder_fingerprint(ddpm)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v3_small"])
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v3_small", "mnasnet0_5", "regnet_y_400mf"])
 def test_any_architecture_gives_two_logits(tmp_path, arch):
     model = Classifier(ClassifierConfig(arch, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))).eval()
     save_classifier(model, tmp_path / "c", {})
@@ -158,13 +158,21 @@ def test_unknown_names_list_what_there_is(tmp_path):
         read_ddpm(tmp_path)
 
 
+NAME = "backbone.classifier.1.bias"
+
+
 def test_weights_that_do_not_fit_are_refused(classifier, tmp_path):
     weights = load_file(classifier / "model.safetensors")
     (tmp_path / "config.json").write_text((classifier / "config.json").read_text())
-    weights.popitem()
-    save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(AdvdiffError, match=r"model\.safetensors does not fit squeezenet1_1"):
-        read_classifier(tmp_path)
+    wrong = {
+        r"1 of its 52 tensors are missing, and 0 others are there, such as \w+\.": dict(list(weights.items())[1:]),
+        r"0 of its 52 tensors are missing, and 1 others are there, such as more": {**weights, "more": weights[NAME]},
+        r"classifier\.1\.bias has shape \[3\], and \[2\] is needed": {**weights, NAME: torch.zeros(3)},
+    }
+    for why, changed in wrong.items():
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(AdvdiffError, match=rf"model\.safetensors does not fit squeezenet1_1: {why}"):
+            read_classifier(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 64)
     with pytest.raises(AdvdiffError, match=r"model\.safetensors is not a complete safetensors file"):
         read_classifier(tmp_path)
