@@ -62,7 +62,8 @@ def large_chunks(path):
 def large_rows(path):
     with h5py.File(path, "w") as file:
         file.create_dataset("images", (4, 3, 9400, 9400), "u1", chunks=(1, 3, 9400, 9400), compression="gzip")
-        file["images"][...] = 0  # which is a gigabyte in one megabyte
+        for i in range(4):  # which are a gigabyte in one megabyte
+            file["images"][i] = np.zeros((3, 9400, 9400), np.uint8)
 
 
 def large_image(path):

@@ -54,6 +54,23 @@ class DefenseOptions:
         ),
     ] = None
 
+    @property
+    def kind(self) -> DefenseKind | None:
+        """What stands before the classifier; None for nothing."""
+        kind = self.defense or ("ddpm" if self.ddpm else "none")
+        return None if kind == "none" else kind
+
+    def check(self) -> None:
+        """Check that there is a defense to set, before anything is loaded.
+
+        Raises:
+            AdvdiffError: There is none.
+        """
+        if self.kind is None and (self.ddpm, self.t_star, self.sampler, self.sampler_steps) != (None,) * 4:
+            raise AdvdiffError(
+                "-m, --t-star, --sampler and --sampler-steps need a defense: give -m, or --defense noise"
+            )
+
     def request(
         self, kind: DefenseKind, compute: ComputeOptions, resume: Mapping[str, object] = NOTHING
     ) -> DefenseRequest:
@@ -69,14 +86,8 @@ class DefenseOptions:
         Raises:
             AdvdiffError: There is no defense to set.
         """
-        kind = self.defense or ("ddpm" if self.ddpm else "none")
-        if kind != "none":
-            return self.request(kind, compute, resume)
-        if (self.ddpm, self.t_star, self.sampler, self.sampler_steps) != (None,) * 4:
-            raise AdvdiffError(
-                "-m, --t-star, --sampler and --sampler-steps need a defense: give -m, or --defense noise"
-            )
-        return None
+        self.check()
+        return None if self.kind is None else self.request(self.kind, compute, resume)
 
     def find(self, compute: ComputeOptions, resume: Mapping[str, object]) -> tuple[DefenseSpec, str | None] | None:
         """Return the settings of the defense and the fingerprint of its model, which is not loaded; or None.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from advdiff_cli import console
-from advdiff_cli.cli import options
+from advdiff_cli.cli import options, up_to_date
 from advdiff_cli.cli.attack_options import AttackOptions
 from advdiff_cli.cli.compute_options import ShardedComputeOptions
 from advdiff_cli.cli.defense_options import DefenseOptions
@@ -14,13 +14,10 @@ from advdiff_cli.cli.row_options import RowOptions
 from advdiff_cli.errors import AdvdiffError
 
 if TYPE_CHECKING:
-    import torch
-
     from advdiff_cli.attacks.spec import AttackSpec
     from advdiff_cli.data.patch_set import PatchSet
     from advdiff_cli.data.provenance import JsonObject
     from advdiff_cli.jobs.attack import AttackJob
-    from advdiff_cli.purification.defense import EvaluatedModel
 
 
 @with_option_groups
@@ -48,6 +45,10 @@ def attack(
     options.attack_radius(settings.norm, settings.eps)
     options.require_positive(step_size=settings.step_size)
     check_suffix(out)
+    defense.check()
+    _check_settings(settings, defense)
+    if compute.precision == "fp16" and defense.kind is not None:
+        compute.attack_precision(compute.resolve_device())
     compute.refuse_auto_for_parts()
     patches = rows.open(data)
     patches.require_labels()
@@ -55,7 +56,7 @@ def attack(
     if resume:
         done = _finished(classifier, settings, defense, compute, patches, resume, output)
         if done is not None:
-            console.log(f"{out} is up to date")
+            up_to_date.keep(out, dry_run=output.dry_run)
             output.emit(done, "" if output.quiet else _text(AttackSpec.from_parameters(done["parameters"]), done), out)
             return
     _attack(classifier, settings, defense, compute, patches, resume, output)
@@ -89,7 +90,7 @@ def _attack(
     model = undefended.behind(protection, device, precision)
     model.warn_of_size(patches)
     if settings.compiled:
-        model = _compiled(model, spec, device)
+        model = model.compile_unet(device)
     shape, n = patches.require_shape(), len(patches)
     size = resolve_batch_size(compute.batch_size, resume, model.module, shape, device, graph=True, n=n)
     job = AttackJob(model, spec, patches, compute.seed, size, device)
@@ -108,7 +109,7 @@ def _attack(
     with process_group(device) as group:
         status = sharded.make(compute.shard_pair, group)
     if status == "up to date":
-        console.log(f"{out} is up to date")
+        up_to_date.keep(out)
     if not group.is_main:
         return
     result = {"out": str(out), "status": status, "parameters": parameters, "precision": precision}
@@ -137,7 +138,7 @@ def _finished(
     from advdiff_cli.data.patches import open_patches
     from advdiff_cli.data.resume import is_complete
     from advdiff_cli.jobs.outcome_cache import cached_outcome
-    from advdiff_cli.jobs.recipes import attack_recipe, differentiates_unet
+    from advdiff_cli.jobs.recipes import attack_recipe
 
     protection = defense.find(compute, resume)
     model = compute.find_model(classifier, protection, resume)
@@ -145,8 +146,6 @@ def _finished(
     if model is None or size is None:
         return None
     spec = settings.resolve(defended=protection is not None)
-    if settings.compiled and not differentiates_unet(model, spec):
-        return None  # an error, told where the model is compiled
     made_by = attack_recipe(model, spec, patches, seed=compute.seed, batch_size=size, compiled=settings.compiled)
     if not is_complete(output.out, made_by, shard_rows(len(patches), size, compute.shard_pair)):
         return None
@@ -158,12 +157,11 @@ def _finished(
     return None if outcome is None else found | outcome
 
 
-def _compiled(model: "EvaluatedModel", spec: "AttackSpec", device: "torch.device") -> "EvaluatedModel":
-    from advdiff_cli.jobs.recipes import differentiates_unet
-
-    if not differentiates_unet(model.spec, spec):
+def _check_settings(settings: AttackOptions, defense: DefenseOptions) -> None:
+    """Check the settings of the attack, and that there is a gradient to compile, before a model is loaded."""
+    spec = settings.resolve(defended=defense.kind is not None)
+    if settings.compiled and not (defense.kind == "ddpm" and spec.takes_exact_gradients):
         raise AdvdiffError("--compile: this attack takes no gradient of a U-Net; leave the option out")
-    return model.compile_unet(device)
 
 
 def _outcome(job: "AttackJob", first: int, n: int, output: PlannedOutputOptions) -> "JsonObject":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advdiff_cli import console
-from advdiff_cli.cli import options
+from advdiff_cli.cli import options, up_to_date
 from advdiff_cli.cli.certificate_options import CertificateOptions
 from advdiff_cli.cli.compute_options import ShardedComputeOptions
 from advdiff_cli.cli.defense_options import CertifiedDefenseOptions
@@ -58,7 +58,7 @@ def certify(
         _check_tsv(certificate.tsv, output, patches, sharded=compute.shard is not None)
     resume = {} if output.overwrite else table_resume_params(out)
     if resume and _is_finished(classifier, settings, defense, compute, patches, resume, out):
-        console.log(f"{out} is up to date")
+        up_to_date.keep(out, dry_run=output.dry_run)
         _emit(output, certificate, "up to date")
         return
 
@@ -85,7 +85,7 @@ def certify(
     with process_group(job.device) as group:
         status = sharded.make(compute.shard_pair, group)
     if status == "up to date":
-        console.log(f"{out} is up to date")
+        up_to_date.keep(out)
     if group.is_main:
         _emit(output, certificate, status)
 
@@ -120,8 +120,9 @@ def _check_tsv(tsv: Path, output: PlannedOutputOptions, patches: "PatchSet", *, 
         AdvdiffError: It would hold a shard, there are no labels, or no folder, or it is the output itself, or someone
             else's file.
     """
-    from advdiff_cli.data.recorded_files import is_recorded, record_of
+    from advdiff_cli.data.recorded_files import check_own_name, is_recorded, record_of
 
+    check_own_name(tsv)
     if sharded:
         raise AdvdiffError(f"--tsv {tsv} is of all patches: merge the shards, then run certify without --shard")
     if patches.labels is None:

@@ -63,6 +63,10 @@ def evaluate(
     Example: advdiff evaluate test.h5 adv.safetensors purified.safetensors -c pcam-resnet18
     """
     _check_predictions_path(settings.predictions, data, sharded=compute.shard is not None)
+    defense.check()
+    draws = range(options.resolve_draws(settings.draws, defended=defense.kind is not None))
+    if settings.fidelity and len(data) < 2:
+        raise AdvdiffError("--fidelity compares sets with the first one: name the clean set, then what was made of it")
     sets = rows.open_sets(data)
     for patches in sets:
         patches.require_labels("; advdiff predict needs no labels")
@@ -84,7 +88,6 @@ def evaluate(
     model = undefended.behind(protection, device, precision)
     for patches in sets:
         model.warn_of_size(patches)
-    draws = range(options.resolve_draws(settings.draws, defended=protection is not None))
     certificates = settings.certificates
     if certificates is not None:
         if table is not None:
@@ -128,8 +131,6 @@ def _fidelity(sets: "Sequence[PatchSet]", evaluated: "Sequence[EvaluatedSet]") -
     """Return the fidelity of each other set to the first one."""
     from advdiff_cli.evaluation.fidelity import fidelity
 
-    if len(sets) < 2:
-        raise AdvdiffError("--fidelity compares sets with the first one: name the clean set, then what was made of it")
     first, judged = sets[0], evaluated[0].predictions
     return [
         {"data": e.name, "reference": evaluated[0].name, **fidelity(first, judged, patches, e.predictions)}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from advdiff_cli import console
+from advdiff_cli.cli import up_to_date
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import OutputOptions
 
@@ -30,7 +30,7 @@ def merge(
     merge_files = merge_tables if output.out.suffix.lower() == ".csv" else merge_sets
     merged = merge_files(parts, output.out, overwrite=output.overwrite)
     if merged.up_to_date:
-        console.log(f"{output.out} is up to date")
+        up_to_date.keep(output.out)
     status = "up to date" if merged.up_to_date else "done"
     result = {"out": str(output.out), "status": status, "patches": merged.patches, "parts": len(parts)}
     output.emit(result, f"{output.out}: {merged.patches} patches of {len(parts)} parts", output.out)

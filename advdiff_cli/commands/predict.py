@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advdiff_cli import console
-from advdiff_cli.cli import options
+from advdiff_cli.cli import options, up_to_date
 from advdiff_cli.cli.compute_options import ShardedSeededOptions
 from advdiff_cli.cli.defense_options import DefenseOptions
 from advdiff_cli.cli.groups import with_option_groups
@@ -77,11 +76,13 @@ def predict(
     out = output.out
     if out.suffix.lower() != ".csv":
         raise AdvdiffError(f"--out {out}: predictions are written as .csv")
+    defense.check()
+    draws = vote.resolve_draws(defended=defense.kind is not None)
     patches = rows.open(data)
     patches.require_shape()
     resume = {} if output.overwrite else table_resume_params(out)
-    if resume and _is_finished(classifier, vote, defense, compute, patches, resume, out):
-        console.log(f"{out} is up to date")
+    if resume and _is_finished(classifier, (draws, vote.alpha), defense, compute, patches, resume, out):
+        up_to_date.keep(out, dry_run=output.dry_run)
         _emit(output, "up to date", resume)
         return
 
@@ -94,7 +95,6 @@ def predict(
     device = compute.resolve_device()
     undefended = compute.load_classifier(classifier, device)
     protection = defense.build(compute, resume)
-    draws = vote.resolve_draws(defended=protection is not None)
     precision = "fp32" if protection is None else compute.resolve_precision(device, resume)
     model = undefended.behind(protection, device, precision)
     model.warn_of_size(patches)
@@ -112,14 +112,14 @@ def predict(
     with process_group(device) as group:
         status = sharded.make(compute.shard_pair, group)
     if status == "up to date":
-        console.log(f"{out} is up to date")
+        up_to_date.keep(out)
     if group.is_main:
         _emit(output, status, job.recipe["parameters"])
 
 
 def _is_finished(
     classifier: str,
-    vote: VoteOptions,
+    vote: tuple[int, float],
     defense: DefenseOptions,
     compute: ShardedSeededOptions,
     patches: "PatchSet",
@@ -135,8 +135,8 @@ def _is_finished(
     model = compute.find_model(classifier, protection, resume)
     if model is None:
         return False
-    draws = vote.resolve_draws(defended=protection is not None)
-    made_by = predict_recipe(model, patches, draws=draws, alpha=vote.alpha, seed=compute.seed)
+    draws, alpha = vote
+    made_by = predict_recipe(model, patches, draws=draws, alpha=alpha, seed=compute.seed)
     size = judging_batch_size(patches.require_shape(), defended=protection is not None)
     return is_complete_table(out, made_by, shard_rows(len(patches), size, compute.shard_pair))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advdiff_cli import console
-from advdiff_cli.cli import options
+from advdiff_cli.cli import options, up_to_date
 from advdiff_cli.cli.compute_options import ShardedComputeOptions
 from advdiff_cli.cli.defense_options import PurifierOptions
 from advdiff_cli.cli.groups import with_option_groups
@@ -79,7 +79,7 @@ def _purify_rows(plan: PurifyPlan, patches: "PatchSet", output: PlannedOutputOpt
     if plan.known is not None:
         made_by, size = plan.known
         if is_complete(out, made_by, part := shard_rows(len(patches), size, pair)):
-            console.log(f"{out} is up to date")
+            up_to_date.keep(out, dry_run=output.dry_run)
             return {"out": str(out), "status": "up to date", "patches": len(part)}
 
     from advdiff_cli.cli.progress import follow_rows
@@ -99,7 +99,7 @@ def _purify_rows(plan: PurifyPlan, patches: "PatchSet", output: PlannedOutputOpt
     with process_group(job.device) as group:
         status = sharded.make(pair, group)
     if status == "up to date":
-        console.log(f"{out} is up to date")
+        up_to_date.keep(out)
     return {"out": str(out), "status": status, "patches": count}
 
 

@@ -86,13 +86,13 @@ def robustness(
     output.require_folder("the results of the suite go to")
     budget = PRESETS[settings.preset]
     resume = {} if output.overwrite else _resume_params(output.out)
-    protection = defense.build(compute, resume)
-    transfer = protection is not None and protection.spec.defense == "ddpm"
-    suite = build_suite(budget, eps, defended=protection is not None, transfer=transfer)
+    defense.check()
+    suite = build_suite(budget, eps, defended=defense.kind is not None, transfer=defense.kind == "ddpm")
     chosen = _chosen(suite, settings.only)
     if settings.only is not None and compute.batch_size is not None and compute.batch_size.size is None:
         raise AdvdiffError("--batch-size auto: all rows of a suite must use the same batch size; with --only give one")
     compute.refuse_auto_for_parts()
+    protection = defense.build(compute, resume)
     device = compute.resolve_device()
     patches = rows.sample(budget.patches).open(data)
     patches.require_labels()

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from advdiff_cli import console
-from advdiff_cli.cli import options
+from advdiff_cli.cli import options, up_to_date
 from advdiff_cli.cli.groups import with_option_groups
 from advdiff_cli.cli.output_options import OutputOptions
 
@@ -25,7 +25,7 @@ def synthesize(
     with console.progress(number, "synthesize", quiet=output.quiet) as advance:
         writer, positive = write_synthetic(output.out, number, seed, overwrite=output.overwrite, advance=advance)
     if writer.up_to_date:
-        console.log(f"{output.out} is up to date")
+        up_to_date.keep(output.out)
     status = "up to date" if writer.up_to_date else "done"
     result = {"out": str(output.out), "status": status, "n": number, "positive": positive}
     output.emit(result, f"{output.out}: {number} patches, {positive} positive", output.out)

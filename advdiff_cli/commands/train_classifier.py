@@ -55,6 +55,7 @@ def train_classifier(
     """
     from advdiff_cli.data.provenance import same_recipe
     from advdiff_cli.models import registry
+    from advdiff_cli.training.checkpoints import remove_finished_work
 
     out = output.out
     options.require_positive(learning_rate=settings.learning_rate)
@@ -67,6 +68,7 @@ def train_classifier(
     known = finished_precision(compute, output, recorded)
     if known and recorded and same_recipe(recorded, plan.recipe(known, compute.noise_kind(recorded["parameters"]))):
         console.log(f"{out} is up to date")
+        remove_finished_work(out, recorded)
         _print(plan, registry.training_log(out), output)
         return
 

@@ -99,6 +99,7 @@ def train_ddpm(
     """
     from advdiff_cli.data.provenance import same_recipe
     from advdiff_cli.models import registry
+    from advdiff_cli.training.checkpoints import remove_finished_work
 
     out = output.out
     options.require_positive(learning_rate=settings.peak_rate)
@@ -108,6 +109,7 @@ def train_ddpm(
     known = finished_precision(compute, output, recorded)
     if known and recorded and same_recipe(recorded, plan.recipe(known, compute.noise_kind(recorded["parameters"]))):
         console.log(f"{out} is up to date")
+        remove_finished_work(out, recorded)
         _print(settings, output)
         return
 

@@ -1,9 +1,11 @@
 """Files that appear under their final name only when they are complete, and disk space reserved in advance."""
 
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,16 +39,41 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; it replaces `path` when the block ends without an exception."""
-    temporary = path.with_name(f".advdiff.{secrets.token_hex(8)}.part{path.suffix}")
-    try:
-        yield temporary
-        set_default_mode(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Yield the path of an empty file next to `path`; it replaces `path` when the block ends without an exception."""
+    remove_temporaries(path)
+    with _temporary_file(path) as temporary:
+        try:
+            yield temporary
+            set_default_mode(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a new file for the content of `path`, locked as long as this process is alive."""
+    while True:
+        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.part{path.suffix}")
+        with temporary.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if temporary.exists():  # another process may just have taken it for one of a killed process
+                yield temporary
+                return
+
+
+def _prefix(path: Path) -> str:
+    return f".advdiff.{blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}."
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove the temporary files of `path` that killed processes left."""
+    for file in path.parent.glob(f"{_prefix(path)}*.part*"):
+        with suppress(OSError), file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
 
 
 def set_default_mode(path: Path) -> None:

@@ -9,6 +9,11 @@ from filelock import FileLock, Timeout
 from advdiff_cli.errors import AdvdiffError
 
 
+def lock_file(out: Path) -> Path:
+    """Return where the lock of an output is."""
+    return out.with_name(f".{out.name}.lock")
+
+
 class OutputLock:
     """A lock in a hidden file next to the output; it is released when the process ends."""
 
@@ -20,7 +25,7 @@ class OutputLock:
             OSError: The parent folder of `out` is missing or is not a folder.
         """
         os.scandir(out.parent).close()  # the lock would create a missing folder
-        self._file = out.with_name(f".{out.name}.lock")
+        self._file = lock_file(out)
         self._lock = FileLock(self._file, timeout=0, thread_local=False)
         try:
             self._lock.acquire()

@@ -39,6 +39,17 @@ def check_not_input(file: Path, inputs: Sequence[Path]) -> None:
         raise AdvdiffError(f"{file} is an input of this command, which is never replaced; give another name")
 
 
+def check_own_name(file: Path) -> None:
+    """Check that a file is not named as what advdiff keeps beside its outputs: work, records and locks.
+
+    Raises:
+        AdvdiffError: It is.
+    """
+    is_lock = file.name.startswith(".") and file.name.endswith(".lock")
+    if file.name.endswith((".part", ".part.rows", ".advdiff")) or is_lock or file.name.startswith(".advdiff."):
+        raise AdvdiffError(f"{file} is named as a file that advdiff keeps beside its outputs; give another name")
+
+
 def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
     """Check that files may be written: each is new, or was made by the same recipe, or may be overwritten.
 
@@ -52,6 +63,7 @@ def check_replaceable(output: OutputSpec, files: Sequence[Path], inputs: Sequenc
     """
     for file in files:
         check_not_input(file, inputs)
+        check_own_name(file)
         if file.is_dir():
             raise AdvdiffError(f"{file} is a folder; give another name")
     existing = [file for file in files if file.exists()]

@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 
 from advdiff_cli.data.atomic_files import sync
+from advdiff_cli.data.csv_cells import quote, unquote
 from advdiff_cli.data.journal import complete_lines, drop_incomplete_line
 from advdiff_cli.data.locks import OutputLock
 from advdiff_cli.data.output_spec import Batch, OutputSpec, RowRange, unfinished_batches
@@ -197,16 +198,17 @@ class TableWriter:
 
 
 def write_csv(path: Path, header: Line, lines: Sequence[Line]) -> None:
-    """Write a CSV file; names that are not UTF-8 keep their bytes."""
+    """Write a CSV file; names that are not UTF-8 keep their bytes, and others are quoted by `csv_cells`."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([header, *lines])
+        csv.writer(file).writerows([map(quote, line) for line in (header, *lines)])
 
 
 def read_csv(path: Path) -> tuple[Line, list[Line]]:
     """Return the header and the lines of a file of `write_csv`."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        header, *lines = csv.reader(file)
-    return header, list(lines)
+        lines: list[Line] = [[unquote(cell) for cell in line] for line in csv.reader(file)]
+        header, *rest = lines
+    return header, rest
 
 
 def _checksum(start: int, lines: object) -> int:

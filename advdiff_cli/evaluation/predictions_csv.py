@@ -9,6 +9,7 @@ import numpy as np
 from advdiff_cli.data.patch_source import ORIGINS
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.row_fingerprints import as_text, from_texts
+from advdiff_cli.data.table_writer import Line, read_csv, write_csv
 from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
@@ -23,16 +24,15 @@ def write_predictions(path: Path, sets: Sequence[tuple[EvaluatedSet, Sequence[Ro
     row's name (a file in a folder, else the index), its label, the draw of the defense's noise, and the probability of
     class 1.
     """
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(_COLUMNS)
-        for one, keys in sets:
-            p = one.predictions
-            table.writerows(
-                (one.name, as_text(origin), index, key, label, draw, repr(float(p1)))
-                for origin, index, key, label, row in zip(one.origins, one.index, keys, p.labels, p.p1, strict=True)
-                for draw, p1 in enumerate(row)
-            )
+    lines = [
+        [one.name, as_text(origin), str(index), str(key), str(label), str(draw), repr(float(p1))]
+        for one, keys in sets
+        for origin, index, key, label, row in zip(
+            one.origins, one.index, keys, one.predictions.labels, one.predictions.p1, strict=True
+        )
+        for draw, p1 in enumerate(row)
+    ]
+    write_csv(path, _COLUMNS, lines)
 
 
 def read_predictions(path: Path) -> list[EvaluatedSet]:
@@ -41,22 +41,21 @@ def read_predictions(path: Path) -> list[EvaluatedSet]:
     Raises:
         AdvdiffError: The file is of another kind, or incomplete.
     """
-    lines: dict[str, list[list[str]]] = {}
+    lines: dict[str, list[Line]] = {}
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.reader(file)
-            if tuple(next(table, ())) != _COLUMNS:
-                raise AdvdiffError(
-                    f"{path} is not a file of predictions: make one with advdiff evaluate --predictions {path}"
-                )
-            for line in table:
-                lines.setdefault(line[0], []).append(line)
+        header, table = read_csv(path)
+        if tuple(header) != _COLUMNS:
+            raise AdvdiffError(
+                f"{path} is not a file of predictions: make one with advdiff evaluate --predictions {path}"
+            )
+        for line in table:
+            lines.setdefault(line[0], []).append(line)
         return [_parse_set(name, mine) for name, mine in lines.items()]
     except (ValueError, IndexError, csv.Error):
         raise AdvdiffError(f"{path} is damaged: make it again with advdiff evaluate --predictions {path}") from None
 
 
-def _parse_set(name: str, lines: list[list[str]]) -> EvaluatedSet:
+def _parse_set(name: str, lines: Sequence[Line]) -> EvaluatedSet:
     """Return a set; ValueError unless its lines are draws 0 to R - 1 of one patch after another, with valid figures."""
     _, origins, index, _, labels, draw, p1 = zip(*lines, strict=True)
     draws = max(map(int, draw)) + 1

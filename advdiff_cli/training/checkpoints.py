@@ -5,13 +5,14 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from advdiff_cli.data.atomic_files import set_default_mode, sync
 from advdiff_cli.data.journal import complete_lines
-from advdiff_cli.data.locks import OutputLock
+from advdiff_cli.data.locks import OutputLock, lock_file
 from advdiff_cli.data.output_spec import OutputSpec
 from advdiff_cli.data.provenance import JsonObject, Provenance, canonical_json, read_json_object
 from advdiff_cli.data.resume import matches_recipe
@@ -46,6 +47,16 @@ def is_begun(out: Path) -> bool:
     return _work_folder(out).exists()
 
 
+def remove_finished_work(out: Path, recipe: Provenance) -> None:
+    """Remove the work folder and the lock of a finished model, if its process was killed while it tidied up."""
+    part = _work_folder(_real_path(out))
+    with suppress(AdvdiffError, OSError):  # another process may be at work, or the folder may be read-only
+        if lock_file(_real_path(out)).exists() or part.exists():
+            with OutputLock(_real_path(out)):
+                if _read_recipe(part) == recipe:
+                    shutil.rmtree(part)
+
+
 class WorkFolder:
     """OUT.part, where a model is trained; `publish` renames it to OUT. Only the main process writes."""
 
@@ -71,9 +82,8 @@ class WorkFolder:
                 raise AdvdiffError(f"{out} exists and is not a model folder of advdiff; choose another --out")
             same = matches_recipe(out, recorded, output.recipe, overwrite=output.overwrite)
             self.up_to_date = same and not output.overwrite
-        if is_main and self.up_to_date and _read_recipe(self.part) == output.recipe:  # a process died while tidying up
-            with OutputLock(out):
-                shutil.rmtree(self.part)
+        if is_main and self.up_to_date:
+            remove_finished_work(out, output.recipe)
         elif is_main and not self.up_to_date:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = OutputLock(out)
