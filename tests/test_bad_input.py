@@ -200,6 +200,35 @@ def test_settings_that_cannot_be(extra, message, advdiff, classifier, test_x, tm
 
 
 @pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("predict X -m pcam-ddpm --draws 3 -o p.csv", "even 3 draws for one class are not decided"),
+        ("predict X --draws 3 -o p.csv", "--draws is about a defense's noise"),
+        ("predict X --t-star 0.1 -o p.csv", "need a defense"),
+        ("evaluate X --draws 3", "--draws is about a defense's noise"),
+        ("evaluate X -m pcam-ddpm --fidelity", "name the clean set, then what was made of it"),
+        ("attack X --gradient bpda -o a.h5", "a defense"),
+        ("attack X -m pcam-ddpm --gradient blind --eot 2 -o a.h5", "eot"),
+        ("attack X -m pcam-ddpm --precision fp16 -o a.h5", "gradients underflow"),
+        ("attack X --compile -o a.h5", "takes no gradient of a U-Net"),
+        ("certify X --precision bf16 -o c.csv", "rounding of a noised patch is not a part of the proof"),
+        ("robustness X -m pcam-ddpm --only nonesuch -o s", "there is no such row"),
+        ("robustness X -m pcam-ddpm --only pgd --batch-size auto -o s", "must use the same batch size"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_loaded(command, message, advdiff, test_x, tmp_path, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("advdiff_cli.models.registry.load_frozen_classifier", loaded)
+    monkeypatch.setattr("advdiff_cli.purification.defense.build_defense", loaded)
+    name, _, *options = command.split()
+    refused(advdiff(name, test_x, "-c", "pcam-resnet18", *options, code=1).err, f".*{message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--t-star", "0.4"], r"t\* = 0\.4 is above max_t = 0\.3"),

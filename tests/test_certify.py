@@ -197,6 +197,18 @@ def test_other_files_are_kept(advdiff, command, tmp_path):
     assert "was not made by this command" in advdiff(*command, *out, code=1).err
 
 
+@pytest.mark.parametrize(
+    "name", ["c.csv.part", "c.csv.part.rows", "c.csv.advdiff", ".c.csv.lock", ".advdiff.0.part.csv"]
+)
+def test_names_of_work_files_are_refused_before_the_first_draw(name, advdiff, command, test_x, classifier, tmp_path):
+    out = ["--limit", 1, "-o", tmp_path / "c.csv"]
+    told = advdiff(*command, *out, "--tsv", tmp_path / name, code=1).err
+    assert f"{name} is named as a file that advdiff keeps beside its outputs" in told
+    evaluate = ["evaluate", test_x, "-c", classifier, "--limit", 1, "--predictions", tmp_path / name]
+    assert "is named as a file that advdiff keeps" in advdiff(*evaluate, code=1).err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def certified(advdiff, test_x, classifier, tmp_path):
     """Tables of two defenses, and the rows that both hold."""

@@ -11,7 +11,6 @@ import typer
 
 from advdiff_cli.cli import options
 from advdiff_cli.cli.parsers import RowBounds
-from advdiff_cli.data.patch_source import MAX_PATCH_PIXELS
 
 if TYPE_CHECKING:
     from advdiff_cli.data.patch_set import PatchSet
@@ -43,11 +42,14 @@ class RowOptions:
     ] = None
 
     max_pixels: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, help="Refuse patches of more pixels, which need much memory.", rich_help_panel=options.ROWS
+            min=1,
+            help="Refuse patches of more pixels, which need much memory.",
+            show_default="2048 x 2048",
+            rich_help_panel=options.ROWS,
         ),
-    ] = MAX_PATCH_PIXELS
+    ] = None
 
     def open(self, data: str) -> PatchSet:
         """Open a patch set with these rows selected.
@@ -71,7 +73,9 @@ class RowOptions:
         return [self._checked(patches) for patches in opened]
 
     def _checked(self, patches: PatchSet) -> PatchSet:
-        patches.check_pixels(self.max_pixels, ", or give --max-pixels {pixels}")
+        from advdiff_cli.data.patch_source import MAX_PATCH_PIXELS
+
+        patches.check_pixels(self.max_pixels or MAX_PATCH_PIXELS, ", or give --max-pixels {pixels}")
         return patches
 
     @property

@@ -121,6 +121,9 @@ def _check_predictions_path(path: Path | None, data: list[str], *, sharded: bool
         if sharded:
             raise AdvdiffError("--shard: give --predictions FILE.csv; merge joins the files of all shards")
         return
+    from advdiff_cli.data.recorded_files import check_own_name
+
+    check_own_name(path)
     if not path.parent.is_dir():
         raise AdvdiffError(f"--predictions {path}: there is no folder {path.parent}")
     if len(set(data)) < len(data):

@@ -98,6 +98,8 @@ class PatchWriter:
         self._resumed = False
         self.up_to_date = self._is_up_to_date(output.overwrite)
         if self.up_to_date:
+            if not self._work.exists() and not self._journal.is_symlink():
+                self._journal.unlink(missing_ok=True)  # of a process that was killed right after the rename
             return
         self._lock = OutputLock(out)
         try:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from subprocess import PIPE
 
 import numpy as np
@@ -55,6 +56,14 @@ def test_written_rows_read_back(tmp_path, source, suffix):
     assert np.array_equal(back.origins(), source.origins())
     assert back.provenance["recipe"] == MADE
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_equal_results_are_equal_files(tmp_path, source, suffix):
+    write(tmp_path / f"a{suffix}", source)
+    time.sleep(1.1)  # the clock of HDF5 counts seconds
+    write(tmp_path / f"b{suffix}", source)
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
 def test_safetensors_library_reads_what_was_written(tmp_path, source):
