@@ -19,7 +19,8 @@ def certified():
     """Four patches of label 1: certified right, certified wrong, certified too little, and an abstention."""
     decision, abstain = np.array([1, 0, 1, 1]), np.array([False, False, False, True])
     labels, index, ones = np.ones(4, np.int64), np.arange(4), np.ones(4)
-    found = CertifiedSet(list("abcd"), index, labels, decision, abstain, np.array([2, 2, 0.1, 0]), labels, ones)
+    radius, rows = np.array([2, 2, 0.1, 0]), np.eye(4, 32, dtype=np.uint8)
+    found = CertifiedSet(list("abcd"), index, labels, decision, abstain, radius, labels, ones, rows)
     return CertifiedAccuracy(found, Radius.linf(EPS, 3 * 96 * 96), 0.001, 0.6)
 
 
