@@ -7,6 +7,7 @@ import pytest
 from rows import origins
 from scipy.stats import binomtest
 
+from advdiff_cli.errors import AdvdiffError
 from advdiff_cli.evaluation.comparison import EvaluatedSet
 from advdiff_cli.evaluation.metrics import Predictions
 from advdiff_cli.evaluation.predictions_csv import read_predictions, write_predictions
@@ -31,6 +32,21 @@ def test_predictions_are_read_as_they_were_written(tmp_path, draws):
         np.testing.assert_array_equal(found.index, one.index)
         np.testing.assert_array_equal(found.predictions.labels, one.predictions.labels)
         np.testing.assert_allclose(found.predictions.p1, one.predictions.p1, rtol=1e-8)
+
+
+@pytest.mark.parametrize("column", [1, 2, 4])  # the origin, the index and the label
+def test_draws_of_one_patch_that_disagree_on_it_are_damage(tmp_path, column):
+    path, one = (
+        tmp_path / "p.csv",
+        EvaluatedSet("a", origins([1]), np.arange(1), Predictions([1], np.full((1, 2), 0.5))),
+    )
+    write_predictions(path, [(one, [0])])
+    lines = path.read_text().splitlines()
+    cells = lines[2].split(",")
+    cells[column] = {1: "0" * 64, 2: "3", 4: "0"}[column]
+    path.write_text("\n".join([*lines[:2], ",".join(cells)]) + "\n")
+    with pytest.raises(AdvdiffError, match=r"p\.csv is damaged"):
+        read_predictions(path)
 
 
 def test_defenses_attacked_on_their_own_are_compared_by_place(advdiff, test_x, classifier, ddpm, tmp_path):

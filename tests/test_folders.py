@@ -462,10 +462,20 @@ def test_purified_copies_below_a_folder_are_not_more_patches(inside, advdiff, dd
         assert told.json["patches"] == 3
         assert "is left out" in told.err
     assert purify(advdiff, "in", "elsewhere", ddpm).json["files"] == 3
+    (tmp_path / "in" / "list.txt").write_text(f"{inside}/0/a.png\n")
+    listed = purify(advdiff, "in", "listed", ddpm, "--files-from", "in/list.txt")
+    assert listed.json["purified"] == 1 and "is left out" not in listed.err
     for path in (out, f"{out}/**/*.png"):  # named, they are the patches
         told = advdiff("predict", path, "-c", classifier, "-o", tmp_path / "p.csv", "--overwrite", "--json")
         assert told.json["patches"] == 3
         assert "is left out" not in told.err
+
+
+def test_a_folder_of_results_alone_holds_no_images(advdiff, folder, ddpm, tmp_path):
+    purify(advdiff, folder / "a.png", tmp_path / "results" / "pur", ddpm)
+    told = purify(advdiff, tmp_path / "results", tmp_path / "other", ddpm, code=1).err
+    assert "results/pur holds images that advdiff purify wrote, and is left out" in told
+    assert f"no images in {tmp_path / 'results'}" in told
 
 
 def test_a_file_of_the_user_is_not_replaced(advdiff, folder, ddpm, tmp_path):

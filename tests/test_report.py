@@ -281,6 +281,7 @@ SUITE = {
     "draws": 1,
     "eps": 0.01,
     "defense": None,
+    "certified": None,
     "recipe": {"command": "robustness", "parameters": {}},
     "rungs": [{**_ROW, "attack": {"method": "fgsm", "norm": "linf", "eps": 0.01, "loss": "ce"}}],
     "worst": {**_ROW, "name": "worst", "clean": _ESTIMATE},

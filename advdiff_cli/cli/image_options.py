@@ -45,12 +45,14 @@ class FolderOptions:
 
         found = find_images(data)
         own = os.path.realpath(out) + os.sep
-        warn_of_purified(folder for folder in found.purified if os.path.realpath(folder) + os.sep != own)
+        results = [folder for folder in found.purified if os.path.realpath(folder) + os.sep != own]
+        if self.files_from is None:
+            warn_of_purified(results)
         files = [f for f in found.files if not os.path.realpath(f).startswith(own)]
         if self.files_from is not None:
             files = named_images(found.root, _listed_names(self.files_from, group))
         if not files and not found.unread:
-            if (found.files or found.purified) and self.files_from is None:
+            if self.files_from is None and (found.files or len(found.purified) > len(results)):
                 raise AdvdiffError(f"all images in {data} are below --out {out}; give another --out")
             problem = f"no images in {data}" if self.files_from is None else f"{self.files_from} lists no images"
             raise AdvdiffError(problem)

@@ -57,8 +57,9 @@ def _temporary_file(path: Path) -> Iterator[Path]:
     """Yield a new file for the content of `path`, locked as long as this process is alive."""
     while True:
         temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.part{path.suffix}")
-        with temporary.open("xb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        with temporary.open("x+b") as file:  # NFS locks for reading what is open for reading
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_SH)
             if temporary.exists():  # another process may just have taken it for one of a killed process
                 yield temporary
                 return
@@ -71,7 +72,7 @@ def _prefix(path: Path) -> str:
 def remove_temporaries(path: Path) -> None:
     """Remove the temporary files of `path` that killed processes left."""
     for file in path.parent.glob(f"{_prefix(path)}*.part*"):
-        with suppress(OSError), file.open("rb") as opened:
+        with suppress(OSError), file.open("r+b") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink()
 

@@ -18,11 +18,11 @@ def cached_fingerprints(files: Sequence[Path], selection: bytes, compute: Callab
     """Return compute(), or its result from an earlier call if no file has changed since.
 
     Args:
-        files: What is read, as far as it exists. Only the fingerprints of large files are cached.
+        files: What is read. Only the fingerprints of large files are cached, and none of folders.
         selection: What else the fingerprints depend on: which rows.
         compute: Reads the files and returns the fingerprints of their rows.
     """
-    if max((f.stat().st_size for f in files if f.is_file()), default=0) < _MIN_BYTES:
+    if not files[0].is_file() or max(f.stat().st_size for f in files if f.is_file()) < _MIN_BYTES:
         return compute()
     before = _versions(files)
     entry = cache_folder("fingerprints") / digest([canonical_json(before).encode(), selection])

@@ -3,8 +3,8 @@
 The first line holds the recipe. Every further line is about one input: its relative name, its SHA-256, the relative
 name and size in bytes of its output, and a status. `writing` comes before an output is renamed into place and `ok`
 after it; `failed` has a reason; `gone` is `ok`, but the input was missing in a later run. The last line about an input
-counts. Each shard of a folder keeps its own journal,
-advdiff.IofN.jsonl, so that machines with a shared disk never write to the same file.
+counts. Each shard of a folder keeps its own journal, advdiff.IofN.jsonl, so that machines with a shared disk never
+write to the same file.
 """
 
 import json
@@ -22,6 +22,7 @@ from advdiff_cli.data.provenance import parse_provenance
 from advdiff_cli.errors import AdvdiffError
 
 JOURNAL = "advdiff.jsonl"
+_JOURNALS_OF_SHARDS = "advdiff.*of*.jsonl"
 _LOSSY = (".jpg", ".jpeg")
 
 
@@ -67,9 +68,14 @@ def output_name(name: str) -> str:
     return f"{name}.png" if PurePosixPath(stem).suffix.lower() in _LOSSY else name
 
 
+def is_journal(name: str) -> bool:
+    """Return whether a file of this name marks its folder as written by `purify`."""
+    return name == JOURNAL or fnmatch(name, _JOURNALS_OF_SHARDS)
+
+
 def journals(out: Path) -> list[Path]:
     """Return the journals of a folder, its own before those of shards."""
-    return [out / JOURNAL] * (out / JOURNAL).is_file() + sorted(out.glob("advdiff.*of*.jsonl"))
+    return [out / JOURNAL] * (out / JOURNAL).is_file() + sorted(out.glob(_JOURNALS_OF_SHARDS))
 
 
 def folder_resume_params(out: Path) -> Mapping[str, object]:
@@ -88,7 +94,7 @@ def is_purified_folder(out: Path) -> bool:
         return False
     names = [f.name for f in out.iterdir()]  # one listing, since another process may add the first file
     empty = all(f.endswith(".lock") or fnmatch(f, "advdiff.*new") for f in names)
-    return empty or any(f == JOURNAL or fnmatch(f, "advdiff.*of*.jsonl") for f in names)
+    return empty or any(map(is_journal, names))
 
 
 def parse_lines(texts: Iterable[str]) -> Iterator[JournalLine | None]:

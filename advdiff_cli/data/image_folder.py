@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from advdiff_cli.data.folder_journal import journals
+from advdiff_cli.data.folder_journal import is_journal, journals
 from advdiff_cli.data.image_files import IMAGE_SUFFIXES, image_size, read_image
 from advdiff_cli.data.label_table import read_labels
 from advdiff_cli.data.patch_source import Images, RowFingerprints, Rows
@@ -130,7 +130,7 @@ def _search(root: Path) -> FoundImages:
         unread[Path(e.filename).relative_to(root).as_posix()] = f"{e.filename} cannot be searched ({e.strerror})"
 
     for folder, subfolders, names in os.walk(root, onerror=name_error):
-        if Path(folder) != root and journals(Path(folder)):
+        if Path(folder) != root and any(map(is_journal, names)):
             purified.append(Path(folder))
             subfolders.clear()
             continue

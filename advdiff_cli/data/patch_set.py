@@ -10,7 +10,7 @@ import numpy as np
 
 from advdiff_cli.data.fingerprint_cache import cached_fingerprints
 from advdiff_cli.data.patch_source import MAX_PATCH_PIXELS, Images, PatchSource, RowFingerprints, Rows
-from advdiff_cli.data.provenance import JsonObject, canonical_json, digest
+from advdiff_cli.data.provenance import JsonObject, canonical_json, digest, history
 from advdiff_cli.data.rng import RowKey
 from advdiff_cli.data.row_fingerprints import fingerprint_rows
 from advdiff_cli.data.selection import ALL, Selection
@@ -191,8 +191,9 @@ class PatchSet:
             )
 
     def fingerprint(self) -> str:
-        """Return the content fingerprint of the selected rows: images, labels and index, in order."""
-        return digest([self._header(), self.row_fingerprints().tobytes()])
+        """Return the content fingerprint of the selected rows: images, labels, index and stored origins, in order."""
+        stored = b"" if self.source.origins is None else self.origins().tobytes()
+        return digest([self._header(), self.row_fingerprints().tobytes(), stored])
 
     def row_fingerprints(self) -> RowFingerprints:
         """Return the fingerprint of each selected row (N, 32): of its whole image as stored."""
@@ -206,9 +207,18 @@ class PatchSet:
         """Return the fingerprint of the patch that each row was first made from (N, 32), by which sets are matched.
 
         Every derived file keeps them. The rows of other sets are first themselves.
+
+        Raises:
+            AdvdiffError: The set was attacked or purified, and does not hold them.
         """
-        known = self.source.origins
-        return self.row_fingerprints() if known is None else known[self._rows]
+        if self.source.origins is not None:
+            return self.source.origins[self._rows]
+        if any(made["command"] in ("attack", "purify") for made in history(self.provenance)):
+            raise AdvdiffError(
+                f"{self.path} does not tell from which patches it was made: make it again, or add their fingerprints "
+                "(origin_sha256; docs/guide.md, Attacks that know the defense)"
+            )
+        return self.row_fingerprints()
 
     def recipe_input(self) -> JsonObject:
         """Return what enters a recipe: the fingerprint of the selected rows, and the selection."""

@@ -5,12 +5,15 @@ made from a row, such as its attacked image, keeps the fingerprint of the patch 
 """
 
 import hashlib
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advdiff_cli.data.patch_source import FINGERPRINT_BYTES, Images, RowFingerprints
+
+KeyedRows = tuple[RowFingerprints, NDArray[np.int64]]
 
 
 def fingerprint_rows(images: Images) -> RowFingerprints:
@@ -19,23 +22,29 @@ def fingerprint_rows(images: Images) -> RowFingerprints:
     return np.stack([np.frombuffer(hashlib.sha256(head + row.tobytes()).digest(), np.uint8) for row in images])
 
 
-def shared_rows(first: RowFingerprints, second: RowFingerprints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the positions of the rows that two sets share, in each; equal rows of a set are paired in their order."""
-    _, a, b = np.intersect1d(_names(first), _names(second), return_indices=True)
-    order = np.argsort(a)
-    return a[order], b[order]
+def shared_rows(first: KeyedRows, second: KeyedRows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the positions of the rows that two sets share, in each.
 
+    Where a set holds a patch several times, rows with the same index are paired, and the others in their order.
 
-def _names(fingerprints: RowFingerprints) -> NDArray[np.bytes_]:
-    """Return a name of each row (N,): its fingerprint, and how many rows before it have the same one."""
-    values = np.ascontiguousarray(fingerprints).view(f"S{FINGERPRINT_BYTES}").reshape(-1)
-    order = np.argsort(values, kind="stable")
-    position = np.arange(len(values))
-    is_first = np.append(True, values[order][1:] != values[order][:-1])[: len(values)]
-    earlier = np.empty(len(values), ">i8")
-    earlier[order] = position - np.maximum.accumulate(np.where(is_first, position, 0))
-    names = np.concatenate([fingerprints, earlier.view(np.uint8).reshape(-1, 8)], axis=1)
-    return np.ascontiguousarray(names).view(f"S{FINGERPRINT_BYTES + 8}").reshape(-1)
+    Args:
+        first: The fingerprints (N, 32) of the rows of a set, and their indices (N,).
+        second: Those of another set.
+    """
+    (patches, index), (other_patches, other_index) = (
+        ([p.tobytes() for p in f], i.tolist()) for f, i in (first, second)
+    )
+    exact = {key: j for j, key in enumerate(zip(other_patches, other_index, strict=True))}
+    paired = {i: exact[key] for i, key in enumerate(zip(patches, index, strict=True)) if key in exact}
+    left, taken = defaultdict[bytes, deque[int]](deque), set(paired.values())
+    for j, patch in enumerate(other_patches):
+        if j not in taken:
+            left[patch].append(j)
+    for i, patch in enumerate(patches):
+        if i not in paired and left.get(patch):
+            paired[i] = left[patch].popleft()
+    rows = sorted(paired)
+    return np.array(rows, np.int64), np.array([paired[i] for i in rows], np.int64)
 
 
 def as_text(fingerprint: NDArray[np.uint8]) -> str:
@@ -45,4 +54,6 @@ def as_text(fingerprint: NDArray[np.uint8]) -> str:
 
 def from_texts(texts: Sequence[str]) -> RowFingerprints:
     """Return the fingerprints (N, 32) that `as_text` wrote; ValueError if one is damaged."""
+    if any(len(text) != 2 * FINGERPRINT_BYTES for text in texts):
+        raise ValueError("a fingerprint has 64 digits")
     return np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(len(texts), FINGERPRINT_BYTES)

@@ -59,7 +59,7 @@ def compare(*groups: Sequence[EvaluatedSet]) -> list[JsonObject]:
     """
     found = []
     for first, second in (pair for sets in groups for pair in combinations(sets, 2)):
-        a, b = shared_rows(first.origins, second.origins)
+        a, b = shared_rows((first.origins, first.index), (second.origins, second.index))
         if len(a):
             found.append(_compare_pair(first, second, a, b))
     for row, adjusted in zip(found, holm([row["p"] for row in found]), strict=True):

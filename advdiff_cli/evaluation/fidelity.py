@@ -75,7 +75,7 @@ def fidelity(reference: PatchSet, judged: Predictions, patches: PatchSet, predic
     Raises:
         AdvdiffError: The sets have no rows in common.
     """
-    a, b = shared_rows(reference.origins(), patches.origins())
+    a, b = shared_rows((reference.origins(), reference.index), (patches.origins(), patches.index))
     if not len(a):
         raise AdvdiffError(f"{patches.path} was not made from rows of {reference.path}; name the clean set first")
     parts = [

@@ -63,6 +63,9 @@ def _parse_set(name: str, lines: Sequence[Line]) -> EvaluatedSet:
         raise ValueError(name)
     if list(map(int, draw)) != list(range(draws)) * (len(lines) // draws):
         raise ValueError(name)
+    patches = list(zip(origins, index, labels, strict=True))
+    if patches != [patch for patch in patches[::draws] for _ in range(draws)]:
+        raise ValueError(name)
     first = slice(None, None, draws)
     predictions = Predictions(np.array(labels[first], np.int64), np.array(p1, np.float64).reshape(-1, draws))
     if not ((predictions.p1 >= 0) & (predictions.p1 <= 1)).all() or not np.isin(predictions.labels, (0, 1)).all():

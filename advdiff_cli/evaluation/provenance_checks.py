@@ -53,7 +53,7 @@ def provenance_warnings(sets: Sequence[EvaluatedSet], judge: Judge) -> Iterator[
 
 
 def _share_rows(first: EvaluatedSet, second: EvaluatedSet) -> bool:
-    return bool(len(shared_rows(first.origins, second.origins)[0]))
+    return bool(len(shared_rows((first.origins, first.index), (second.origins, second.index))[0]))
 
 
 def _same_rows(first: EvaluatedSet, second: EvaluatedSet) -> bool:

@@ -192,7 +192,7 @@ def certified_of(table: Path, name: str, patches: PatchSet) -> JsonObject:
     """
     made, found = certificate_provenance(table), read_certificates(table)
     parameters = made["recipe"]["parameters"]
-    certified, rows = shared_rows(found.fingerprints, patches.row_fingerprints())
+    certified, rows = shared_rows((found.fingerprints, found.index), (patches.row_fingerprints(), patches.index))
     if not len(rows):
         raise AdvdiffError(f"{table} certifies other patches than {name}, such as those before an attack")
     if len(rows) < min(len(found), len(patches)):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from advdiff_cli.data.atomic_files import atomic_write, name_write_errors
+from advdiff_cli.data.atomic_files import atomic_write
 from advdiff_cli.data.provenance import KEY, JsonObject, Provenance, canonical_json
 from advdiff_cli.data.resume import matches_recipe
 from advdiff_cli.evaluation.metrics import Predictions
@@ -47,8 +47,8 @@ def store_predictions(path: Path, recipe: Provenance, predictions: Predictions, 
     """Store predictions, with the index of each row, where `cached_predictions` finds them."""
     arrays = {"p1": predictions.p1, "labels": predictions.labels, "index": index}
     tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
-    with atomic_write(path) as temporary, name_write_errors(path):
-        save_file(tensors, temporary, {KEY: canonical_json(recipe)})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(tensors, {KEY: canonical_json(recipe)}))
 
 
 def cached_result(path: Path, recipe: Provenance, *, overwrite: bool = False) -> JsonObject | None:

@@ -154,7 +154,8 @@ class _Allowance(TorchFunctionMode):
 def _misfit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
     """Return why weights are not those that are wanted, or None if they are."""
     shapes = [k for k in sorted(wanted.keys() & state.keys()) if wanted[k].shape != state[k].shape]
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    counts = {k for k in wanted if k.endswith(".num_batches_tracked")}  # which eval mode does not read
+    missing, unknown = sorted(wanted.keys() - state.keys() - counts), sorted(state.keys() - wanted.keys())
     if missing or unknown:
         count = f"{len(missing)} of its {len(wanted)} tensors are missing, and {len(unknown)} others are there"
         return f"{count}, such as {(missing or unknown)[0].removeprefix('backbone.')}"

@@ -46,15 +46,11 @@ def _is_transferred(attacked: Mapping[str, Any], result: Mapping[str, Any]) -> b
     Raises:
         AdvdiffError: The result does not describe its defense.
     """
-    defense = result.get("defense") or {}
+    defense = result["defense"] or {}
     attack = _steps(attacked, "attack")[-1]
     purified = bool(_steps(attacked, "purify"))
     try:
-        judge = Judge(
-            str((result.get("classifier") or {}).get("fingerprint", attack.get("classifier"))),
-            DefenseSpec.from_parameters(defense),
-            defense.get("ddpm", attack.get("ddpm")),  # not told by earlier versions
-        )
+        judge = Judge(result["classifier"]["fingerprint"], DefenseSpec.from_parameters(defense), defense.get("ddpm"))
         return bool(transfer_differences(attack, judge, purified=purified))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise AdvdiffError(f"a result file describes a defense that advdiff does not know ({e!r:.80})") from None

@@ -67,7 +67,8 @@ class PairedSets:
     @classmethod
     def match(cls, clean: PatchSet, attacked: PatchSet) -> "PairedSets":
         """Match the rows of two sets that were first made from the same patches."""
-        return cls(clean, attacked, *shared_rows(clean.origins(), attacked.origins()))
+        rows = shared_rows((clean.origins(), clean.index), (attacked.origins(), attacked.index))
+        return cls(clean, attacked, *rows)
 
     def __len__(self) -> int:
         return len(self.clean_rows)

@@ -119,16 +119,14 @@ class Report:
 
     def _suite(self, suite: JsonObject, paths: Sequence[Path]) -> JsonObject:
         suite_bars(suite, paths)
-        defense = suite.get("defense")
-        return {**suite, "defense": defense, "svg": inline_svg(paths[0], "accuracy under each attack")}
+        return {**suite, "svg": inline_svg(paths[0], "accuracy under each attack")}
 
     def _sources(self) -> list[dict[str, str]]:
         """Return how each number was made: recipes, without the figures."""
         found: list[tuple[str, JsonObject]] = []
         for name, result in self.results.items():
-            defense = result.get("defense")
-            sets = [{k: s.get(k) for k in ("data", "n", "draws", "history")} for s in result["sets"][:2]]
-            made = {"classifier": result.get("classifier"), "defense": defense, "sets": sets}
+            sets = [{k: s[k] for k in ("data", "n", "draws", "history")} for s in result["sets"][:2]]
+            made = {"classifier": result["classifier"], "defense": result["defense"], "sets": sets}
             found.append((f"{name}: advdiff evaluate", made))
         found += [(f"{name}: advdiff sweep", sweep["recipe"]) for name, sweep in self.sweeps.items()]
         found += [(f"{name}: advdiff certify", table["recipe"]) for name, table in self.certificates.items()]

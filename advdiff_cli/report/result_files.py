@@ -57,9 +57,17 @@ class Comparison(_Schema):
     n: Count
 
 
+class Model(_Schema):
+    """A model, by its fingerprint."""
+
+    fingerprint: str
+
+
 class Evaluation(_Schema):
     """The output of `evaluate --json`."""
 
+    classifier: Model
+    defense: dict[str, Any] | None
     sets: list[EvaluatedSet] = Field(min_length=1)
     comparisons: list[Comparison]
 
@@ -127,8 +135,8 @@ class Certified(Estimate):
 class Suite(_Schema):
     """The content of robustness.json."""
 
-    certified: Certified | None = None  # version 0.1.0 proved nothing
-
+    defense: dict[str, Any] | None
+    certified: Certified | None
     n: Count
     draws: Count
     eps: Number

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from advdiff_cli.data.atomic_files import atomic_write, remove_temporaries
 from advdiff_cli.data.locks import OutputLock, lock_file
+from advdiff_cli.data.provenance import recipe
+from advdiff_cli.evaluation.metrics import Predictions
+from advdiff_cli.jobs.result_cache import cached_predictions, store_predictions
 
 NOISE = ["--defense", "noise", "--t-star", "0.1"]
 COMMANDS = {
@@ -56,6 +60,26 @@ def test_unfinished_work_of_another_recipe_stays(advdiff, test_x, classifier, tm
         work.write_text(json.dumps(json.loads(begun.read_text())["provenance"]) + "\n")
         assert "up to date" in advdiff(*run, "-o", out).err
         assert work.exists() == stays
+
+
+def test_predictions_that_are_being_stored_stay(tmp_path, monkeypatch):
+    """Another process that removes leftovers meanwhile takes nothing, although safetensors can replace files."""
+    path = tmp_path / "p.safetensors"
+    monkeypatch.setattr("advdiff_cli.data.atomic_files.sync", lambda _: remove_temporaries(path))
+    made, found = recipe("robustness", {}), Predictions(np.array([0, 1]), np.array([[0.5], [0.25]]))
+    store_predictions(path, made, found, np.arange(2))
+    np.testing.assert_array_equal(cached_predictions(path, made).p1, found.p1)
+
+
+def test_a_disk_without_locks_is_written_to(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("advdiff_cli.data.atomic_files.fcntl.flock", refuse)
+    for text in ("first", "second"):
+        with atomic_write(tmp_path / "a.csv") as temporary:
+            temporary.write_text(text)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["second"]
 
 
 def test_files_of_running_processes_stay(tmp_path):

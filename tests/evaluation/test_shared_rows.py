@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rows import origins
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from advdiff_cli.data.patches import open_patches
 from advdiff_cli.data.row_fingerprints import as_text, fingerprint_rows, from_texts, shared_rows
@@ -87,14 +88,52 @@ def test_a_row_is_found_again_wherever_it_stands(advdiff, sets, classifier, tmp_
     if honest.is_dir():
         shutil.copy(sorted(honest.rglob("*.png"))[-1], honest / "0" / "000a.png")  # all later row numbers change
         first, second = open_patches(honest), open_patches(f"{honest}/1/*.png")
-        a, b = shared_rows(first.origins(), second.origins())
+        a, b = shared_rows((first.origins(), first.index), (second.origins(), second.index))
         assert [first.keys[i].rpartition("/")[2] for i in a[1:]] == [second.keys[j] for j in b[1:]]
         assert len(b) == len(second)
 
 
-@given(st.lists(st.integers(0, 5), max_size=20), st.lists(st.integers(0, 5), max_size=20))
-def test_equal_rows_are_paired_one_by_one(first, second):
-    a, b = shared_rows(origins(first), origins(second))
+def test_origins_that_are_mended_are_used(advdiff, sets, classifier, tmp_path):
+    """What another program attacked is compared once its origins are told, although its patches are the same."""
+    clean, adv, table = sets[0], tmp_path / "adv.safetensors", tmp_path / "p.csv"
+    images = open_patches(clean)
+    tensors = {"images": images.read(range(N)).numpy() / 2, "labels": images.labels, "index": images.index}
+    save_file(tensors, adv)
+    evaluate = ["evaluate", clean, adv, "-c", classifier, "--predictions", table, "--json"]
+    told = advdiff(*evaluate)
+    assert "is not compared with it" in told.err and not told.json["comparisons"]
+    save_file({**tensors, "origin_sha256": images.origins()}, adv)
+    assert advdiff(*evaluate, "--overwrite").json["comparisons"][0]["n"] == N
+
+
+@pytest.mark.parametrize("command", ["attack", "purify"])
+def test_a_set_that_was_made_from_others_and_does_not_tell_them_is_refused(
+    command, advdiff, sets, classifier, tmp_path
+):
+    made = tmp_path / "made.safetensors"
+    options = ["-c", classifier, "--method", "fgsm"] if command == "attack" else DEFENSE
+    advdiff(command, sets[0], *options, "-o", made)
+    with safe_open(made, "numpy") as file:
+        metadata = file.metadata()
+    tensors = load_file(made)
+    del tensors["origin_sha256"]
+    save_file(tensors, made, metadata)
+    told = advdiff("evaluate", sets[0], made, "-c", classifier, code=1).err
+    assert "made.safetensors does not tell from which patches it was made" in told
+
+
+def test_equal_patches_with_different_labels_are_paired_by_index():
+    patches, labels = np.array([0, 0, 1, 0]), np.array([0, 1, 0, 1])
+    for chosen in ([1], [3, 1], [2, 1, 0]):
+        a, b = shared_rows((origins(patches), np.arange(4)), (origins(patches[chosen]), np.array(chosen)))
+        assert sorted(a) == sorted(chosen)
+        np.testing.assert_array_equal(labels[a], labels[chosen][b])
+
+
+@given(st.lists(st.integers(0, 5), max_size=20), st.lists(st.integers(0, 5), max_size=20), st.randoms())
+def test_equal_rows_are_paired_one_by_one(first, second, random):
+    index, other = (np.array(random.sample(range(30), len(rows)), np.int64) for rows in (first, second))
+    a, b = shared_rows((origins(first), index), (origins(second), other))
     assert [first[i] for i in a] == [second[j] for j in b]
     assert len(set(a.tolist())) == len(set(b.tolist())) == len(a)
     assert len(a) == sum(min(first.count(k), second.count(k)) for k in range(6))

@@ -181,6 +181,18 @@ def test_weights_that_do_not_fit_are_refused(classifier, tmp_path):
         read_classifier(tmp_path)
 
 
+def test_weights_without_counts_of_batches_are_read(tmp_path):
+    """As old versions of torch wrote them, and converters do."""
+    folder = registry.find_classifier("synthetic-classifier")
+    weights = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    images = torch.rand(2, 3, 96, 96)
+    torch.testing.assert_close(read_classifier(tmp_path)(images), read_classifier(folder)(images))
+
+
 def test_a_missing_device_is_an_error():
     if torch.cuda.is_available():
         assert resolve_device("auto").type == "cuda"
